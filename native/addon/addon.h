@@ -1,0 +1,14 @@
+#pragma once
+#include <napi.h>
+
+#include "core/error.h"
+
+namespace tpla::addon {
+
+// Each file of this folder exports one object or family of functions.
+void export_probe(Napi::Env env, Napi::Object exports);
+
+// Turns a tpla::Error (or any exception) into a JavaScript Error whose `code` is of src/errors.ts.
+Napi::Error to_js_error(Napi::Env env, const std::exception& error);
+
+}  // namespace tpla::addon

@@ -1,0 +1,20 @@
+#include "addon/addon.h"
+
+namespace tpla::addon {
+
+Napi::Error to_js_error(Napi::Env env, const std::exception& error) {
+  Napi::Error wrapped = Napi::Error::New(env, error.what());
+  const auto* coded = dynamic_cast<const tpla::Error*>(&error);
+  wrapped.Value().Set("code", Napi::String::New(env, coded ? coded->code() : "INTERNAL"));
+  return wrapped;
+}
+
+static Napi::Object init(Napi::Env env, Napi::Object exports) {
+  export_probe(env, exports);
+  return exports;
+}
+
+}  // namespace tpla::addon
+
+static Napi::Object init_module(Napi::Env env, Napi::Object exports) { return tpla::addon::init(env, exports); }
+NODE_API_MODULE(tpla, init_module)

@@ -1,0 +1,65 @@
+/** What each role's YAML says after defaults, environment and flags are laid over one another. Bytes are plain numbers. */
+import type { KvDType, KvForm } from '../native/types.js';
+
+export interface PrefillConfig {
+  /** `unix:/run/tpla/prefill-0.sock` or `tcp://127.0.0.1:7200`. */
+  listen: string;
+  id: string;
+  /** Checkpoint directory. */
+  model: string;
+  /** Served name; default: the directory's name. */
+  model_name: string;
+  /** Address of kv-pool, or null for none. */
+  pool: string | null;
+  kv: { dtype: KvDType; page_tokens: number; pages: number };
+  chunk_tokens: number;
+  max_batch_tokens: number;
+  max_waiting: number;
+  threads: number;
+  log_level: LogLevel;
+}
+
+export interface DecodeConfig {
+  listen: string;
+  id: string;
+  model: string;
+  model_name: string;
+  pool: string | null;
+  /** Where prefill workers connect to push KV. */
+  handoff_listen: string;
+  attention: { form: KvForm; ranks: number };
+  kv: { dtype: KvDType; page_tokens: number; pages: number };
+  max_batch: number;
+  max_waiting: number;
+  /** A hand-off that is silent for so long is cut off. */
+  lease_ms: number;
+  threads: number;
+  log_level: LogLevel;
+}
+
+export interface PoolConfig {
+  listen: string;
+  id: string;
+  /** Fd-passing channel for workers on this host. */
+  channel_listen: string;
+  dram_bytes: number;
+  log_level: LogLevel;
+}
+
+export interface RouteConfig {
+  /** Public addresses. */
+  listen: string[];
+  id: string;
+  prefill: string[];
+  decode: string[];
+  /** Directory with tokenizer.json, tokenizer_config.json, config.json of the served model. */
+  model: string;
+  model_name: string;
+  health_interval_ms: number;
+  request_timeout_ms: number;
+  max_body_bytes: number;
+  retries: number;
+  log_level: LogLevel;
+}
+
+export type LogLevel = 'fatal' | 'error' | 'warn' | 'info' | 'debug' | 'trace';

@@ -1,0 +1,246 @@
+/**
+ * What the addon exports, as TypeScript sees it. Every asynchronous call computes off the event loop.
+ * Errors carry a `code` of `src/errors.ts`.
+ */
+import type { ModelSpec } from '../model/spec.js';
+
+export type WeightDType = 'F32' | 'BF16' | 'F16' | 'F8_E4M3';
+export type KvDType = 'f32' | 'bf16' | 'fp8';
+
+// ---------------------------------------------------------------- probe
+
+export interface ProbeResult {
+  version: string;
+  cpu: { model: string; cores: number; features: string[]; kernel: string; blas: string | null };
+  cuda: {
+    compiled: boolean;
+    driver: string | null;
+    reason: string | null;
+    devices: { index: number; name: string; capability: string; memoryBytes: number; multiprocessors: number; peers: number[] }[];
+  };
+  /** Libraries looked for at run time: path where found, and why not where not. */
+  libraries: { name: string; path: string | null; detail: string }[];
+}
+
+// ---------------------------------------------------------------- weights
+
+export interface TensorEntry {
+  name: string;
+  /** Index into `files`. */
+  file: number;
+  dtype: WeightDType;
+  shape: number[];
+  /** Absolute byte range in the file. */
+  begin: number;
+  end: number;
+}
+
+/** Tensors of a checkpoint, mapped read-only. TypeScript has validated headers, ranges and shapes. */
+export interface Weights {
+  readonly bytes: number;
+  /** One tensor, dequantised (block scales applied when `scale` names them) to fp32, row-major. */
+  read(name: string, scale?: { name: string; block: [number, number] }): Float32Array;
+  close(): void;
+}
+
+// ---------------------------------------------------------------- KV arenas
+
+export type KvForm = 'mla' | 'tpla' | 'dcp' | 'dp';
+
+/**
+ * How the KV of a sequence lies over the ranks of one worker.
+ * - mla: every rank holds every token, whole width (replicated; one copy is kept when ranks share memory)
+ * - tpla: every rank holds every token; shared ∪ slice i ∪ rope
+ * - dcp: logical page j lives on rank j % ranks, whole width
+ * - dp: the whole sequence lives on one rank
+ */
+export interface KvLayout {
+  form: KvForm;
+  ranks: number;
+  layers: number;
+  latent: number;
+  rope: number;
+  /** tpla only: width replicated on all ranks. */
+  shared: number;
+  dtype: KvDType;
+  /** Tokens per page, a multiple of 16. */
+  pageTokens: number;
+}
+
+/**
+ * Paged KV memory of one worker: per rank one memfd laid out [layer][page][token][rank width].
+ * See native/core/kv_layout.h for the byte layout of a token in each dtype.
+ */
+export interface KvArena {
+  readonly layout: KvLayout;
+  /** Pages per rank. */
+  readonly pages: number;
+  readonly bytes: number;
+  readonly bytesPerTokenPerRank: number;
+  /** Descriptors of the ranks' memory, to be passed over a Channel. The arena keeps owning them. */
+  fds(): number[];
+  /** Raw bytes of one page of one layer on one rank (tests and tools; a view, not a copy). */
+  page(rank: number, layer: number, page: number): Uint8Array;
+  close(): void;
+}
+
+// ---------------------------------------------------------------- engine
+
+export interface EngineOptions {
+  spec: ModelSpec;
+  weights: Weights;
+  /** Where KV is read and written. Its layout decides the attention form of decode. */
+  arena: KvArena;
+  /** Compute threads over all ranks; 0 = all cores this process may use. */
+  threads: number;
+  /** Test only: gather the ranks' logits before the softmax so that tpla equals mla. */
+  exactSoftmax?: boolean;
+}
+
+export interface PrefillItem {
+  /** Tokens of this chunk. */
+  tokens: Int32Array;
+  /** Position of the first of them; KV of 0..position-1 is already in `pages`. */
+  position: number;
+  /** Page table of the sequence on rank 0 covering position + tokens.length tokens. */
+  pages: Int32Array;
+  logits: 'none' | 'last' | 'all';
+}
+
+export interface DecodeItem {
+  token: number;
+  /** Position of `token`; its KV is written there, then attention reads 0..position. */
+  position: number;
+  /** Page table per rank. mla, tpla: one table that holds for every rank. dcp: one per rank, page j at [j % ranks][j / ranks | 0]. dp: one table, with `rank`. */
+  pages: Int32Array[];
+  /** dp only: the rank that holds the sequence. */
+  rank?: number;
+}
+
+export interface Engine {
+  /**
+   * Exact un-absorbed MLA over chunks of one or more sequences; needs an arena of form mla with one rank (canonical KV).
+   * `onLayer(l)` fires, in order, once layer l's KV of the whole batch is in the arena while later layers still compute.
+   * Result: per item, fp32 logits: empty, [vocab], or [tokens, vocab].
+   */
+  prefill(items: PrefillItem[], onLayer?: (layer: number) => void, signal?: CancelFlag): Promise<Float32Array[]>;
+  /** One token per sequence, absorbed attention in the arena's form. Result: fp32 logits [items, vocab], row by row. */
+  decode(items: DecodeItem[]): Promise<Float32Array>;
+  close(): void;
+}
+
+/** Shared one-word flag; set to non-zero to make a running prefill stop at the next layer with code CANCELLED. */
+export type CancelFlag = Int32Array;
+
+// ---------------------------------------------------------------- sampling
+
+export interface SamplingParams {
+  /** 0 = greedy. */
+  temperature: number;
+  /** 0 = off. */
+  topK: number;
+  topP: number;
+  minP: number;
+  repetitionPenalty: number;
+  presencePenalty: number;
+  frequencyPenalty: number;
+  seed: bigint;
+  /** Number of alternatives to report with the chosen token's logprob; -1 = no logprobs. */
+  logprobs: number;
+  logitBias: { token: number; bias: number }[];
+}
+
+export interface SampledToken {
+  token: number;
+  /** Natural log of the probability under the unmodified softmax; NaN when not asked for. */
+  logprob: number;
+  top: { token: number; logprob: number }[];
+}
+
+/** Draws tokens for one sequence; reproducible from seed and step alone. */
+export interface Sampler {
+  /** Tokens the penalties count, prompt first. */
+  accept(tokens: Int32Array, isPrompt: boolean): void;
+  /** `step` counts generated tokens from 0; logits are not modified. */
+  sample(logits: Float32Array, step: number): SampledToken;
+}
+
+// ---------------------------------------------------------------- memory and channels between processes
+
+/** Memory that another process can map: a memfd, or one received over a channel. */
+export interface SharedMemory {
+  readonly bytes: number;
+  readonly fd: number;
+  /** View of the whole mapping; detached after close(). */
+  readonly buffer: ArrayBuffer;
+  close(): void;
+}
+
+/** Message stream over a Unix socket that can carry descriptors (SCM_RIGHTS). */
+export interface Channel {
+  readonly peer: { pid: number; uid: number };
+  /** Frames one message; `fds` are duplicated into the peer. */
+  send(message: Uint8Array, fds?: number[]): void;
+  close(): void;
+}
+
+export interface ChannelHandlers {
+  onMessage(channel: Channel, message: Uint8Array, fds: number[]): void;
+  /** Once per channel; the kernel's word when the peer dies. */
+  onClose(channel: Channel, reason: string): void;
+}
+
+export interface ChannelServer {
+  close(): void;
+}
+
+// ---------------------------------------------------------------- transfer
+
+/** One side of a KV transfer: an arena of this process, or a peer's arena mapped here. */
+export interface KvRegion {
+  readonly layout: KvLayout;
+  readonly pages: number;
+  close(): void;
+}
+
+export interface KvPut {
+  src: KvRegion | KvArena;
+  dst: KvRegion | KvArena;
+  /** Layers [begin, end). */
+  layers: [number, number];
+  /** Tokens [begin, end) of the sequence. */
+  tokens: [number, number];
+  /** Page tables as in DecodeItem.pages, of the whole sequence, each in its own layout. */
+  srcPages: Int32Array[];
+  dstPages: Int32Array[];
+  /** dp only. */
+  srcRank?: number;
+  dstRank?: number;
+}
+
+export interface KvPutResult {
+  bytes: number;
+  /** Checksums of what was written, [logical destination page][rank], summed over the layers of this call; parts of one page add modulo 2^64. */
+  checksums: BigUint64Array;
+}
+
+// ---------------------------------------------------------------- module
+
+export interface NativeModule {
+  probe(): ProbeResult;
+  Weights: new (files: string[], tensors: TensorEntry[]) => Weights;
+  KvArena: new (layout: KvLayout, pages: number) => KvArena;
+  Engine: new (options: EngineOptions) => Engine;
+  Sampler: new (params: SamplingParams) => Sampler;
+  SharedMemory: { create(bytes: number, name: string): SharedMemory; map(fd: number, bytes: number): SharedMemory };
+  listenChannel(path: string, onConnection: (channel: Channel) => void, handlers: ChannelHandlers): ChannelServer;
+  connectChannel(path: string, handlers: ChannelHandlers): Promise<Channel>;
+  /** Maps a peer's arena from the descriptors it passed. */
+  mapKvRegion(layout: KvLayout, pages: number, fds: number[]): KvRegion;
+  /** Gathers, reshards and converts pages from one region into another. */
+  kvPut(put: KvPut): Promise<KvPutResult>;
+  /** The same checksums computed over what `region` holds. */
+  kvChecksum(region: KvRegion | KvArena, layers: [number, number], tokens: [number, number], pages: Int32Array[], rank?: number): Promise<BigUint64Array>;
+  /** Copies a whole page on all ranks (copy-on-write). */
+  kvCopyPage(arena: KvArena, from: number, to: number, rank?: number): void;
+}

@@ -1,0 +1,91 @@
+/** The hand-off of a prompt's KV from a prefill worker to a decode worker. Decode owns memory and grants it; prefill pushes. */
+import type { ModelIdentity } from '../model/spec.js';
+import type { KvArena, KvLayout, SampledToken } from '../native/types.js';
+
+/** How bytes move; stated in the handshake, in metrics and in every benchmark line. Best first. */
+export type TransferPath = 'same-gpu' | 'cuda-ipc' | 'cuda-fd' | 'shm' | 'pinned' | 'ucx' | 'nixl' | 'tcp';
+
+/** Both sides must agree on every field but `layout`, which may differ in form, ranks, page size and dtype. */
+export interface Handshake {
+  protocol: 1;
+  identity: ModelIdentity;
+  layout: KvLayout;
+}
+
+/** What decode tells prefill (through route): where to push. */
+export interface HandoffTicket {
+  /** Address of decode's hand-off channel, `unix:/path` or `tcp://host:port`. */
+  address: string;
+  /** Names the session; unguessable. */
+  session: string;
+  /** Tokens [begin, end) prefill must push; what precedes is already on decode. */
+  tokens: [number, number];
+}
+
+/** What arrives with the last page. */
+export interface HandoffCommit {
+  /** First token(s) sampled by prefill, one per choice (`n`). */
+  firstTokens: SampledToken[];
+  path: TransferPath;
+  /** Bytes written into decode's pages. */
+  bytes: number;
+  /** Milliseconds from first push to the commit message, sender's clock. */
+  transferMs: number;
+  prefill: PrefillStats;
+}
+
+export interface PrefillStats {
+  /** Prompt tokens, of them found in the pool, of them already on decode. */
+  promptTokens: number;
+  pooledTokens: number;
+  skippedTokens: number;
+  computedTokens: number;
+  queueMs: number;
+  computeMs: number;
+}
+
+/** Decode's side. One per process; serves any number of prefill workers. */
+export interface HandoffReceiver {
+  readonly address: string;
+  /**
+   * Opens a session on pages that the caller has allocated. Resolves once committed and every checksum matched;
+   * rejects with HANDOFF_FAILED, CHECKSUM_MISMATCH, LEASE_EXPIRED or CANCELLED. Until it settles the pages belong to the session;
+   * after it has settled no late write can touch them.
+   */
+  open(grant: HandoffGrant): { ticket: HandoffTicket; committed: Promise<HandoffCommit> };
+  cancel(session: string): void;
+  close(): Promise<void>;
+}
+
+export interface HandoffGrant {
+  tokens: [number, number];
+  /** Page tables of the whole sequence as in DecodeItem.pages. */
+  pages: Int32Array[];
+  rank?: number;
+  /** Cut off when nothing is heard from the sender for so long. */
+  leaseMs: number;
+}
+
+/** Prefill's side of one session. */
+export interface HandoffSession {
+  readonly path: TransferPath;
+  /** Pushes layers [begin, end) of tokens [begin, end); calls may overlap computing and one another. */
+  push(layers: [number, number], tokens: [number, number], srcPages: Int32Array): Promise<void>;
+  /** Sends checksums and results; resolves when decode has verified and accepted. */
+  commit(result: { firstTokens: SampledToken[]; prefill: PrefillStats }): Promise<void>;
+  /** Tells decode why nothing more will come. */
+  fail(reason: string): void;
+  /** Fires when decode cancels or dies. */
+  readonly aborted: AbortSignal;
+}
+
+export interface HandoffSender {
+  /** Connects (or reuses a connection), shakes hands and opens the session. HANDSHAKE_REFUSED names both fingerprints. */
+  open(ticket: HandoffTicket): Promise<HandoffSession>;
+  close(): Promise<void>;
+}
+
+export interface HandoffEndpointOptions {
+  handshake: Handshake;
+  arena: KvArena;
+}
