@@ -22,6 +22,7 @@ export const ERRORS = {
   // the fleet
   NO_WORKER: { http: 503, exit: 69, type: 'server_error' },
   OVERLOADED: { http: 429, exit: 75, type: 'rate_limit_error' },
+  REQUEST_TIMEOUT: { http: 504, exit: 75, type: 'server_error' },
   WORKER_FAILED: { http: 502, exit: 69, type: 'server_error' },
   HANDSHAKE_REFUSED: { http: 409, exit: 76, type: 'server_error' },
   HANDOFF_FAILED: { http: 502, exit: 69, type: 'server_error' },

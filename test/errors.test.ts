@@ -20,6 +20,7 @@ test('codes, HTTP statuses and exit statuses are what scripts rely on', () => {
     IO_FAILED: [500, 74],
     NO_WORKER: [503, 69],
     OVERLOADED: [429, 75],
+    REQUEST_TIMEOUT: [504, 75],
     WORKER_FAILED: [502, 69],
     HANDSHAKE_REFUSED: [409, 76],
     HANDOFF_FAILED: [502, 69],

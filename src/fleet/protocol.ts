@@ -3,6 +3,7 @@
  *
  *   POST serve-decode  /generate   GenerateRequest → stream of GenerateEvent
  *   POST serve-prefill /prefill    PrefillRequest  → stream of PrefillEvent
+ *   POST serve-decode  /stop       StopRequest     → {}; ends one choice of a running request (a stop string was found)
  *   GET  any role      /health     200 {status:'ok'|'draining'}; 503 until ready
  *   GET  any role      /state      the role's state object
  *   GET  any role      /metrics    Prometheus text
@@ -45,6 +46,15 @@ export interface GenerateRequest {
   /** Token ids that end a choice (eos among them); the token itself is reported, finish_reason 'stop'. */
   stop_token_ids: number[];
   qos: QosClass;
+}
+
+/**
+ * Ends choice `index` of the running request `id`: its finish event follows with reason 'stop', the other choices go on. Unknown ids and
+ * finished choices are no error. Stop strings are found by route, which holds the text; a request's last choice is ended by closing the stream.
+ */
+export interface StopRequest {
+  id: string;
+  index: number;
 }
 
 export type GenerateEvent =
@@ -100,6 +110,8 @@ export interface WorkerState {
   pending_tokens: number;
   pages: { total: number; used: number; cached: number };
   attention: { form: KvForm; ranks: number; dtype: KvDType; kv_bytes_per_token_per_rank: number };
+  /** Tokens per cached block; 64 where left out. */
+  page_tokens?: number;
   /** Chained ids of cached prefix blocks, newest last, at most a few thousand; for prefix-aware placement. */
   cached_blocks?: string[];
 }
