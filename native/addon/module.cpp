@@ -11,6 +11,8 @@ Napi::Error to_js_error(Napi::Env env, const std::exception& error) {
 
 static Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_probe(env, exports);
+  export_shared_memory(env, exports);
+  export_channel(env, exports);
   return exports;
 }
 

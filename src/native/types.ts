@@ -171,7 +171,7 @@ export interface Sampler {
 export interface SharedMemory {
   readonly bytes: number;
   readonly fd: number;
-  /** View of the whole mapping; detached after close(). */
+  /** View of the whole mapping; detached by close(), which unmaps at once. */
   readonly buffer: ArrayBuffer;
   close(): void;
 }
@@ -179,18 +179,26 @@ export interface SharedMemory {
 /** Message stream over a Unix socket that can carry descriptors (SCM_RIGHTS). */
 export interface Channel {
   readonly peer: { pid: number; uid: number };
-  /** Frames one message; `fds` are duplicated into the peer. */
+  /** Frames one message of at most 16 MiB and 64 descriptors; `fds` are duplicated into the peer. Throws IO_FAILED after close(). */
   send(message: Uint8Array, fds?: number[]): void;
+  /** Sends what is queued, then ends the connection; onClose follows. */
   close(): void;
 }
 
 export interface ChannelHandlers {
+  /** `fds` belong to the handler, which closes them (fs.closeSync) once it has mapped or duplicated them. */
   onMessage(channel: Channel, message: Uint8Array, fds: number[]): void;
-  /** Once per channel; the kernel's word when the peer dies. */
+  /** Once per channel, its last event; the kernel's word when the peer dies. */
   onClose(channel: Channel, reason: string): void;
 }
 
+/** A Unix socket's path, or a TCP end (which carries no descriptors and whose peer is all zeros). */
+export type ChannelAddress = string | { host: string; port: number };
+
 export interface ChannelServer {
+  /** TCP port as bound; 0 for a Unix socket. */
+  readonly port: number;
+  /** Stops listening and removes the socket file; open channels live on. */
   close(): void;
 }
 
@@ -233,8 +241,9 @@ export interface NativeModule {
   Engine: new (options: EngineOptions) => Engine;
   Sampler: new (params: SamplingParams) => Sampler;
   SharedMemory: { create(bytes: number, name: string): SharedMemory; map(fd: number, bytes: number): SharedMemory };
-  listenChannel(path: string, onConnection: (channel: Channel) => void, handlers: ChannelHandlers): ChannelServer;
-  connectChannel(path: string, handlers: ChannelHandlers): Promise<Channel>;
+  /** Throws ADDRESS_IN_USE; removing a stale socket file (removeStaleSocket) is the caller's. `onConnection` runs before the channel's first message. */
+  listenChannel(address: ChannelAddress, onConnection: (channel: Channel) => void, handlers: ChannelHandlers): ChannelServer;
+  connectChannel(address: ChannelAddress, handlers: ChannelHandlers): Promise<Channel>;
   /** Maps a peer's arena from the descriptors it passed. */
   mapKvRegion(layout: KvLayout, pages: number, fds: number[]): KvRegion;
   /** Gathers, reshards and converts pages from one region into another. */
