@@ -76,6 +76,7 @@ export interface KvArena {
   /** Pages per rank. */
   readonly pages: number;
   readonly bytes: number;
+  /** All layers, mean over the ranks: with dcp and dp a token is on one of them only. */
   readonly bytesPerTokenPerRank: number;
   /** Descriptors of the ranks' memory, to be passed over a Channel. The arena keeps owning them. */
   fds(): number[];
