@@ -1,6 +1,7 @@
 #include "addon/kv_arena.h"
 
 #include "addon/arguments.h"
+#include "addon/kv_object.h"
 
 namespace tpla::addon {
 
@@ -8,37 +9,14 @@ namespace {
 
 constexpr napi_type_tag kArenaTag = {0x7470'6c61'6b76'6172ULL, 0x656e'6100'0000'0001ULL};
 
-const char* form_name(KvForm form) {
-  switch (form) {
-    case KvForm::mla: return "mla";
-    case KvForm::tpla: return "tpla";
-    case KvForm::dcp: return "dcp";
-    case KvForm::dp: return "dp";
+std::byte* page_address(const KvRegion& region, int64_t rank, int64_t layer, int64_t page) {
+  const KvLayout& layout = region.layout;
+  if (rank < 0 || rank >= layout.ranks || layer < 0 || layer >= layout.layers || page < 0 || page >= region.pages) {
+    throw Error("REQUEST_INVALID", "page (rank " + std::to_string(rank) + ", layer " + std::to_string(layer) + ", page " +
+                                       std::to_string(page) + ") is outside an arena of " + std::to_string(layout.ranks) + " ranks, " +
+                                       std::to_string(layout.layers) + " layers and " + std::to_string(region.pages) + " pages");
   }
-  return "";
-}
-
-const char* dtype_name(KvDType dtype) {
-  switch (dtype) {
-    case KvDType::f32: return "f32";
-    case KvDType::bf16: return "bf16";
-    case KvDType::fp8: return "fp8";
-  }
-  return "";
-}
-
-KvForm form_of(const std::string& name) {
-  for (const KvForm form : {KvForm::mla, KvForm::tpla, KvForm::dcp, KvForm::dp}) {
-    if (name == form_name(form)) return form;
-  }
-  refuse("layout.form", "mla, tpla, dcp or dp, got \"" + name + "\"");
-}
-
-KvDType dtype_of(const std::string& name) {
-  for (const KvDType dtype : {KvDType::f32, KvDType::bf16, KvDType::fp8}) {
-    if (name == dtype_name(dtype)) return dtype;
-  }
-  refuse("layout.dtype", "f32, bf16 or fp8, got \"" + name + "\"");
+  return region.page(layout.memories() == 1 ? 0 : int(rank), int(layer), int(page));
 }
 
 class ArenaHandle : public Napi::ObjectWrap<ArenaHandle> {
@@ -57,31 +35,32 @@ class ArenaHandle : public Napi::ObjectWrap<ArenaHandle> {
   }
 
   explicit ArenaHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ArenaHandle>(info) {
+    const Napi::Object self = info.This().As<Napi::Object>();
     guarded(info.Env(), [&] {
-      const KvLayout layout = layout_from_js(info[0]);
-      arena_ = std::make_shared<KvArena>(layout, int(to_integer(info[1], "pages")));
+      memory_ = KvMemory::create(parse_kv_layout(info[0]), int(to_integer(info[1], "pages")), "tpla-kv");
+      attach_kv_region(self, std::shared_ptr<const KvRegion>(memory_, &memory_->region()));
     });
-    info.This().As<Napi::Object>().TypeTag(&kArenaTag);
+    self.TypeTag(&kArenaTag);
   }
 
-  const std::shared_ptr<KvArena>& open() const {
-    if (!arena_) throw Error("REQUEST_INVALID", "this KvArena is closed");
-    return arena_;
+  const std::shared_ptr<KvMemory>& open() const {
+    if (!memory_) throw Error("REQUEST_INVALID", "this KvArena is closed");
+    return memory_;
   }
 
  private:
   Napi::Value layout(const Napi::CallbackInfo& info) {
-    return guarded(info.Env(), [&] { return layout_to_js(info.Env(), open()->layout()); });
+    return guarded(info.Env(), [&] { return kv_layout_to_js(info.Env(), open()->region().layout); });
   }
   Napi::Value pages(const Napi::CallbackInfo& info) {
-    return guarded(info.Env(), [&] { return Napi::Number::New(info.Env(), open()->pages()); });
+    return guarded(info.Env(), [&] { return Napi::Number::New(info.Env(), open()->region().pages); });
   }
   Napi::Value bytes(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&] { return Napi::Number::New(info.Env(), double(open()->bytes())); });
   }
   Napi::Value token_bytes(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&] {
-      const KvLayout& layout = open()->layout();
+      const KvLayout& layout = open()->region().layout;
       const double held = double(layout.row_bytes() * size_t(layout.layers));
       const bool partitioned = layout.form == KvForm::dcp || layout.form == KvForm::dp;
       return Napi::Number::New(info.Env(), partitioned ? held / layout.ranks : held);
@@ -97,63 +76,30 @@ class ArenaHandle : public Napi::ObjectWrap<ArenaHandle> {
   }
   Napi::Value page(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&] {
-      const std::shared_ptr<KvArena> arena = open();
-      std::byte* at = arena->page(int(to_integer(info[0], "rank")), int(to_integer(info[1], "layer")), int(to_integer(info[2], "page")));
-      const size_t size = arena->layout().page_bytes();
+      const std::shared_ptr<KvMemory> memory = open();
+      std::byte* at = page_address(memory->region(), to_integer(info[0], "rank"), to_integer(info[1], "layer"), to_integer(info[2], "page"));
+      const size_t size = memory->region().layout.page_bytes();
       // The view holds the mapping, so it stays valid after close().
-      auto* keep = new std::shared_ptr<KvArena>(arena);
+      auto* keep = new std::shared_ptr<KvMemory>(memory);
       const auto buffer = Napi::ArrayBuffer::New(
-          info.Env(), at, size, [](Napi::Env, void*, std::shared_ptr<KvArena>* held) { delete held; }, keep);
+          info.Env(), at, size, [](Napi::Env, void*, std::shared_ptr<KvMemory>* held) { delete held; }, keep);
       return Napi::Uint8Array::New(info.Env(), size, buffer, 0);
     });
   }
   Napi::Value close(const Napi::CallbackInfo& info) {
-    arena_.reset();
+    memory_.reset();
+    detach_kv_region(info.This().As<Napi::Object>());
     return info.Env().Undefined();
   }
 
-  std::shared_ptr<KvArena> arena_;
+  std::shared_ptr<KvMemory> memory_;
 };
 
 }  // namespace
 
-KvLayout layout_from_js(const Napi::Value& value) {
-  const Napi::Object object = to_object(value, "layout");
-  KvLayout layout;
-  layout.form = form_of(to_text(object.Get("form"), "layout.form"));
-  layout.dtype = dtype_of(to_text(object.Get("dtype"), "layout.dtype"));
-  layout.ranks = int(to_integer(object.Get("ranks"), "layout.ranks"));
-  layout.layers = int(to_integer(object.Get("layers"), "layout.layers"));
-  layout.latent = int(to_integer(object.Get("latent"), "layout.latent"));
-  layout.rope = int(to_integer(object.Get("rope"), "layout.rope"));
-  layout.shared = int(to_integer(object.Get("shared"), "layout.shared"));
-  layout.page_tokens = int(to_integer(object.Get("pageTokens"), "layout.pageTokens"));
-  check_layout(layout);
-  return layout;
-}
-
-Napi::Object layout_to_js(Napi::Env env, const KvLayout& layout) {
-  Napi::Object object = Napi::Object::New(env);
-  object.Set("form", form_name(layout.form));
-  object.Set("ranks", layout.ranks);
-  object.Set("layers", layout.layers);
-  object.Set("latent", layout.latent);
-  object.Set("rope", layout.rope);
-  object.Set("shared", layout.shared);
-  object.Set("dtype", dtype_name(layout.dtype));
-  object.Set("pageTokens", layout.page_tokens);
-  return object;
-}
-
-std::shared_ptr<KvArena> try_arena(const Napi::Value& value) {
-  if (!value.IsObject() || !value.As<Napi::Object>().CheckTypeTag(&kArenaTag)) return nullptr;
+std::shared_ptr<KvMemory> arena_of(const Napi::Value& value, const char* field) {
+  if (!value.IsObject() || !value.As<Napi::Object>().CheckTypeTag(&kArenaTag)) refuse(field, "a KvArena");
   return ArenaHandle::Unwrap(value.As<Napi::Object>())->open();
-}
-
-std::shared_ptr<KvArena> arena_of(const Napi::Value& value, const char* field) {
-  std::shared_ptr<KvArena> arena = try_arena(value);
-  if (!arena) refuse(field, "a KvArena");
-  return arena;
 }
 
 void export_kv_arena(Napi::Env env, Napi::Object exports) { ArenaHandle::define(env, exports); }
