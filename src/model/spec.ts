@@ -74,9 +74,16 @@ export interface TplaSpec {
   norm: 'exact' | 'sliced';
   /** Per layer and rank, sqrt(alpha_i / g) of the sliced norm; empty with the exact norm. */
   normScale: number[][];
-  /** `self_attn.tpla.transform.weight` [r, r] is applied after the norm: c' = T c. */
+  /**
+   * `self_attn.tpla.transform.weight` [r, r] is applied after the norm and its gain: c' = T c. Caches hold c', and kv_b_proj of such
+   * a checkpoint takes c' (its columns are multiplied by the inverse), so prefill stays exact, from cached KV too.
+   */
   transform: boolean;
-  /** `self_attn.tpla.rank{i}.w_uk` [heads, nope, w] and `.w_uv` [heads, v, w] replace the slices of kv_b_proj in decode. */
+  /**
+   * `self_attn.tpla.rank{i}.w_uk` [heads, nope, w] and `.w_uv` [heads, v, w], w = shared + slice, replace the slices of kv_b_proj
+   * in decode: rank i scores q_nope W_UK,i against its columns [shared | slice i], and every rank's W_UV,i term is summed as it is.
+   * Without them rank i uses kv_b_proj's columns, and the value of the shared columns is counted on rank 0 only.
+   */
   rankWeights: boolean;
   /** Hash over everything that decides the latent basis; part of every KV block's identity. */
   fingerprint: string;
