@@ -16,6 +16,8 @@ export interface PrefillConfig {
   max_batch_tokens: number;
   max_waiting: number;
   threads: number;
+  /** After SIGTERM, how long running requests may take to finish. */
+  drain_ms: number;
   log_level: LogLevel;
 }
 
@@ -34,6 +36,8 @@ export interface DecodeConfig {
   /** A hand-off that is silent for so long is cut off. */
   lease_ms: number;
   threads: number;
+  /** After SIGTERM, how long running requests may take to finish. */
+  drain_ms: number;
   log_level: LogLevel;
 }
 
@@ -43,6 +47,8 @@ export interface PoolConfig {
   /** Fd-passing channel for workers on this host. */
   channel_listen: string;
   dram_bytes: number;
+  /** After SIGTERM, how long running requests may take to finish. */
+  drain_ms: number;
   log_level: LogLevel;
 }
 
@@ -59,7 +65,18 @@ export interface RouteConfig {
   request_timeout_ms: number;
   max_body_bytes: number;
   retries: number;
+  /** After SIGTERM, how long running requests may take to finish. */
+  drain_ms: number;
   log_level: LogLevel;
 }
 
 export type LogLevel = 'fatal' | 'error' | 'warn' | 'info' | 'debug' | 'trace';
+
+export interface RoleConfigs {
+  prefill: PrefillConfig;
+  decode: DecodeConfig;
+  pool: PoolConfig;
+  route: RouteConfig;
+}
+
+export type RoleName = keyof RoleConfigs;

@@ -2,9 +2,9 @@ import { lstatSync, unlinkSync, chmodSync } from 'node:fs';
 import { connect } from 'node:net';
 import fastify, { type FastifyInstance, type FastifyReply } from 'fastify';
 import type { Logger } from 'pino';
-import { TplaError, toTplaError, ERRORS } from '../errors.js';
-import type { ErrorBody } from '../fleet/protocol.js';
+import { TplaError, toTplaError } from '../errors.js';
 import { formatAddress, parseAddress, type Address } from './address.js';
+import { errorBody } from './error_body.js';
 
 export interface HttpServerOptions {
   log: Logger;
@@ -19,9 +19,7 @@ export function createHttpServer({ log, maxBodyBytes }: HttpServerOptions): Fast
   return app as unknown as FastifyInstance;
 }
 
-export function errorBody(error: TplaError): ErrorBody {
-  return { error: { message: error.message, type: ERRORS[error.code].type, param: error.param, code: error.code } };
-}
+export { errorBody };
 
 export function sendError(reply: FastifyReply, error: TplaError): FastifyReply {
   if (error.httpStatus >= 500) reply.log.warn({ code: error.code }, error.message);

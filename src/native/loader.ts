@@ -15,13 +15,13 @@ export function addonCandidates(root: string = PACKAGE_ROOT): string[] {
 
 let loaded: NativeModule | undefined;
 
-/** The addon, loaded and probed on first use. Throws ADDON_LOAD_FAILED with every cause and the command that mends it. */
+/** The addon, loaded and checked on first use. Throws ADDON_LOAD_FAILED with every cause and the command that mends it. */
 export function native(): NativeModule {
   loaded ??= loadAddon(addonCandidates(), packageVersion());
   return loaded;
 }
 
-/** Loads the first candidate that is there and works; `version` is what its probe has to report. */
+/** Loads the first candidate that is there and works; `version` is what it has to report. */
 export function loadAddon(candidates: string[], version: string): NativeModule {
   const failures: Failure[] = [];
   for (const path of candidates) {
@@ -29,7 +29,7 @@ export function loadAddon(candidates: string[], version: string): NativeModule {
     if (header === null) continue;
     try {
       const addon = createRequire(import.meta.url)(path) as NativeModule;
-      const stale = checkProbe(addon, version);
+      const stale = checkVersion(addon, version);
       if (stale === null) return addon;
       failures.push({ path, ...stale });
     } catch (error) {
@@ -63,12 +63,11 @@ function failureText(candidates: string[], failures: Failure[]): string {
   ].join('\n');
 }
 
-/** A module that loads may still be an old build; only a probe that answers with this package's version will do. */
-function checkProbe(addon: NativeModule, version: string): Diagnosis | null {
+/** A module that loads may still be an old build; only one of this package's version will do. */
+function checkVersion(addon: NativeModule, version: string): Diagnosis | null {
   const mend = `Rebuild it with \`${BUILD}\`.`;
-  if (typeof addon.probe !== 'function') return { cause: 'it exports no probe(), so it is not an addon of tpla', mend };
-  const found = addon.probe().version;
-  return found === version ? null : { cause: `it was built for version ${found}, this is version ${version}`, mend };
+  if (typeof addon.version !== 'string') return { cause: 'it exports no version, so it is not an addon of tpla', mend };
+  return addon.version === version ? null : { cause: `it was built for version ${addon.version}, this is version ${version}`, mend };
 }
 
 function packageVersion(): string {

@@ -236,7 +236,12 @@ export interface KvPutResult {
 // ---------------------------------------------------------------- module
 
 export interface NativeModule {
+  /** Version of the package it was built from. */
+  version: string;
+  /** Everything `tpla doctor` wants to know; starts the CUDA driver where there is one. */
   probe(): ProbeResult;
+  /** Sends a state such as `READY=1` to systemd; `socket` is the value of NOTIFY_SOCKET. */
+  notifyServiceManager(socket: string, state: string): void;
   Weights: new (files: string[], tensors: TensorEntry[]) => Weights;
   KvArena: new (layout: KvLayout, pages: number) => KvArena;
   Engine: new (options: EngineOptions) => Engine;

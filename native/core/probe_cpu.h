@@ -1,0 +1,17 @@
+#pragma once
+#include <string>
+#include <vector>
+
+namespace tpla {
+
+struct CpuProbe {
+  std::string model;
+  // Cores this process may run on.
+  int cores = 0;
+  // Instruction sets our kernels know of, as the kernel names them.
+  std::vector<std::string> features;
+};
+
+CpuProbe probe_cpu();
+
+}  // namespace tpla
