@@ -229,7 +229,10 @@ export interface KvPut {
 
 export interface KvPutResult {
   bytes: number;
-  /** Checksums of what was written, [logical destination page][rank], summed over the layers of this call; parts of one page add modulo 2^64. */
+  /**
+   * Checksums of what was written: [logical destination page, from the first that `tokens` touch][copy], summed over the layers and tokens of
+   * this call; parts of one page add modulo 2^64. tpla keeps one copy of a page per rank, the other forms keep one.
+   */
   checksums: BigUint64Array;
 }
 
@@ -256,6 +259,8 @@ export interface NativeModule {
   kvPut(put: KvPut): Promise<KvPutResult>;
   /** The same checksums computed over what `region` holds. */
   kvChecksum(region: KvRegion | KvArena, layers: [number, number], tokens: [number, number], pages: Int32Array[], rank?: number): Promise<BigUint64Array>;
-  /** Copies a whole page on all ranks (copy-on-write). */
-  kvCopyPage(arena: KvArena, from: number, to: number, rank?: number): void;
+  /** Copies a whole page, all layers (copy-on-write): on every rank with mla and tpla, on `rank` with dcp and dp. */
+  kvCopyPage(arena: KvRegion | KvArena, from: number, to: number, rank?: number): void;
+  /** Instruction set of the CPU transfer loops, chosen by name where one is given (avx512, avx2, portable): for tests and benchmarks. */
+  kvKernels(name?: string): string;
 }

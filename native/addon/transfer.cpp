@@ -1,0 +1,142 @@
+#include "addon/arguments.h"
+#include "addon/kv_object.h"
+#include "core/kv_memory.h"
+#include "transfer/kv_put.h"
+#include "transfer/row_kernels.h"
+
+namespace tpla::addon {
+
+namespace {
+
+Range parse_range(const Napi::Value& value, const char* field) {
+  const Napi::Array array = to_array(value, field);
+  if (array.Length() != 2) refuse(field, "[begin, end]");
+  return {int(to_integer(array.Get(0u), field, 0)), int(to_integer(array.Get(1u), field, 0))};
+}
+
+PageTables parse_tables(const Napi::Value& pages, const Napi::Value& rank, const char* field) {
+  PageTables result;
+  const Napi::Array array = to_array(pages, field);
+  for (uint32_t i = 0; i < array.Length(); i++) result.tables.push_back(to_int32s(array.Get(i), field));
+  if (!rank.IsUndefined() && !rank.IsNull()) result.rank = int(to_integer(rank, "rank", 0));
+  return result;
+}
+
+Napi::Value to_js(Napi::Env env, const std::vector<uint64_t>& words) {
+  Napi::BigUint64Array array = Napi::BigUint64Array::New(env, words.size());
+  std::copy(words.begin(), words.end(), array.Data());
+  return array;
+}
+
+// Work off the event loop that ends in a promise. The regions are held until it is done.
+template <typename Result>
+class Work : public Napi::AsyncWorker {
+ public:
+  using Compute = std::function<Result()>;
+  using Convert = std::function<Napi::Value(Napi::Env, const Result&)>;
+
+  static Napi::Value start(Napi::Env env, Compute compute, Convert convert) {
+    auto* work = new Work(env, std::move(compute), std::move(convert));
+    const Napi::Promise promise = work->deferred_.Promise();
+    work->Queue();
+    return promise;
+  }
+
+  void Execute() override {
+    try {
+      result_ = compute_();
+    } catch (const Error& error) {
+      code_ = error.code();
+      SetError(error.what());
+    } catch (const std::exception& error) {
+      SetError(error.what());
+    }
+  }
+  void OnOK() override { deferred_.Resolve(convert_(Env(), result_)); }
+  void OnError(const Napi::Error& error) override { deferred_.Reject(to_js_error(Env(), Error(code_, error.Message())).Value()); }
+
+ private:
+  Work(Napi::Env env, Compute compute, Convert convert)
+      : Napi::AsyncWorker(env, "tpla transfer"), deferred_(env), compute_(std::move(compute)), convert_(std::move(convert)) {}
+
+  Napi::Promise::Deferred deferred_;
+  const Compute compute_;
+  const Convert convert_;
+  Result result_{};
+  std::string code_ = "INTERNAL";
+};
+
+Napi::Value put(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&] {
+    const Napi::Object options = to_object(info[0], "put");
+    const auto src = kv_region_of(options.Get("src"));
+    const auto dst = kv_region_of(options.Get("dst"));
+    KvPut work{src.get(), dst.get(), parse_range(options.Get("layers"), "layers"), parse_range(options.Get("tokens"), "tokens"),
+               parse_tables(options.Get("srcPages"), options.Get("srcRank"), "srcPages"),
+               parse_tables(options.Get("dstPages"), options.Get("dstRank"), "dstPages")};
+    return Work<KvPutResult>::start(
+        env, [src, dst, work = std::move(work)] { return kv_put(work); },
+        [](Napi::Env done, const KvPutResult& result) -> Napi::Value {
+          Napi::Object object = Napi::Object::New(done);
+          object.Set("bytes", static_cast<double>(result.bytes));
+          object.Set("checksums", to_js(done, result.checksums));
+          return object;
+        });
+  });
+}
+
+Napi::Value checksum(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&] {
+    const auto region = kv_region_of(info[0]);
+    const Range layers = parse_range(info[1], "layers");
+    const Range tokens = parse_range(info[2], "tokens");
+    PageTables pages = parse_tables(info[3], info[4], "pages");
+    return Work<std::vector<uint64_t>>::start(
+        env, [region, layers, tokens, pages = std::move(pages)] { return kv_checksum(*region, pages, layers, tokens); }, to_js);
+  });
+}
+
+void copy_page(const Napi::CallbackInfo& info) {
+  guarded(info.Env(), [&] {
+    const bool has_rank = info.Length() > 3 && !info[3].IsUndefined();
+    kv_copy_page(*kv_region_of(info[0]), int(to_integer(info[1], "from")), int(to_integer(info[2], "to")), has_rank ? int(to_integer(info[3], "rank")) : -1);
+  });
+}
+
+Napi::Value map_region(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    const int pages = int(to_integer(info[1], "pages"));
+    std::vector<int> fds;
+    const Napi::Array array = to_array(info[2], "fds");
+    for (uint32_t i = 0; i < array.Length(); i++) fds.push_back(int(to_integer(array.Get(i), "fds")));
+    const auto memory = KvMemory::map(parse_kv_layout(info[0]), pages, fds);
+    Napi::Object object = Napi::Object::New(env);
+    object.Set("layout", kv_layout_to_js(env, memory->region().layout));
+    object.Set("pages", pages);
+    object.Set("close", Napi::Function::New(env, [](const Napi::CallbackInfo& call) { detach_kv_region(call.This().As<Napi::Object>()); }, "close"));
+    attach_kv_region(object, std::shared_ptr<const KvRegion>(memory, &memory->region()));
+    return object;
+  });
+}
+
+Napi::Value kernels(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    if (info.Length() > 0 && !info[0].IsUndefined()) use_row_kernels(to_text(info[0], "kernels").c_str());
+    return Napi::String::New(info.Env(), row_kernels().name);
+  });
+}
+
+}  // namespace
+
+void export_transfer(Napi::Env env, Napi::Object exports) {
+  exports.Set("mapKvRegion", Napi::Function::New(env, map_region, "mapKvRegion"));
+  exports.Set("kvPut", Napi::Function::New(env, put, "kvPut"));
+  exports.Set("kvChecksum", Napi::Function::New(env, checksum, "kvChecksum"));
+  exports.Set("kvCopyPage", Napi::Function::New(env, copy_page, "kvCopyPage"));
+  exports.Set("kvKernels", Napi::Function::New(env, kernels, "kvKernels"));
+}
+
+}  // namespace tpla::addon

@@ -1,0 +1,303 @@
+#include "transfer/kv_put.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "core/error.h"
+#include "core/kv_row.h"
+#include "transfer/kv_checksum.h"
+#include "transfer/parallel.h"
+#include "transfer/reshard.h"
+#include "transfer/row_kernels.h"
+
+namespace tpla {
+
+namespace {
+
+// Below this a second thread costs more than it brings.
+constexpr size_t kBytesPerThread = 512 * 1024;
+// From here on written lines are of no use in this core's caches: the reader is another process, and there is more than L2 holds.
+constexpr size_t kStreamBytes = 4 << 20;
+
+[[noreturn]] void refuse(const std::string& message) { throw Error("REQUEST_INVALID", "KV transfer: " + message); }
+
+std::string text(Range range) { return std::string("[").append(std::to_string(range.begin)).append(", ").append(std::to_string(range.end)).append(")"); }
+
+// Tokens that stand together in one page of the source and one of the destination.
+struct Run {
+  Range tokens;
+  PagePlace src;
+  PagePlace dst;
+  // Destination page, counted from the first touched.
+  int page;
+};
+
+std::vector<Run> runs_of(const KvPut& put) {
+  const int src_page = put.src->layout.page_tokens;
+  const int dst_page = put.dst->layout.page_tokens;
+  const int first = pages_of(put.dst->layout, put.tokens).begin;
+  std::vector<Run> runs;
+  for (int token = put.tokens.begin; token < put.tokens.end;) {
+    const int end = std::min({put.tokens.end, (token / src_page + 1) * src_page, (token / dst_page + 1) * dst_page});
+    runs.push_back({{token, end},
+                    place_of(put.src->layout, put.src_pages, token / src_page),
+                    place_of(put.dst->layout, put.dst_pages, token / dst_page),
+                    token / dst_page - first});
+    token = end;
+  }
+  return runs;
+}
+
+void decode_latent(const RowKernels& kernels, KvDType dtype, int width, const std::byte* row, Range columns, float* out) {
+  const size_t count = columns.size();
+  switch (dtype) {
+    case KvDType::f32:
+      std::memcpy(out, row + size_t(columns.begin) * 4, count * 4);
+      return;
+    case KvDType::bf16:
+      kernels.bf16_to_f32(row + size_t(columns.begin) * 2, count, out);
+      return;
+    case KvDType::fp8: {
+      const std::byte* scales = row + fp8_scales_offset(width);
+      for (int at = columns.begin; at < columns.end;) {
+        const int end = std::min(columns.end, (at / kFp8ScaleGroup + 1) * kFp8ScaleGroup);
+        float scale;
+        std::memcpy(&scale, scales + size_t(at / kFp8ScaleGroup) * 4, 4);
+        kernels.e4m3_to_f32(row + at, end - at, scale, out + at - columns.begin);
+        at = end;
+      }
+      return;
+    }
+  }
+}
+
+void encode_latent(const RowKernels& kernels, KvDType dtype, int width, const float* latent, std::byte* row) {
+  switch (dtype) {
+    case KvDType::f32:
+      std::memcpy(row, latent, size_t(width) * 4);
+      return;
+    case KvDType::bf16:
+      kernels.f32_to_bf16(latent, width, row);
+      return;
+    case KvDType::fp8: {
+      std::byte* scales = row + fp8_scales_offset(width);
+      for (int at = 0; at < width; at += kFp8ScaleGroup) {
+        const float scale = kernels.f32_to_e4m3(latent + at, std::min(kFp8ScaleGroup, width - at), row + at);
+        std::memcpy(scales + size_t(at / kFp8ScaleGroup) * 4, &scale, 4);
+      }
+      std::memset(row + width, 0, fp8_scales_offset(width) - width);
+      return;
+    }
+  }
+}
+
+class Mover {
+ public:
+  Mover(const KvPut& put, bool streams)
+      : put_(put), src_(put.src->layout), dst_(put.dst->layout), plans_(plan_reshard(src_, dst_)), kernels_(row_kernels()),
+        write_(streams ? kernels_.stream : kernels_.copy) {}
+
+  int copies() const { return static_cast<int>(plans_.size()); }
+
+  // Moves a run of one layer to every copy of its page; adds to `checksums`, [copy].
+  void move(const Run& run, int layer, uint64_t* checksums) const {
+    for (int copy = 0; copy < copies(); copy++) {
+      const uint64_t sum = plans_[copy].is_copy ? copy_rows(plans_[copy], run, layer, copy) : convert_rows(plans_[copy], run, layer, copy);
+      std::atomic_ref(checksums[copy]).fetch_add(sum, std::memory_order_relaxed);
+    }
+    kernels_.fence();
+  }
+
+ private:
+  const std::byte* src_row(const Run& run, int memory, int layer, int token) const {
+    return put_.src->row(memory == kHolder ? run.src.memory : memory, layer, run.src.page, token % src_.page_tokens);
+  }
+  std::byte* dst_row(const Run& run, int copy, int layer, int token) const {
+    return put_.dst->row(dst_.form == KvForm::tpla ? copy : run.dst.memory, layer, run.dst.page, token % dst_.page_tokens);
+  }
+
+  uint64_t copy_rows(const RowPlan& plan, const Run& run, int layer, int copy) const {
+    uint64_t sum = 0;
+    for (int token = run.tokens.begin; token < run.tokens.end; token++) {
+      std::byte* to = dst_row(run, copy, layer, token);
+      uint64_t row_hash = 0;
+      for (const ByteSegment& segment : plan.segments) {
+        const std::byte* from = src_row(run, segment.src_memory, layer, token) + segment.src_offset;
+        row_hash += write_(to + segment.dst_offset, from, segment.bytes / 4, segment.dst_offset / 4);
+      }
+      sum += row_value(row_hash, copy, layer, token);
+    }
+    return sum;
+  }
+
+  uint64_t convert_rows(const RowPlan& plan, const Run& run, int layer, int copy) const {
+    thread_local std::vector<float> values;
+    thread_local std::vector<std::byte> row;
+    values.resize(size_t(dst_.width()) + dst_.rope);
+    row.resize(dst_.row_bytes());
+    uint64_t sum = 0;
+    for (int token = run.tokens.begin; token < run.tokens.end; token++) {
+      for (const LatentPiece& piece : plan.pieces) {
+        decode_latent(kernels_, src_.dtype, src_.width(), src_row(run, piece.src_memory, layer, token), {piece.src_column, piece.src_column + piece.columns},
+                      values.data() + piece.dst_column);
+      }
+      encode_latent(kernels_, dst_.dtype, dst_.width(), values.data(), row.data());
+      convert_rope(src_row(run, plan.rope_memory, layer, token) + rope_offset(src_), row.data() + rope_offset(dst_), values.data());
+      const uint64_t row_hash = write_(dst_row(run, copy, layer, token), row.data(), row.size() / 4, 0);
+      sum += row_value(row_hash, copy, layer, token);
+    }
+    return sum;
+  }
+
+  // The rope key is fp32 with fp32 latents and bf16 else.
+  void convert_rope(const std::byte* from, std::byte* to, float* values) const {
+    const bool from_f32 = src_.dtype == KvDType::f32;
+    const bool to_f32 = dst_.dtype == KvDType::f32;
+    if (from_f32 == to_f32) {
+      std::memcpy(to, from, size_t(src_.rope) * (from_f32 ? 4 : 2));
+    } else if (to_f32) {
+      kernels_.bf16_to_f32(from, src_.rope, values);
+      std::memcpy(to, values, size_t(src_.rope) * 4);
+    } else {
+      std::memcpy(values, from, size_t(src_.rope) * 4);
+      kernels_.f32_to_bf16(values, src_.rope, to);
+    }
+  }
+
+  const KvPut& put_;
+  const KvLayout& src_;
+  const KvLayout& dst_;
+  const std::vector<RowPlan> plans_;
+  const RowKernels& kernels_;
+  uint64_t (*const write_)(std::byte*, const std::byte*, size_t, size_t);
+};
+
+void check_compatible(const KvLayout& src, const KvLayout& dst) {
+  const auto same = [](const char* field, int a, int b) {
+    if (a != b) refuse(std::string("source and destination differ in ") + field + ": " + std::to_string(a) + " and " + std::to_string(b));
+  };
+  same("layers", src.layers, dst.layers);
+  same("latent", src.latent, dst.latent);
+  same("rope", src.rope, dst.rope);
+}
+
+void check_row(const KvLayout& layout) {
+  if (layout.row_bytes() > kMaxRowWords * 4) {
+    refuse("a token takes " + std::to_string(layout.row_bytes()) + " bytes per layer, at most " + std::to_string(kMaxRowWords * 4) + " are supported");
+  }
+}
+
+void check_range(const char* what, Range range, int end) {
+  if (range.begin < 0 || range.begin >= range.end || range.end > end) refuse(std::string(what) + " " + text(range) + " are not a range within " + text({0, end}));
+}
+
+int threads_for(size_t bytes) { return static_cast<int>(std::min<size_t>(1 + bytes / kBytesPerThread, transfer_threads())); }
+
+}  // namespace
+
+Range pages_of(const KvLayout& layout, Range tokens) {
+  return {tokens.begin / layout.page_tokens, (tokens.end + layout.page_tokens - 1) / layout.page_tokens};
+}
+
+PagePlace place_of(const KvLayout& layout, const PageTables& tables, int page) {
+  switch (layout.form) {
+    case KvForm::dcp: return {page % layout.ranks, tables.tables[page % layout.ranks][page / layout.ranks]};
+    case KvForm::dp: return {tables.rank, tables.tables[0][page]};
+    case KvForm::mla:
+    case KvForm::tpla: return {0, tables.tables[0][page]};
+  }
+  return {};
+}
+
+void check_pages(const char* side, const KvRegion& region, const PageTables& tables, Range layers, Range tokens) {
+  const KvLayout& layout = region.layout;
+  check_row(layout);
+  check_range("layers", layers, layout.layers);
+  check_range("tokens", tokens, INT32_MAX - layout.page_tokens);
+  const size_t wanted_tables = layout.form == KvForm::dcp ? layout.ranks : 1;
+  if (tables.tables.size() != wanted_tables) {
+    refuse(std::string(side) + ": " + std::to_string(tables.tables.size()) + " page tables, the layout takes " + std::to_string(wanted_tables));
+  }
+  if (layout.form == KvForm::dp && (tables.rank < 0 || tables.rank >= layout.ranks)) {
+    refuse(std::string(side) + ": rank " + std::to_string(tables.rank) + " of " + std::to_string(layout.ranks));
+  }
+  const Range pages = pages_of(layout, tokens);
+  std::vector<std::pair<int, int>> places;
+  places.reserve(pages.size());
+  for (int page = pages.begin; page < pages.end; page++) {
+    const size_t table = layout.form == KvForm::dcp ? page % layout.ranks : 0;
+    const size_t entry = layout.form == KvForm::dcp ? page / layout.ranks : page;
+    if (entry >= tables.tables[table].size()) {
+      refuse(std::string(side) + ": page table " + std::to_string(table) + " has " + std::to_string(tables.tables[table].size()) + " entries, tokens " +
+             text(tokens) + " need more");
+    }
+    const PagePlace place = place_of(layout, tables, page);
+    if (place.page < 0 || place.page >= region.pages) {
+      refuse(std::string(side) + ": page id " + std::to_string(place.page) + " is outside [0, " + std::to_string(region.pages) + ")");
+    }
+    places.emplace_back(place.memory, place.page);
+  }
+  std::sort(places.begin(), places.end());
+  const auto twice = std::adjacent_find(places.begin(), places.end());
+  if (twice != places.end()) refuse(std::string(side) + ": page id " + std::to_string(twice->second) + " appears twice");
+}
+
+KvPutResult kv_put(const KvPut& put) {
+  check_compatible(put.src->layout, put.dst->layout);
+  check_pages("source", *put.src, put.src_pages, put.layers, put.tokens);
+  check_pages("destination", *put.dst, put.dst_pages, put.layers, put.tokens);
+
+  const size_t copies = copies_per_page(put.dst->layout);
+  KvPutResult result;
+  result.bytes = put.dst->layout.row_bytes() * put.layers.size() * put.tokens.size() * copies;
+  result.checksums.assign(pages_of(put.dst->layout, put.tokens).size() * copies, 0);
+
+  const Mover mover(put, result.bytes >= kStreamBytes);
+  const std::vector<Run> runs = runs_of(put);
+  parallel_for(runs.size() * put.layers.size(), threads_for(result.bytes), [&](size_t unit) {
+    const Run& run = runs[unit % runs.size()];
+    mover.move(run, put.layers.begin + static_cast<int>(unit / runs.size()), &result.checksums[run.page * copies]);
+  });
+  return result;
+}
+
+std::vector<uint64_t> kv_checksum(const KvRegion& region, const PageTables& pages, Range layers, Range tokens) {
+  check_pages("region", region, pages, layers, tokens);
+  const KvLayout& layout = region.layout;
+  const Range touched = pages_of(layout, tokens);
+  const int copies = copies_per_page(layout);
+  const size_t row_words = layout.row_bytes() / 4;
+  std::vector<uint64_t> checksums(size_t(touched.size()) * copies, 0);
+  const RowKernels& kernels = row_kernels();
+  const size_t bytes = layout.row_bytes() * layers.size() * tokens.size() * copies;
+  parallel_for(checksums.size() * layers.size(), threads_for(bytes), [&](size_t unit) {
+    const int copy = static_cast<int>(unit % copies);
+    const int page = static_cast<int>(unit / copies % touched.size());
+    const int layer = layers.begin + static_cast<int>(unit / copies / touched.size());
+    const PagePlace place = place_of(layout, pages, touched.begin + page);
+    const int first = (touched.begin + page) * layout.page_tokens;
+    uint64_t sum = 0;
+    for (int token = std::max(tokens.begin, first); token < std::min(tokens.end, first + layout.page_tokens); token++) {
+      const std::byte* row = region.row(layout.form == KvForm::tpla ? copy : place.memory, layer, place.page, token - first);
+      sum += row_value(kernels.hash(row, row_words, 0), copy, layer, token);
+    }
+    std::atomic_ref(checksums[page * copies + copy]).fetch_add(sum, std::memory_order_relaxed);
+  });
+  return checksums;
+}
+
+void kv_copy_page(const KvRegion& region, int from, int to, int rank) {
+  const KvLayout& layout = region.layout;
+  for (const int page : {from, to}) {
+    if (page < 0 || page >= region.pages) refuse("page id " + std::to_string(page) + " is outside [0, " + std::to_string(region.pages) + ")");
+  }
+  const bool is_on_one_rank = layout.form == KvForm::dp || layout.form == KvForm::dcp;
+  if (is_on_one_rank && (rank < 0 || rank >= layout.ranks)) refuse("rank " + std::to_string(rank) + " of " + std::to_string(layout.ranks));
+  for (int memory = is_on_one_rank ? rank : 0; memory < (is_on_one_rank ? rank + 1 : layout.memories()); memory++) {
+    for (int layer = 0; layer < layout.layers; layer++) std::memmove(region.page(memory, layer, to), region.page(memory, layer, from), layout.page_bytes());
+  }
+}
+
+}  // namespace tpla

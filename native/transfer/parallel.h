@@ -1,0 +1,15 @@
+#pragma once
+#include <cstddef>
+#include <functional>
+
+namespace tpla {
+
+// Threads that copy and hash may use, this one included: the CPUs of the process's affinity mask, at most 16 (memory bandwidth is
+// spent by then).
+int transfer_threads();
+
+// Calls body(i) for every i in [0, count), on up to `threads` threads of a pool that all callers share; returns when all are done.
+// The first exception is rethrown after that.
+void parallel_for(size_t count, int threads, const std::function<void(size_t)>& body);
+
+}  // namespace tpla

@@ -1,0 +1,48 @@
+#pragma once
+#include <cstddef>
+#include <vector>
+
+#include "core/kv_layout.h"
+
+namespace tpla {
+
+// How one destination row is made from source rows of the same token and layer: the columns it needs, cut by where the source keeps them.
+
+// Source memory of a piece that is decided by the page (dcp) or the request (dp), not by the column.
+inline constexpr int kHolder = -1;
+
+// Latent columns that stand together in both rows.
+struct LatentPiece {
+  int src_memory;
+  int src_column;
+  int dst_column;
+  int columns;
+};
+
+// Bytes that are copied as they are.
+struct ByteSegment {
+  int src_memory;
+  size_t src_offset;
+  size_t dst_offset;
+  size_t bytes;
+};
+
+struct RowPlan {
+  // The row is its segments where no value changes; else its pieces go through fp32.
+  bool is_copy = false;
+  std::vector<ByteSegment> segments;
+  std::vector<LatentPiece> pieces;
+  int rope_memory = kHolder;
+};
+
+// One plan per copy of a logical page at the destination: tpla has one a rank, the other forms have one. Both layouts are checked and
+// agree in layers, latent and rope.
+std::vector<RowPlan> plan_reshard(const KvLayout& src, const KvLayout& dst);
+
+// Copies of a logical page that a worker of this layout keeps: what a checksum is given for.
+int copies_per_page(const KvLayout& layout);
+
+// First byte of the rope key in a row.
+size_t rope_offset(const KvLayout& layout);
+
+}  // namespace tpla
