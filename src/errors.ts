@@ -42,12 +42,15 @@ export class TplaError extends Error {
   readonly code: ErrorCode;
   /** Which field of the request or configuration is at fault, if one is. */
   readonly param: string | null;
+  /** Seconds after which trying again makes sense, where that is known. */
+  readonly retryAfterSeconds: number | null;
 
-  constructor(code: ErrorCode, message: string, options: { cause?: unknown; param?: string } = {}) {
+  constructor(code: ErrorCode, message: string, options: { cause?: unknown; param?: string; retryAfterSeconds?: number } = {}) {
     super(message, options.cause === undefined ? undefined : { cause: options.cause });
     this.name = 'TplaError';
     this.code = code;
     this.param = options.param ?? null;
+    this.retryAfterSeconds = options.retryAfterSeconds ?? null;
   }
 
   get httpStatus(): number {

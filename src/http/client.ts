@@ -1,8 +1,10 @@
-import { createInterface } from 'node:readline';
-import { Client, Pool, type Dispatcher } from 'undici';
+import { Pool, type Dispatcher } from 'undici';
 import { TplaError, ERRORS, type ErrorCode } from '../errors.js';
 import type { ErrorBody } from '../fleet/protocol.js';
 import { parseAddress } from './address.js';
+
+/** Longest NDJSON line; a worker that sends more is broken. */
+const MAX_LINE = 16 * 2 ** 20;
 
 /** HTTP client of one worker, over a Unix socket or TCP. Connections are kept alive and reused. */
 export class WorkerClient {
@@ -14,10 +16,9 @@ export class WorkerClient {
     const target = parseAddress(address);
     const origin = target.kind === 'unix' ? 'http://localhost' : `http://${target.host.includes(':') ? `[${target.host}]` : target.host}:${target.port}`;
     this.#pool = new Pool(origin, {
-      connections: 256,
       bodyTimeout: 0,
       headersTimeout: 0,
-      factory: (url, options) => new Client(url, { ...options, ...(target.kind === 'unix' ? { socketPath: target.path } : {}) } as Client.Options),
+      ...(target.kind === 'unix' ? { socketPath: target.path } : {}),
     });
   }
 
@@ -35,16 +36,17 @@ export class WorkerClient {
     return this.#reading(response.body.text());
   }
 
-  /** NDJSON exchange: yields each line; aborting the signal (or leaving the loop) closes the connection, which cancels at the worker. */
+  /**
+   * NDJSON exchange: yields each line; aborting the signal (or leaving the loop) closes the connection, which cancels at the worker.
+   * A signal aborted with a TplaError throws that error.
+   */
   async *stream<T>(path: string, body: unknown, signal?: AbortSignal): AsyncGenerator<T> {
     const response = await this.#send('POST', path, body, signal);
     if (response.statusCode >= 400) throw remoteError(await this.#reading(response.body.text()), response.statusCode, this.address);
-    const lines = createInterface({ input: response.body, crlfDelay: Infinity });
-    let broken: unknown;
-    response.body.on('error', (error) => { broken = error; lines.close(); });
     try {
-      for await (const line of lines) if (line !== '') yield parseLine<T>(line, this.address);
-      if (broken !== undefined) throw this.#failed(broken);
+      for await (const line of splitLines(response.body, this.address)) yield parseLine<T>(line, this.address);
+    } catch (thrown) {
+      throw this.#failed(thrown);
     } finally {
       response.body.destroy();
     }
@@ -77,9 +79,32 @@ export class WorkerClient {
   }
 }
 
+/** Whether a client's error says that nobody answers (any more), as opposed to an answer that is an error. */
+export function isConnectionFailure(error: TplaError): boolean {
+  return error.code === 'WORKER_FAILED' && error.cause !== undefined && !isTimeout(error);
+}
+
+/** Whether a client's error says that the answer took longer than the caller's limit. */
+export function isTimeout(error: TplaError): boolean {
+  return (error.cause as Error | undefined)?.name === 'TimeoutError';
+}
+
 function withTimeout({ timeoutMs, signal }: { timeoutMs?: number; signal?: AbortSignal }): AbortSignal | undefined {
   const signals = [...(signal ? [signal] : []), ...(timeoutMs === undefined ? [] : [AbortSignal.timeout(timeoutMs)])];
   return signals.length > 1 ? AbortSignal.any(signals) : signals[0];
+}
+
+/** Lines of a byte stream as they come. Nothing is read ahead of the consumer, so a slow one slows the sender down. */
+async function* splitLines(body: AsyncIterable<Buffer>, address: string): AsyncGenerator<string> {
+  const decoder = new TextDecoder('utf-8');
+  let partial = '';
+  for await (const chunk of body) {
+    const lines = (partial + decoder.decode(chunk, { stream: true })).split('\n');
+    partial = lines.pop()!;
+    if (partial.length > MAX_LINE) throw new TplaError('PROTOCOL', `worker ${address} sent a line longer than ${MAX_LINE} characters`);
+    for (const line of lines) if (line !== '') yield line;
+  }
+  if (partial !== '') yield partial;
 }
 
 function parseLine<T>(text: string, address: string): T {

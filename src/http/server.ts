@@ -1,21 +1,36 @@
 import { lstatSync, unlinkSync, chmodSync } from 'node:fs';
 import { connect } from 'node:net';
-import fastify, { type FastifyInstance, type FastifyReply } from 'fastify';
+import fastify, { LogController, type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify';
 import type { Logger } from 'pino';
 import { TplaError, toTplaError } from '../errors.js';
 import { formatAddress, parseAddress, type Address } from './address.js';
 import { errorBody } from './error_body.js';
 
+/** A request that has not been received whole by then is cut off. */
+const RECEIVE_TIMEOUT_MS = 120_000;
+
 export interface HttpServerOptions {
   log: Logger;
   maxBodyBytes: number;
+  /** Sees every error before it is answered. */
+  onError?(error: TplaError, request: FastifyRequest): void;
 }
 
 /** A fastify instance whose every error, also its own, is an OpenAI error object with a code of our table. */
-export function createHttpServer({ log, maxBodyBytes }: HttpServerOptions): FastifyInstance {
-  const app = fastify({ loggerInstance: log, disableRequestLogging: true, bodyLimit: maxBodyBytes, forceCloseConnections: true });
-  app.setNotFoundHandler((request, reply) => sendError(reply, new TplaError('NOT_FOUND', `no such endpoint: ${request.method} ${request.url}`)));
-  app.setErrorHandler((error, _request, reply) => sendError(reply, fromFastify(error, maxBodyBytes)));
+export function createHttpServer({ log, maxBodyBytes, onError }: HttpServerOptions): FastifyInstance {
+  const app = fastify({
+    loggerInstance: log,
+    logController: new LogController({ disableRequestLogging: true }),
+    bodyLimit: maxBodyBytes,
+    forceCloseConnections: true,
+    requestTimeout: RECEIVE_TIMEOUT_MS,
+  });
+  const answer = (error: TplaError, request: unknown, reply: FastifyReply) => {
+    onError?.(error, request as FastifyRequest);
+    return sendError(reply, error);
+  };
+  app.setNotFoundHandler((request, reply) => answer(new TplaError('NOT_FOUND', `no such endpoint: ${request.method} ${request.url}`), request, reply));
+  app.setErrorHandler((error, request, reply) => answer(fromFastify(error, maxBodyBytes), request, reply));
   return app as unknown as FastifyInstance;
 }
 
@@ -23,6 +38,7 @@ export { errorBody };
 
 export function sendError(reply: FastifyReply, error: TplaError): FastifyReply {
   if (error.httpStatus >= 500) reply.log.warn({ code: error.code }, error.message);
+  if (error.retryAfterSeconds !== null) void reply.header('retry-after', error.retryAfterSeconds);
   return reply.code(error.httpStatus).send(errorBody(error));
 }
 
