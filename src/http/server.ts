@@ -24,6 +24,8 @@ export function createHttpServer({ log, maxBodyBytes, onError }: HttpServerOptio
     bodyLimit: maxBodyBytes,
     forceCloseConnections: true,
     requestTimeout: RECEIVE_TIMEOUT_MS,
+    // A body is what it is: no text taken for a number, no unknown field dropped in silence.
+    ajv: { customOptions: { coerceTypes: false, removeAdditional: false } },
   });
   const answer = (error: TplaError, request: unknown, reply: FastifyReply) => {
     onError?.(error, request as FastifyRequest);

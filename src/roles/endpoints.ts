@@ -1,0 +1,20 @@
+/** What every role answers: GET /health, /state, /metrics. */
+import type { FastifyInstance } from 'fastify';
+import type { Registry } from 'prom-client';
+
+export type RoleStatus = 'starting' | 'ok' | 'draining';
+
+export interface RoleEndpoints {
+  status(): RoleStatus;
+  state(): unknown;
+  metrics: Registry;
+}
+
+export function addRoleEndpoints(app: FastifyInstance, role: RoleEndpoints): void {
+  app.get('/health', async (_request, reply) => {
+    const status = role.status();
+    return reply.code(status === 'starting' ? 503 : 200).send({ status });
+  });
+  app.get('/state', async () => role.state());
+  app.get('/metrics', async (_request, reply) => reply.type(role.metrics.contentType).send(await role.metrics.metrics()));
+}
