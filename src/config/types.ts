@@ -80,3 +80,19 @@ export interface RoleConfigs {
 }
 
 export type RoleName = keyof RoleConfigs;
+
+/** What `tpla up` starts. */
+export interface UpConfig {
+  /** Checkpoint, served name and log level of every service that names none. */
+  model: string | null;
+  model_name: string | null;
+  log_level: LogLevel;
+  /** By name; the rest of each entry is the role's own configuration. */
+  services: Record<string, { role: RoleName } & Record<string, unknown>>;
+  /** A service that takes longer to become ready ends the start. */
+  start_timeout_ms: number;
+  /** How long services may take to drain when the stack stops. */
+  drain_ms: number;
+  /** Exponential back-off between restarts of a service that keeps ending. */
+  restart: { first_ms: number; max_ms: number; reset_after_ms: number };
+}

@@ -16,7 +16,7 @@ interface LifeCycleConfig {
 }
 
 interface LifeCycleOptions {
-  /** Also stop when standard input closes, which is how a supervisor's death is noticed. */
+  /** Say `readyLine` on standard output, and stop also when standard input closes, which is how a supervisor's death is noticed. */
   supervised: boolean;
 }
 
@@ -48,6 +48,7 @@ export async function runRole<C extends LifeCycleConfig>(name: RoleName, start: 
     return statusOf(role);
   }
   log.info({ addresses: role.addresses, ms: Math.round(performance.now() - began) }, 'ready');
+  if (options.supervised) process.stdout.write(readyLine(role.addresses));
   manager.ready(`serving on ${role.addresses.join(', ')}`);
 
   const stop = await Promise.race([stops.first, crash]);
@@ -56,6 +57,11 @@ export async function runRole<C extends LifeCycleConfig>(name: RoleName, start: 
   await close(role, log);
   manager.close();
   return drained ? 0 : statusOf(stop);
+}
+
+/** What a supervised process says once, when it serves: the addresses as bound. */
+export function readyLine(addresses: readonly string[]): string {
+  return `${JSON.stringify({ ready: addresses })}\n`;
 }
 
 /** Why a role stops: a signal, its supervisor's death, or an error nobody caught. */

@@ -1,0 +1,74 @@
+import { toTplaError } from '../errors.js';
+import { native } from '../native/loader.js';
+import type { ProbeResult } from '../native/types.js';
+import { readLimits, type Limits } from './limits.js';
+
+/** What `tpla doctor --json` prints. */
+export interface Examination {
+  version: string;
+  node: string;
+  platform: string;
+  addon: { loaded: boolean; error: string | null };
+  cpu: { model: string; cores: number; features: string[]; kernel: string; blas: string | null } | null;
+  cuda: {
+    compiled: boolean;
+    driver: string | null;
+    reason: string | null;
+    devices: { index: number; name: string; capability: string; memory_bytes: number; multiprocessors: number; peers: number[] }[];
+  } | null;
+  libraries: { name: string; path: string | null; detail: string }[];
+  limits: Limits;
+  /** What a person should look at, worst first. */
+  findings: Finding[];
+}
+
+export interface Finding {
+  severity: 'error' | 'warning';
+  text: string;
+}
+
+/** Pinned staging buffers need at least this much lockable memory. */
+const MEMLOCK_WANTED = 256 * 2 ** 20;
+const OPEN_FILES_WANTED = 4096;
+
+export function examine(version: string): Examination {
+  const limits = readLimits();
+  const facts = { version, node: process.version, platform: `${process.platform}-${process.arch}`, limits };
+  let probe: ProbeResult;
+  try {
+    probe = native().probe();
+  } catch (thrown) {
+    const error = toTplaError(thrown).message;
+    return { ...facts, addon: { loaded: false, error }, cpu: null, cuda: null, libraries: [], findings: [{ severity: 'error', text: error }, ...limitFindings(limits)] };
+  }
+  return {
+    ...facts,
+    addon: { loaded: true, error: null },
+    cpu: probe.cpu,
+    cuda: { ...probe.cuda, devices: probe.cuda.devices.map(({ memoryBytes, ...device }) => ({ ...device, memory_bytes: memoryBytes })) },
+    libraries: probe.libraries,
+    findings: [...machineFindings(probe), ...limitFindings(limits)],
+  };
+}
+
+function machineFindings({ cpu, cuda }: ProbeResult): Finding[] {
+  const findings: Finding[] = [];
+  if (process.arch === 'x64' && !cpu.features.includes('avx2')) findings.push({ severity: 'warning', text: 'the processor has no AVX2: the portable kernels work, slowly' });
+  if (cuda.devices.length > 0 && !cuda.compiled) {
+    findings.push({ severity: 'warning', text: `${cuda.devices.length} GPU(s) found, but the addon was built without CUDA: TPLA_CUDA=on npm run build:native` });
+  }
+  if (cuda.compiled && cuda.devices.length === 0) findings.push({ severity: 'warning', text: `the addon was built with CUDA, but no GPU can be used: ${cuda.reason}` });
+  return findings;
+}
+
+export function limitFindings(limits: Limits): Finding[] {
+  const findings: Finding[] = [];
+  const warn = (text: string) => findings.push({ severity: 'warning', text });
+  if (limits.memlock_bytes !== null && limits.memlock_bytes < MEMLOCK_WANTED) {
+    warn('little memory may be locked, which pinned and RDMA buffers need: `ulimit -l unlimited`, or LimitMEMLOCK=infinity in the unit');
+  }
+  if (limits.open_files !== null && limits.open_files < OPEN_FILES_WANTED) {
+    warn(`only ${limits.open_files} open files are allowed, and every stream is one: \`ulimit -n 65536\`, or LimitNOFILE=65536 in the unit`);
+  }
+  return findings;
+}
