@@ -1,0 +1,143 @@
+// MLA decode: validation, choice of kernel, tensor map, launch.
+#include "attention.h"
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "device.h"
+#include "mla_decode_args.h"
+#include "mla_decode_kernel.h"
+
+namespace tpla::cuda {
+namespace {
+
+constexpr size_t kArrivalBytes = 4096;  // at the start of every workspace, so that calls of different shapes may share one
+constexpr double kLog2E = 1.4426950408889634;
+
+size_t align_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+struct DecodePlan {
+  DecodeKernel kernel;
+  int row_tiles;
+  int slots;
+  size_t partial_out_bytes;
+  size_t partial_sum_bytes;
+
+  int blocks() const { return row_tiles * slots; }
+  size_t workspace_bytes() const { return kArrivalBytes + align_up(partial_out_bytes) + align_up(partial_sum_bytes); }
+};
+
+DecodeKernel choose_kernel(const MlaDecode& call, const Device& device) {
+  const int rows = call.heads * call.q_tokens;
+  const bool sm90 = device.major == 9 && call.path != AttentionPath::sm80;
+  if (call.path == AttentionPath::sm90 && device.major != 9) {
+    throw AttentionError("the sm90 attention path needs a GPU of compute capability 9.0; this one is " + std::to_string(device.major) + "." +
+                         std::to_string(device.minor));
+  }
+  DecodeKernel kernel;
+  if (!sm90) {
+    if (device.major < 8) {
+      throw AttentionError("the attention kernels need compute capability 8.0 or newer; this GPU is " + std::to_string(device.major) + "." + std::to_string(device.minor));
+    }
+    kernel = sm80_mla_decode_kernel(call.latent, rows);
+  } else if (rows <= 32) {
+    kernel = sm90_mla_decode_narrow_kernel(call.latent, rows);
+  } else if (call.latent == 512) {
+    kernel = sm90_mla_decode_shared_kernel(call.latent, rows);
+  } else {
+    kernel = sm90_mla_decode_tile_kernel(call.latent, rows);
+  }
+  if (!kernel.function) {
+    throw AttentionError("MLA decode has kernels for latents of 128, 256, 320 and 512; got " + std::to_string(call.latent));
+  }
+  return kernel;
+}
+
+void validate(const MlaDecode& call) {
+  const auto expect = [](bool ok, const std::string& message) {
+    if (!ok) throw AttentionError("MLA decode: " + message);
+  };
+  expect(call.batch >= 0 && call.heads >= 1 && call.q_tokens >= 1,
+         "batch, heads and q_tokens must be positive; got " + std::to_string(call.batch) + ", " + std::to_string(call.heads) + ", " + std::to_string(call.q_tokens));
+  expect(call.rope == 64, "rope must be 64; got " + std::to_string(call.rope));
+  expect(call.page_size >= 16 && call.page_size % 16 == 0 && call.page_size <= 1024,
+         "page_size must be a multiple of 16 from 16 to 1024; got " + std::to_string(call.page_size));
+  expect(call.format == KvFormat::bf16, "only bf16 KV has a kernel");
+  expect(call.softmax_scale > 0.0f, "softmax_scale must be positive");
+}
+
+DecodePlan plan(const MlaDecode& call) {
+  validate(call);
+  const Device& device = current_device();
+  DecodePlan result;
+  result.kernel = choose_kernel(call, device);
+  const int rows = call.heads * call.q_tokens;
+  result.row_tiles = (rows + result.kernel.block_rows - 1) / result.kernel.block_rows;
+  if (result.row_tiles > device.multiprocessors) {
+    throw AttentionError("MLA decode takes at most " + std::to_string(device.multiprocessors * result.kernel.block_rows) +
+                         " query rows (heads × q_tokens) a sequence on this GPU; got " + std::to_string(rows));
+  }
+  result.slots = device.multiprocessors / result.row_tiles;
+  const size_t rows_of_parts = static_cast<size_t>(result.blocks()) * 2 * result.kernel.block_rows;
+  result.partial_out_bytes = rows_of_parts * call.latent * sizeof(float);
+  result.partial_sum_bytes = rows_of_parts * 2 * sizeof(float);
+  return result;
+}
+
+}  // namespace
+
+size_t mla_decode_workspace_bytes(const MlaDecode& call) { return plan(call).workspace_bytes(); }
+
+void mla_decode(const MlaDecode& call, Stream stream) {
+  if (call.batch == 0) return;
+  DecodePlan decode = plan(call);
+  if (call.workspace_bytes < decode.workspace_bytes()) {
+    throw AttentionError("MLA decode needs a workspace of " + std::to_string(decode.workspace_bytes()) + " bytes; got " + std::to_string(call.workspace_bytes));
+  }
+  const int width = call.latent + call.rope;
+  const int64_t row_bytes = width * 2;
+
+  MlaDecodeArgs args{};
+  args.q = call.q;
+  args.kv = call.kv;
+  args.block_table = call.block_table;
+  args.kv_lens = call.kv_lens;
+  args.q_indptr = call.q_indptr;
+  args.out = call.out;
+  args.lse = call.lse;
+  args.latent_scale = call.latent_scale;
+  args.softmax_scale_log2 = static_cast<float>(call.softmax_scale * kLog2E);
+  args.batch = call.batch;
+  args.heads = call.heads;
+  args.q_tokens = call.q_tokens;
+  args.page_size = call.page_size;
+  args.box_tokens = std::gcd(call.page_size, kTokenTile);
+  args.num_pages = call.num_pages;
+  args.page_stride = call.page_stride ? call.page_stride : call.page_size * row_bytes;
+  args.block_table_stride = call.block_table_stride;
+  args.causal = call.causal;
+  args.row_tiles = decode.row_tiles;
+  args.slots = decode.slots;
+  uint8_t* workspace = static_cast<uint8_t*>(call.workspace);
+  args.arrivals = reinterpret_cast<int*>(workspace);
+  args.partial_out = reinterpret_cast<float*>(workspace + kArrivalBytes);
+  args.partial_sum = reinterpret_cast<float2*>(workspace + kArrivalBytes + align_up(decode.partial_out_bytes));
+
+  CUtensorMap map;
+  void* parameters[2];
+  int count = 0;
+  if (decode.kernel.tensor_map) {
+    // [page][chunk of 64 columns][token][column]; the box is one chunk of box_tokens tokens.
+    map = encode_tensor_map_4d(call.kv, {64, static_cast<uint64_t>(call.page_size), static_cast<uint64_t>(width / 64), static_cast<uint64_t>(call.num_pages)},
+                               {static_cast<uint64_t>(row_bytes), 128, static_cast<uint64_t>(args.page_stride)},
+                               {64, static_cast<uint32_t>(args.box_tokens), 1, 1});
+    parameters[count++] = &map;
+  }
+  parameters[count++] = &args;
+  launch_cooperative(decode.kernel.function, decode.blocks(), decode.kernel.threads, decode.kernel.shared_bytes, parameters, stream);
+}
+
+}  // namespace tpla::cuda

@@ -1,0 +1,22 @@
+// Kernel tables: each architecture file names the kernels it has; the dispatcher picks and launches.
+#pragma once
+
+#include "attention.h"
+
+namespace tpla::cuda {
+
+struct DecodeKernel {
+  const void* function = nullptr;  // null: the file has no kernel for this shape
+  int block_rows = 0;              // query rows (query token × head) a block takes
+  int shared_bytes = 0;
+  int threads = 0;
+  bool tensor_map = false;  // first kernel parameter is the CUtensorMap of the pages
+};
+
+// Smallest kernel that takes `rows` rows at once, or the largest there is.
+DecodeKernel sm90_mla_decode_narrow_kernel(int latent, int rows);
+DecodeKernel sm90_mla_decode_tile_kernel(int latent, int rows);
+DecodeKernel sm90_mla_decode_shared_kernel(int latent, int rows);
+DecodeKernel sm80_mla_decode_kernel(int latent, int rows);
+
+}  // namespace tpla::cuda

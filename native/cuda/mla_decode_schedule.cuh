@@ -1,0 +1,147 @@
+// Device-side schedule of MLA decode: cuts the batch into equal shares without a host or a metadata kernel.
+//
+// The tiles of all sequences lie on one line, each sequence preceded by kOverhead units that stand for its fixed cost. Slot s of S
+// owns the s-th S-th of that line (the "stream-K" cut), so that a sequence is cut only where shares end, and every block
+// finds its share from the lengths alone: the same lengths give the same cuts, hence the same bits.
+#pragma once
+
+#include "mla_decode_args.h"
+
+namespace tpla::cuda {
+
+// A run of tiles of one sequence that one block computes.
+struct DecodePiece {
+  int sequence;
+  int kv_len;
+  int q_begin;       // first query token
+  int q_tokens;      // of this sequence
+  int rows;          // q_tokens · heads
+  int tile_begin;
+  int tile_end;
+  int participants;  // blocks that share the sequence; 1: nothing to reduce
+  int participant;   // which of them this block is
+};
+
+struct DecodeShare {
+  int unit_begin;
+  int unit_end;
+  int units;  // per slot
+  int sequence;        // first sequence that may reach into the share
+  int sequence_begin;  // its first unit
+};
+
+template <int kBlockRows, int kOverhead>
+struct DecodeSchedule {
+  static constexpr int kMinUnits = 2;
+
+  const MlaDecodeArgs& args;
+  int row_tile;
+  int slot;
+
+  __device__ explicit DecodeSchedule(const MlaDecodeArgs& a) : args(a), row_tile(blockIdx.x % a.row_tiles), slot(blockIdx.x / a.row_tiles) {}
+
+  __device__ int query_tokens(int sequence) const {
+    return args.q_indptr ? args.q_indptr[sequence + 1] - args.q_indptr[sequence] : args.q_tokens;
+  }
+
+  __device__ int tiles(int sequence) const { return (args.kv_lens[sequence] + kTokenTile - 1) / kTokenTile; }
+
+  // 0 where the sequence has no rows in this row tile.
+  __device__ int cost(int sequence) const {
+    if (args.q_indptr && query_tokens(sequence) * args.heads <= row_tile * kBlockRows) return 0;
+    return tiles(sequence) + kOverhead;
+  }
+
+  // All threads of the block call this; `scratch` holds 34 ints. Ends with a barrier.
+  __device__ DecodeShare share(int* scratch) const {
+    const int per_thread = (args.batch + blockDim.x - 1) / blockDim.x;
+    const int first = min(static_cast<int>(threadIdx.x) * per_thread, args.batch);
+    const int last = min(first + per_thread, args.batch);
+    int own = 0;
+    for (int i = first; i < last; ++i) own += cost(i);
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int inclusive = own;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, inclusive, d);
+      if (lane >= d) inclusive += other;
+    }
+    if (lane == 31) scratch[warp] = inclusive;
+    if (threadIdx.x == 0) {
+      scratch[32] = args.batch;
+      scratch[33] = 0;
+    }
+    __syncthreads();
+    int before = 0, total = 0;
+    for (int w = 0; w < warps; ++w) {
+      if (w < warp) before += scratch[w];
+      total += scratch[w];
+    }
+    const int begin = before + inclusive - own;
+
+    DecodeShare result;
+    result.units = max((total + args.slots - 1) / args.slots, kMinUnits);
+    result.unit_begin = slot * result.units;
+    result.unit_end = min(result.unit_begin + result.units, total);
+    if (slot < args.slots && own > 0 && begin <= result.unit_begin && result.unit_begin < begin + own) {
+      int sequence = first, position = begin;
+      while (position + cost(sequence) <= result.unit_begin) position += cost(sequence++);
+      scratch[32] = sequence;
+      scratch[33] = position;
+    }
+    __syncthreads();
+    result.sequence = scratch[32];
+    result.sequence_begin = scratch[33];
+    __syncthreads();
+    return result;
+  }
+
+  // Takes the next non-empty piece off the share; false at its end.
+  __device__ bool next(DecodeShare& share, DecodePiece& piece) const {
+    while (share.sequence < args.batch && share.sequence_begin < share.unit_end) {
+      const int sequence = share.sequence;
+      const int units = cost(sequence);
+      const int first_tile_unit = share.sequence_begin + kOverhead;
+      const int begin = share.sequence_begin;
+      share.sequence++;
+      share.sequence_begin += units;
+      if (units == 0) continue;
+      const int count = units - kOverhead;
+      if (count == 0) {  // an empty sequence belongs to the slot its first unit lies in
+        if (begin < share.unit_begin) continue;
+        piece.tile_begin = piece.tile_end = 0;
+        piece.participants = 1;
+        piece.participant = 0;
+      } else {
+        piece.tile_begin = max(share.unit_begin - first_tile_unit, 0);
+        piece.tile_end = min(share.unit_end - first_tile_unit, count);
+        if (piece.tile_begin >= piece.tile_end) continue;
+        const int first_slot = first_tile_unit / share.units;
+        piece.participants = (first_tile_unit + count - 1) / share.units - first_slot + 1;
+        piece.participant = slot - first_slot;
+      }
+      piece.kv_len = args.kv_lens[sequence];
+      piece.q_begin = args.q_indptr ? args.q_indptr[sequence] : sequence * args.q_tokens;
+      piece.q_tokens = query_tokens(sequence);
+      piece.rows = piece.q_tokens * args.heads;
+      piece.sequence = sequence;
+      return true;
+    }
+    return false;
+  }
+
+  // Row within the sequence -> tokens it sees.
+  __device__ int limit(const DecodePiece& piece, int row) const {
+    return args.causal ? min(piece.kv_len, piece.kv_len - (piece.q_tokens - 1 - row / args.heads)) : piece.kv_len;
+  }
+
+  // Partial results: a block continues at most one sequence begun elsewhere (place 0) and begins at most one that ends elsewhere (place 1).
+  __device__ int partial_index(const DecodePiece& piece, int participant) const {
+    const int block = (slot - piece.participant + participant) * args.row_tiles + row_tile;
+    return block * 2 + (participant == 0 ? 1 : 0);
+  }
+  __device__ int arrival_index(const DecodePiece& piece) const { return (slot - piece.participant) * args.row_tiles + row_tile; }
+};
+
+}  // namespace tpla::cuda

@@ -1,0 +1,140 @@
+// Parts that the Hopper MLA decode kernels share: the ring of KV chunks that TMA fills, and the load of the query rows.
+//
+// A tile of 64 tokens is cut into chunks of 64 columns (8 KiB, rows of 128 B, 128-byte swizzle): first the rope chunk, then the
+// latent chunks in order. One chunk serves as K (K-major) for the logits and as V (MN-major) for the output.
+#pragma once
+
+#include "mla_decode_schedule.cuh"
+#include "sm90_primitives.cuh"
+#include "sm90_wgmma.cuh"
+
+namespace tpla::cuda {
+
+constexpr int kChunkBytes = kTokenTile * 128;
+constexpr int kSharedMemoryPerBlock = 227 * 1024;
+constexpr int kSharedAlignment = 1024;
+
+// Where the tokens of a tile lie: one TMA box per run of tokens that is sure to be in one page. Held by a warp, one box a lane.
+struct TileBoxes {
+  int pages[4];
+  int offsets[4];  // first token within the page
+};
+
+class PageWalk {
+ public:
+  __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece) : args_(args), piece_(piece), boxes_per_tile_(kTokenTile / args.box_tokens) {}
+
+  // Tiles in ascending order, each once, by a whole warp.
+  __device__ TileBoxes boxes(int tile) {
+    const int lane = threadIdx.x % 32;
+    if (next_ == 0) {
+      const int token = tile * kTokenTile + lane * args_.box_tokens;
+      const int index = token / args_.page_size;
+      offset_ = token - index * args_.page_size;
+      // A page past the end of the tensor map reads as zeros.
+      page_ = token < piece_.kv_len ? args_.block_table[static_cast<int64_t>(piece_.sequence) * args_.block_table_stride + index] : args_.num_pages;
+    }
+    TileBoxes result;
+#pragma unroll
+    for (int box = 0; box < 4; ++box) {
+      result.pages[box] = __shfl_sync(~0u, page_, (next_ + box) & 31);
+      result.offsets[box] = __shfl_sync(~0u, offset_, (next_ + box) & 31);
+    }
+    next_ = (next_ + boxes_per_tile_) & 31;
+    return result;
+  }
+
+  // 64 tokens of one chunk of columns.
+  __device__ void load(const CUtensorMap& map, const TileBoxes& boxes, int column, uint32_t destination, uint32_t barrier) const {
+#pragma unroll
+    for (int box = 0; box < 4; ++box) {
+      if (box < boxes_per_tile_) {
+        tma_load_4d(destination + box * args_.box_tokens * 128, map, barrier, 0, boxes.offsets[box], column, boxes.pages[box]);
+      }
+    }
+  }
+
+ private:
+  const MlaDecodeArgs& args_;
+  const DecodePiece& piece_;
+  int boxes_per_tile_;
+  int next_ = 0;
+  int page_ = 0, offset_ = 0;
+};
+
+// Ring of kSlots chunks. Chunk number n of a block lives in slot n % kSlots; its phase is that of n / kSlots.
+template <int kChunks, int kSlots>
+struct ChunkRing {
+  uint32_t data;
+  uint32_t full;   // [kSlots] mbarriers
+  uint32_t empty;  // [kSlots]
+
+  __device__ uint32_t chunk(int slot) const { return data + slot * kChunkBytes; }
+  __device__ void wait_full(int slot, int phase) const { mbarrier_wait(full + slot * 8, phase); }
+  __device__ void release(int slot) const { mbarrier_arrive(empty + slot * 8); }
+
+  __device__ void init(int consumer_arrivals) const {
+    for (int i = 0; i < kSlots; ++i) {
+      mbarrier_init(full + i * 8, 1);
+      mbarrier_init(empty + i * 8, consumer_arrivals);
+    }
+    mbarrier_init_fence();
+  }
+
+  // Position 0 of a tile is the rope chunk, the last column; the latent chunks follow.
+  __device__ void fill(const CUtensorMap& map, const PageWalk& walk, const TileBoxes& boxes, int slot, int position, int use) const {
+    mbarrier_wait(empty + slot * 8, (use & 1) ^ 1);
+    mbarrier_arrive_expect_bytes(full + slot * 8, kChunkBytes);
+    walk.load(map, boxes, position == 0 ? kChunks - 1 : position - 1, chunk(slot), full + slot * 8);
+  }
+
+  // One warp feeds all tiles of a piece. `count` numbers the block's chunks from 0 across pieces.
+  __device__ void feed(const CUtensorMap& map, const MlaDecodeArgs& args, const DecodePiece& piece, int& count) const {
+    PageWalk walk(args, piece);
+    for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
+      const TileBoxes boxes = walk.boxes(tile);
+      if (threadIdx.x % 32 == 0) {
+#pragma unroll 1
+        for (int position = 0; position < kChunks; ++position) {
+          fill(map, walk, boxes, (count + position) % kSlots, position, (count + position) / kSlots);
+        }
+      }
+      count += kChunks;
+      __syncwarp();
+    }
+  }
+};
+
+// Query rows of this row tile -> shared memory, [chunk][row][64 columns], latent chunks first, 128-byte swizzle; absent rows are zero.
+template <int kBlockRows, int kLatent, int kThreads>
+__device__ __forceinline__ void load_query(const MlaDecodeArgs& args, int row0, const DecodePiece& piece, uint8_t* destination, int thread) {
+  constexpr int kUnits = (kLatent + 64) / 8;
+  const uint4* source = reinterpret_cast<const uint4*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row0) * kUnits;
+#pragma unroll 4
+  for (int i = thread; i < kBlockRows * kUnits; i += kThreads) {
+    const int row = i / kUnits, unit = i % kUnits;
+    uint4 value = make_uint4(0, 0, 0, 0);
+    if (row0 + row < piece.rows) {
+      value = __ldg(source + i);
+      if (args.latent_scale && unit < kLatent / 8) {
+        const float scale = args.latent_scale[(row0 + row) % args.heads];
+        uint32_t* words = reinterpret_cast<uint32_t*>(&value);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          words[w] = pack_bf16(__uint_as_float(words[w] << 16) * scale, __uint_as_float(words[w] & 0xFFFF0000u) * scale);
+        }
+      }
+    }
+    *reinterpret_cast<uint4*>(destination + (unit / 8) * (kBlockRows * 128) + row * 128 + (((unit % 8) ^ (row & 7)) << 4)) = value;
+  }
+}
+
+// Zeroes the tokens from `valid` on in one chunk, so that 0 · garbage cannot become NaN. kThreads threads.
+template <int kThreads>
+__device__ __forceinline__ void zero_chunk_tail(uint32_t chunk, int valid, int thread) {
+  for (int i = valid * 8 + thread; i < kTokenTile * 8; i += kThreads) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(chunk + i * 16), "r"(0) : "memory");
+  }
+}
+
+}  // namespace tpla::cuda

@@ -1,0 +1,361 @@
+// MLA decode for few query rows (up to 32 per block), Hopper. Memory-bound: rows lie on the N side of wgmma, tokens and latent
+// columns on the M side, so that 8 rows cost 8 columns of tensor work and not 64 padded rows.
+//
+//   logits^T [64 tokens × rows] = K [64 × width] · Q^T,      out^T [latent × rows] += V^T [latent × 64 tokens] · P^T
+//
+// One TMA warp fills the ring; two warpgroups take alternate tiles, each with an own online softmax and an own out^T in
+// registers, joined at the end of the piece.
+#include "mla_decode_combine.cuh"
+#include "mla_decode_kernel.h"
+#include "sm90_mla_decode.cuh"
+
+namespace tpla::cuda {
+
+template <int kLatent, int kRows>
+struct NarrowShape {
+  static constexpr int kLatentChunks = kLatent / 64;
+  static constexpr int kChunks = kLatentChunks + 1;
+  static constexpr int kQueryBytes = kChunks * kRows * 128;
+  static constexpr int kProbBytes = 2 * kRows * 128;  // one [rows][64 tokens] for each warpgroup
+  static constexpr int kScratchBytes = 2048 + 2 * 4 * kRows * 4 + 4 * kRows * 4;
+  static constexpr int kSlots = (kSharedMemoryPerBlock - kSharedAlignment - kQueryBytes - kProbBytes - kScratchBytes) / kChunkBytes;
+  static constexpr int kSharedBytes = kSharedAlignment + kQueryBytes + kProbBytes + kScratchBytes + kSlots * kChunkBytes;
+  static constexpr int kOverhead = kLatent >= 512 ? 1 : 2;
+  static constexpr int kThreads = 384;
+};
+
+template <int kLatent, int kRows>
+__global__ void __launch_bounds__(384, 1)
+    sm90_mla_decode_narrow(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ MlaDecodeArgs args) {
+  using Shape = NarrowShape<kLatent, kRows>;
+  constexpr int kLatentChunks = Shape::kLatentChunks;
+  constexpr int kChunks = Shape::kChunks;
+  constexpr int kSlots = Shape::kSlots;
+  constexpr int kColumnBlocks = kRows / 8;
+  using Mma = Wgmma<kRows>;
+  static_assert(kSlots >= kChunks + 1, "the ring must hold more than one tile");
+
+  extern __shared__ uint8_t shared_raw[];
+  uint8_t* shared = shared_raw + ((kSharedAlignment - (smem_address(shared_raw) & (kSharedAlignment - 1))) & (kSharedAlignment - 1));
+  uint8_t* ring_data = shared;
+  uint8_t* query = ring_data + kSlots * kChunkBytes;
+  uint8_t* probs = query + Shape::kQueryBytes;
+  uint8_t* scratch = probs + Shape::kProbBytes;
+  int* plan_scratch = reinterpret_cast<int*>(scratch);              // 34 ints
+  // Pieces that other blocks share: the first of this block's share and the last.
+  DecodePiece* split = reinterpret_cast<DecodePiece*>(scratch + 144);
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(scratch + 256);  // 2 · kSlots
+  float* warp_values = reinterpret_cast<float*>(scratch + 2048);    // [2 warpgroups][4 warps][rows]
+  float* row_values = warp_values + 2 * 4 * kRows;                  // [2 warpgroups][{maximum, sum}][rows]
+
+  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers), smem_address(barriers + kSlots)};
+  const DecodeSchedule<kRows, Shape::kOverhead> schedule(args);
+  const int row0 = schedule.row_tile * kRows;
+
+  if (threadIdx.x == 0) {
+    ring.init(4);  // the four warps of the warpgroup that owns the tile
+    tma_prefetch_map(kv_map);
+  }
+  DecodeShare share = schedule.share(plan_scratch);  // its barriers also publish the mbarriers
+  DecodePiece piece;
+
+  if (threadIdx.x < 128) {
+    registers_shrink<24>();
+    if (threadIdx.x < 32) {
+      int count = 0;
+      while (schedule.next(share, piece)) ring.feed(kv_map, args, piece, count);
+    }
+  } else {
+  registers_grow<240>();
+
+  const int thread = threadIdx.x - 128;
+  const int group = thread / 128, in_group = thread % 128;
+  const int warp = in_group / 32, lane = in_group % 32;
+  const int group_barrier = 1 + group;
+  constexpr int kConsumerBarrier = 3, kConsumers = 256;
+  const uint32_t query_address = smem_address(query);
+  const uint32_t probs_address = smem_address(probs) + group * kRows * 128;
+  float* group_warp_values = warp_values + group * 4 * kRows;
+
+  int splits = 0;
+  int count = 0;
+
+  while (schedule.next(share, piece)) {
+    load_query<kRows, kLatent, kConsumers>(args, row0, piece, query, thread);
+    fence_async_proxy();
+    named_barrier_sync(kConsumerBarrier, kConsumers);
+
+    float out[kLatentChunks][kRows / 2];
+#pragma unroll
+    for (int c = 0; c < kLatentChunks; ++c)
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) out[c][i] = 0.0f;
+    float maximum[kColumnBlocks * 2], sum[kColumnBlocks * 2];
+#pragma unroll
+    for (int i = 0; i < kColumnBlocks * 2; ++i) {
+      maximum[i] = -INFINITY;
+      sum[i] = 0.0f;
+    }
+    const int tiles = piece.tile_end - piece.tile_begin;
+    const int unmasked_tokens = schedule.limit(piece, row0);  // row0 sees the fewest
+
+    for (int t = group; t < tiles; t += 2) {
+      const int number = count + t * kChunks;
+      const int first_slot = number % kSlots;
+      const int first_use = number / kSlots;
+      const auto slot_of = [&](int position) { return first_slot + position >= kSlots ? first_slot + position - kSlots : first_slot + position; };
+      const auto phase_of = [&](int position) { return (first_slot + position >= kSlots ? first_use + 1 : first_use) & 1; };
+
+      float logits[kRows / 2];
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) logits[i] = 0.0f;
+      wgmma_pin(logits);
+#pragma unroll
+      for (int position = 0; position < kChunks; ++position) {
+        const int slot = slot_of(position);
+        const int column = position == 0 ? kLatentChunks : position - 1;
+        ring.wait_full(slot, phase_of(position));
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          Mma::template ss<0, 0>(logits, matrix_descriptor(ring.chunk(slot) + k * 32, 16, 1024),
+                                 matrix_descriptor(query_address + column * (kRows * 128) + k * 32, 16, 1024));
+        }
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      wgmma_pin(logits);
+      if (lane == 0) ring.release(first_slot);  // rope
+
+      // Mask.
+      const int token0 = (piece.tile_begin + t) * kTokenTile;
+      const int token = token0 + warp * 16 + lane / 4;
+      if (token0 + kTokenTile > unmasked_tokens) {
+#pragma unroll
+        for (int n = 0; n < kColumnBlocks; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int limit = schedule.limit(piece, row0 + n * 8 + (lane % 4) * 2 + j);
+            if (token >= limit) logits[n * 4 + j] = -INFINITY;
+            if (token + 8 >= limit) logits[n * 4 + 2 + j] = -INFINITY;
+          }
+      }
+
+      // The reference of the exponent moves only when a logit exceeds it by 2^8; until then no reduction over tokens is needed.
+      bool exceeds = false;
+#pragma unroll
+      for (int n = 0; n < kColumnBlocks; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float top = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * args.softmax_scale_log2;
+          exceeds |= top > maximum[n * 2 + j] + 8.0f;
+        }
+      if (named_barrier_any(group_barrier, 128, exceeds)) {
+        float top[kColumnBlocks * 2];
+#pragma unroll
+        for (int n = 0; n < kColumnBlocks; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float value = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * args.softmax_scale_log2;
+#pragma unroll
+            for (int d = 4; d < 32; d *= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, d));
+            top[n * 2 + j] = value;
+            if (lane < 4) group_warp_values[warp * kRows + n * 8 + lane * 2 + j] = value;
+          }
+        named_barrier_sync(group_barrier, 128);
+#pragma unroll
+        for (int n = 0; n < kColumnBlocks; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int row = n * 8 + (lane % 4) * 2 + j;
+            float value = maximum[n * 2 + j];
+#pragma unroll
+            for (int w = 0; w < 4; ++w) value = fmaxf(value, group_warp_values[w * kRows + row]);
+            const float factor = value == -INFINITY ? 1.0f : exp2_approx(maximum[n * 2 + j] - value);
+            maximum[n * 2 + j] = value;
+            sum[n * 2 + j] *= factor;
+#pragma unroll
+            for (int c = 0; c < kLatentChunks; ++c) {
+              out[c][n * 4 + j] *= factor;
+              out[c][n * 4 + 2 + j] *= factor;
+            }
+          }
+      }
+
+      // Probabilities, as [row][token] for the second product.
+#pragma unroll
+      for (int n = 0; n < kColumnBlocks; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float reference = maximum[n * 2 + j] == -INFINITY ? 0.0f : maximum[n * 2 + j];
+#pragma unroll
+          for (int half = 0; half < 4; half += 2) {
+            const float p = exp2_approx(fmaf(logits[n * 4 + half + j], args.softmax_scale_log2, -reference));
+            logits[n * 4 + half + j] = p;
+            sum[n * 2 + j] += p;
+          }
+        }
+      {
+        // Matrix i of a store: token half i % 2 of column block n + i / 2.
+        const int matrix = lane / 8, row_in_block = lane % 8;
+        const int unit = 2 * warp + matrix % 2;
+        const uint32_t row_address = probs_address + row_in_block * 128 + ((unit ^ row_in_block) << 4);
+        if constexpr (kColumnBlocks == 1) {
+          stmatrix_x2_trans(row_address, pack_bf16(logits[0], logits[1]), pack_bf16(logits[2], logits[3]));
+        } else {
+#pragma unroll
+          for (int n = 0; n < kColumnBlocks; n += 2) {
+            stmatrix_x4_trans(row_address + (n + matrix / 2) * 1024, pack_bf16(logits[n * 4], logits[n * 4 + 1]),
+                              pack_bf16(logits[n * 4 + 2], logits[n * 4 + 3]), pack_bf16(logits[n * 4 + 4], logits[n * 4 + 5]),
+                              pack_bf16(logits[n * 4 + 6], logits[n * 4 + 7]));
+          }
+        }
+      }
+      if (token0 + kTokenTile > piece.kv_len) {
+        for (int c = 0; c < kLatentChunks; ++c) zero_chunk_tail<128>(ring.chunk(slot_of(1 + c)), piece.kv_len - token0, in_group);
+      }
+      fence_async_proxy();
+      named_barrier_sync(group_barrier, 128);
+
+#pragma unroll
+      for (int c = 0; c < kLatentChunks; ++c) wgmma_pin(out[c]);
+      wgmma_fence();
+#pragma unroll
+      for (int c = 0; c < kLatentChunks; ++c) {
+        const uint32_t chunk = ring.chunk(slot_of(1 + c));
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          Mma::template ss<1, 0>(out[c], matrix_descriptor(chunk + k * 2048, kChunkBytes, 1024),
+                                 matrix_descriptor(probs_address + k * 32, 16, 1024));
+        }
+        wgmma_commit();
+      }
+      constexpr int kHalf = kLatentChunks / 2;
+      wgmma_wait<kLatentChunks - kHalf>();
+      if (lane < kHalf) ring.release(slot_of(1 + lane));
+      wgmma_wait<0>();
+      if (lane >= kHalf && lane < kLatentChunks) ring.release(slot_of(1 + lane));
+#pragma unroll
+      for (int c = 0; c < kLatentChunks; ++c) wgmma_pin(out[c]);
+    }
+    count += tiles * kChunks;
+
+    // Join the two warpgroups: sums over lanes and warps, then one common reference.
+#pragma unroll
+    for (int i = 0; i < kColumnBlocks * 2; ++i) {
+#pragma unroll
+      for (int d = 4; d < 32; d *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
+      if (lane < 4) {
+        const int row = (i / 2) * 8 + lane * 2 + i % 2;
+        group_warp_values[warp * kRows + row] = sum[i];
+        if (warp == 0) row_values[group * kRows + row] = maximum[i];
+      }
+    }
+    named_barrier_sync(kConsumerBarrier, kConsumers);
+    float factor[kColumnBlocks * 2];
+#pragma unroll
+    for (int i = 0; i < kColumnBlocks * 2; ++i) {
+      const int row = (i / 2) * 8 + (lane % 4) * 2 + i % 2;
+      const float top = fmaxf(row_values[row], row_values[kRows + row]);
+      const float reference = top == -INFINITY ? 0.0f : top;
+      factor[i] = exp2_approx(maximum[i] - reference);
+      float total[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int g = 0; g < 2; ++g)
+#pragma unroll
+        for (int w = 0; w < 4; ++w) total[g] += warp_values[(g * 4 + w) * kRows + row];
+      maximum[i] = top;
+      sum[i] = total[0] * exp2_approx(row_values[row] - reference) + total[1] * exp2_approx(row_values[kRows + row] - reference);
+    }
+
+    // Chunk by chunk one warpgroup hands its part to the other, which writes the result.
+    float* exchange = reinterpret_cast<float*>(probs);
+    const bool is_split = piece.participants > 1;
+    const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + row0;
+    const int part = schedule.partial_index(piece, piece.participant);
+    const int thread_offset = (lane % 4) * 2 * kLatent + warp * 16 + lane / 4;
+    float* partial = args.partial_out + static_cast<int64_t>(part) * kRows * kLatent + thread_offset;
+    __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
+    const int rows = min(piece.rows - row0, kRows);
+    const int thread_rows = rows - (lane % 4) * 2;  // rows from this thread's first on
+#pragma unroll
+    for (int c = 0; c < kLatentChunks; ++c) {
+      if (group == (c & 1)) {
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) exchange[i * 128 + in_group] = out[c][i] * factor[(i / 4) * 2 + i % 2];
+      }
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+      if (group != (c & 1)) {
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) {
+          const int row = (i / 4) * 8 + i % 2;  // relative to the thread's first
+          const int offset = row * kLatent + c * 64 + (i % 4 / 2) * 8;
+          const float value = fmaf(out[c][i], factor[(i / 4) * 2 + i % 2], exchange[i * 128 + in_group]);
+          if (row < thread_rows) {
+            if (is_split) {
+              partial[offset] = value;
+            } else {
+              const float total = sum[(i / 4) * 2 + i % 2];
+              final_out[offset] = __float2bfloat16(total > 0.0f ? __fdividef(value, total) : 0.0f);
+            }
+          }
+        }
+      }
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+    }
+    if (group == 0 && warp == 0 && lane < 4) {
+#pragma unroll
+      for (int i = 0; i < kColumnBlocks * 2; ++i) {
+        const int row = (i / 2) * 8 + lane * 2 + i % 2;
+        if (row >= rows) continue;
+        if (is_split) {
+          args.partial_sum[part * kRows + row] = make_float2(maximum[i], sum[i]);
+        } else if (args.lse) {
+          args.lse[out_row0 + row] = sum[i] > 0.0f ? (maximum[i] + log2f(sum[i])) * 0.6931471805599453f : -INFINITY;
+        }
+      }
+    }
+    if (is_split) {
+      if (thread == 0) split[splits] = piece;
+      ++splits;
+      __threadfence();
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+      if (thread == 0) publish_part(args.arrivals + schedule.arrival_index(piece));
+    }
+  }
+
+  const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
+  for (int i = 0; i < splits; ++i) {
+    combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], reinterpret_cast<float*>(ring_data), thread, barrier);
+  }
+  }
+}
+
+namespace {
+
+template <int kLatent, int kRows>
+DecodeKernel describe() {
+  return {reinterpret_cast<const void*>(&sm90_mla_decode_narrow<kLatent, kRows>), kRows, NarrowShape<kLatent, kRows>::kSharedBytes,
+          NarrowShape<kLatent, kRows>::kThreads, true};
+}
+
+template <int kLatent>
+DecodeKernel choose_rows(int rows) {
+  if (rows <= 8) return describe<kLatent, 8>();
+  if (rows <= 16) return describe<kLatent, 16>();
+  return describe<kLatent, 32>();
+}
+
+}  // namespace
+
+DecodeKernel sm90_mla_decode_narrow_kernel(int latent, int rows) {
+  switch (latent) {
+    case 128: return choose_rows<128>(rows);
+    case 256: return choose_rows<256>(rows);
+    case 320: return choose_rows<320>(rows);
+    case 512: return choose_rows<512>(rows);
+    default: return {};
+  }
+}
+
+}  // namespace tpla::cuda

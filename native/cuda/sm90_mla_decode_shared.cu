@@ -1,0 +1,349 @@
+// MLA decode with a 512-wide latent for 64 query rows per block, Hopper. The output, 64 × 512 in fp32, fills the registers of two
+// warpgroups, so they share the rows: warpgroup 0 holds the left half of the latent, warpgroup 1 the right half.
+//
+// Tiles go in pairs (a, b). Warpgroup 0 computes the logits and probabilities of a, warpgroup 1 those of b, and they exchange
+// the probabilities through shared memory: one is in its softmax while the other keeps the tensor cores busy.
+//
+//   warpgroup 0:  QK a | softmax a ->| P_a V_a left  | P_b V_b left
+//   warpgroup 1:  QK b |        softmax b ->| P_b V_b right | P_a V_a right
+//
+// The reference of the exponent passes along the tiles (a, then b, then the next a); it moves rarely, see kReferenceSlack.
+// Two tile buffers hold 144 KiB; each half of a tile is refilled as soon as its warpgroup is through with it, so every tile
+// is loaded in the order in which its next reader wants it.
+#include "mla_decode_combine.cuh"
+#include "mla_decode_kernel.h"
+#include "sm90_mla_decode.cuh"
+#include "sm90_softmax.cuh"
+
+namespace tpla::cuda {
+
+struct SharedShape {
+  static constexpr int kLatent = 512;
+  static constexpr int kRows = 64;
+  static constexpr int kChunks = 9;
+  static constexpr int kSlots = 2 * kChunks;
+  static constexpr int kQueryBytes = 8 * kChunkBytes;  // the rope part of the query lives in registers
+  static constexpr int kProbBytes = kChunkBytes;
+  static constexpr int kScratchBytes = 2048;
+  static constexpr int kSharedBytes = kSharedAlignment + kSlots * kChunkBytes + kQueryBytes + 2 * kProbBytes + kScratchBytes;
+  static constexpr int kOverhead = 1;
+  static constexpr int kThreads = 384;
+};
+static_assert(SharedShape::kSharedBytes <= kSharedMemoryPerBlock);
+
+// Address of this lane's row of 16 bytes for ldmatrix/stmatrix.x4 on k-step k of a [64][64] bf16 tile, 128-byte swizzle.
+__device__ __forceinline__ uint32_t fragment_address(uint32_t tile, int warp, int lane, int k) {
+  const int row = warp * 16 + lane % 16, unit = 2 * k + lane / 16;
+  return tile + row * 128 + ((unit ^ (row & 7)) << 4);
+}
+
+__device__ __forceinline__ void scale_packed(uint32_t (&probs)[4][4], const float (&factor)[2]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float f = factor[i % 2];
+      probs[k][i] = pack_bf16(__uint_as_float(probs[k][i] << 16) * f, __uint_as_float(probs[k][i] & 0xFFFF0000u) * f);
+    }
+}
+
+__global__ void __launch_bounds__(384, 1)
+    sm90_mla_decode_shared(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ MlaDecodeArgs args) {
+  using Shape = SharedShape;
+  constexpr int kLatent = Shape::kLatent, kRows = Shape::kRows, kChunks = Shape::kChunks, kSlots = Shape::kSlots;
+
+  extern __shared__ uint8_t shared_raw[];
+  uint8_t* shared = shared_raw + ((kSharedAlignment - (smem_address(shared_raw) & (kSharedAlignment - 1))) & (kSharedAlignment - 1));
+  uint8_t* ring_data = shared;
+  uint8_t* query = ring_data + kSlots * kChunkBytes;
+  uint8_t* probs_shared = query + Shape::kQueryBytes;  // [2 tiles of the pair]; the rope query passes through the first
+  uint8_t* scratch = probs_shared + 2 * Shape::kProbBytes;
+  int* plan_scratch = reinterpret_cast<int*>(scratch);
+  // Pieces that other blocks share: the first of this block's share and the last.
+  DecodePiece* split = reinterpret_cast<DecodePiece*>(scratch + 144);
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(scratch + 256);
+  float* references = reinterpret_cast<float*>(scratch + 768);  // [2 tiles][64 rows]
+  float* row_sums = reinterpret_cast<float*>(scratch + 1280);   // [2 warpgroups][64 rows]
+
+  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers), smem_address(barriers + kSlots)};
+  const DecodeSchedule<kRows, Shape::kOverhead> schedule(args);
+  const int row0 = schedule.row_tile * kRows;
+
+  if (threadIdx.x == 0) {
+    ring.init(4);
+    tma_prefetch_map(kv_map);
+  }
+  DecodeShare share = schedule.share(plan_scratch);
+  DecodePiece piece;
+  int uses[2] = {0, 0};  // of each tile buffer
+
+  if (threadIdx.x < 128) {
+    registers_shrink<24>();
+    if (threadIdx.x < 32) {
+      while (schedule.next(share, piece)) {
+        PageWalk walk(args, piece);
+        for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
+          const TileBoxes boxes = walk.boxes(tile);
+          const int buffer = (tile - piece.tile_begin) & 1;
+          const int use = buffer ? uses[1]++ : uses[0]++;
+          if (threadIdx.x == 0) {
+            // Left half first for warpgroup 0, right half first for warpgroup 1; the rope chunk between.
+#pragma unroll 1
+            for (int i = 0; i < kChunks; ++i) {
+              const int left_first = i == 4 ? 0 : i < 4 ? i + 1 : i;
+              const int position = buffer == 0 || left_first == 0 ? left_first : left_first <= 4 ? left_first + 4 : left_first - 4;
+              ring.fill(kv_map, walk, boxes, buffer * kChunks + position, position, use);
+            }
+          }
+          __syncwarp();
+        }
+      }
+    }
+  } else {
+    registers_grow<240>();
+
+    const int thread = threadIdx.x - 128;
+    const int group = thread / 128, in_group = thread % 128;
+    const int warp = in_group / 32, lane = in_group % 32;
+    const int group_barrier = 1 + group;
+    constexpr int kConsumerBarrier = 3, kReferenceReady = 4, kProbsReady = 5, kConsumers = 256;  // kProbsReady + tile
+    const int thread_row = warp * 16 + lane / 4;
+    const uint32_t probs_tile[2] = {smem_address(probs_shared), smem_address(probs_shared) + Shape::kProbBytes};
+    const int half_position = 1 + group * 4;  // first chunk of this warpgroup's half
+
+    int splits = 0;
+
+    while (schedule.next(share, piece)) {
+      load_query<kRows, kLatent, kConsumers>(args, row0, piece, query, thread);
+      fence_async_proxy();
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+      uint32_t rope_query[4][4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) ldmatrix_x4(fragment_address(probs_tile[0], warp, lane, k), rope_query[k]);
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+
+      float out[128];
+#pragma unroll
+      for (int i = 0; i < 128; ++i) out[i] = 0.0f;
+      RowSoftmax softmax;
+      const int tiles = piece.tile_end - piece.tile_begin;
+      const int unmasked_tokens = schedule.limit(piece, row0);
+      const int limits[2] = {schedule.limit(piece, row0 + thread_row), schedule.limit(piece, row0 + thread_row + 8)};
+
+      const auto multiply_logits = [&](float(&logits)[32], int phase) {
+        uint32_t query_rows = smem_address(query);
+        asm volatile("" : "+r"(query_rows));  // keeps descriptors out of loop-invariant registers
+#pragma unroll
+        for (int i = 0; i < 32; ++i) logits[i] = 0.0f;
+        wgmma_pin(logits);
+        const int slot0 = group * kChunks;
+        // Own half first, then rope, then the other half.
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+          const int position = i == 4 ? 0 : ((i < 4 ? i : i - 1) + group * 4) % 8 + 1;
+          ring.wait_full(slot0 + position, phase);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const uint64_t keys = matrix_descriptor(ring.chunk(slot0 + position) + k * 32, 16, 1024);
+            if (i == 4) {
+              Wgmma<64>::rs<0>(logits, rope_query[k], keys);
+            } else {
+              Wgmma<64>::ss<0, 0>(logits, matrix_descriptor(query_rows + (position - 1) * kChunkBytes + k * 32, 16, 1024), keys);
+            }
+          }
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(logits);
+        if (lane == 0) ring.release(slot0);  // rope
+      };
+      const auto mask = [&](float(&logits)[32], int t) {
+        const int token0 = (piece.tile_begin + t) * kTokenTile;
+        if (token0 + kTokenTile <= unmasked_tokens) return;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          const int token = token0 + (i / 4) * 8 + (lane % 4) * 2 + i % 2;
+          if (token >= limits[i % 4 / 2]) logits[i] = -INFINITY;
+        }
+      };
+      // out += probs · V of buffer `buffer`, this warpgroup's half. Tile t lies in the buffer.
+      const auto multiply_half = [&](const uint32_t(&probs)[4][4], int buffer, int t) {
+        const uint32_t values = ring.chunk(buffer * kChunks + half_position);
+        const int valid = piece.kv_len - (piece.tile_begin + t) * kTokenTile;
+        if (valid < kTokenTile) {
+          for (int c = 0; c < 4; ++c) zero_chunk_tail<128>(values + c * kChunkBytes, valid, in_group);
+          fence_async_proxy();
+          named_barrier_sync(group_barrier, 128);
+        }
+        wgmma_pin(out);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Wgmma<256>::rs<1>(out, probs[k], matrix_descriptor(values + k * 2048, kChunkBytes, 1024));
+        wgmma_commit();
+      };
+      const auto release_half = [&](int buffer) {
+        if (lane < 4) ring.release(buffer * kChunks + half_position + lane);
+      };
+      const auto publish_references = [&](int tile) {
+        if (lane % 4 == 0) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) references[tile * 64 + thread_row + h * 8] = softmax.maximum[h];
+        }
+      };
+      // Takes over the references the other warpgroup published; true where one of this warp's rows moved.
+      const auto adopt_references = [&](int tile, float(&factor)[2]) {
+        bool moved = false;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float reference = references[tile * 64 + thread_row + h * 8];
+          moved |= reference != softmax.maximum[h];
+          softmax.move_to(h, reference, factor[h]);
+        }
+        return static_cast<bool>(__any_sync(~0u, moved));
+      };
+      const auto store_probs = [&](const uint32_t(&probs)[4][4], int tile) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) stmatrix_x4(fragment_address(probs_tile[tile], warp, lane, k), probs[k][0], probs[k][1], probs[k][2], probs[k][3]);
+      };
+      const auto load_probs = [&](uint32_t(&probs)[4][4], int tile) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) ldmatrix_x4(fragment_address(probs_tile[tile], warp, lane, k), probs[k]);
+      };
+
+      const int pairs = (tiles + 1) / 2;
+      for (int pair = 0; pair < pairs; ++pair) {
+        const int a = 2 * pair, b = a + 1;
+        const bool has_b = b < tiles;
+        float logits[32], factor[2];
+        uint32_t own[4][4], other[4][4];
+        if (group == 0) {
+          multiply_logits(logits, (uses[0] + pair) & 1);
+          mask(logits, a);
+          const bool moved = softmax.update(logits, args.softmax_scale_log2, factor);
+          publish_references(0);
+          named_barrier_arrive(kReferenceReady, kConsumers);
+          softmax.exponentiate(logits, args.softmax_scale_log2);
+          pack_fragment(logits, own);
+          store_probs(own, 0);
+          named_barrier_arrive(kProbsReady, kConsumers);
+          if (moved) scale_rows(out, factor);
+          multiply_half(own, 0, a);
+          if (has_b) {
+            named_barrier_sync(kProbsReady + 1, kConsumers);
+            load_probs(other, 1);
+            const bool moved_on = adopt_references(1, factor);
+            wgmma_wait<0>();
+            wgmma_pin(out);
+            release_half(0);
+            if (moved_on) scale_rows(out, factor);
+            multiply_half(other, 1, b);
+            wgmma_wait<0>();
+            wgmma_pin(out);
+            release_half(1);
+          } else {
+            wgmma_wait<0>();
+            wgmma_pin(out);
+            release_half(0);
+          }
+        } else {
+          float adopted[2];
+          if (has_b) {
+            multiply_logits(logits, (uses[1] + pair) & 1);
+            mask(logits, b);
+            named_barrier_sync(kReferenceReady, kConsumers);
+            const bool moved = adopt_references(0, adopted);
+            const bool moved_on = softmax.update(logits, args.softmax_scale_log2, factor);
+            publish_references(1);
+            softmax.exponentiate(logits, args.softmax_scale_log2);
+            pack_fragment(logits, own);
+            store_probs(own, 1);
+            named_barrier_arrive(kProbsReady + 1, kConsumers);
+            if (moved || moved_on) {
+              adopted[0] *= factor[0];
+              adopted[1] *= factor[1];
+              scale_rows(out, adopted);
+            }
+            multiply_half(own, 1, b);
+            named_barrier_sync(kProbsReady, kConsumers);
+            load_probs(other, 0);
+            if (moved_on) scale_packed(other, factor);
+            wgmma_wait<0>();
+            wgmma_pin(out);
+            release_half(1);
+          } else {
+            named_barrier_sync(kReferenceReady, kConsumers);
+            if (adopt_references(0, adopted)) scale_rows(out, adopted);
+            named_barrier_sync(kProbsReady, kConsumers);
+            load_probs(other, 0);
+          }
+          multiply_half(other, 0, a);
+          wgmma_wait<0>();
+          wgmma_pin(out);
+          release_half(0);
+        }
+      }
+      uses[0] += pairs;
+      uses[1] += tiles / 2;
+
+      float sums[2] = {softmax.row_sum(0), softmax.row_sum(1)};
+      if (lane % 4 == 0) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) row_sums[group * 64 + thread_row + h * 8] = sums[h];
+      }
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) sums[h] = row_sums[thread_row + h * 8] + row_sums[64 + thread_row + h * 8];
+
+      const bool is_split = piece.participants > 1;
+      const int part = schedule.partial_index(piece, piece.participant);
+      const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + row0;
+      const int rows = min(piece.rows - row0, kRows);
+      const int thread_offset = thread_row * kLatent + group * 256 + (lane % 4) * 2;
+      float* partial = args.partial_out + static_cast<int64_t>(part) * kRows * kLatent + thread_offset;
+      __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = thread_row + h * 8;
+        if (row >= rows) continue;
+        const float inverse = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
+#pragma unroll
+        for (int n = 0; n < 32; ++n) {
+          const int offset = h * 8 * kLatent + n * 8;
+          const float lo = out[n * 4 + h * 2], hi = out[n * 4 + h * 2 + 1];
+          if (is_split) {
+            *reinterpret_cast<float2*>(partial + offset) = make_float2(lo, hi);
+          } else {
+            *reinterpret_cast<uint32_t*>(final_out + offset) = pack_bf16(lo * inverse, hi * inverse);
+          }
+        }
+        if (group == 0 && lane % 4 == 0) {
+          if (is_split) {
+            args.partial_sum[part * kRows + row] = make_float2(softmax.maximum[h], sums[h]);
+          } else if (args.lse) {
+            args.lse[out_row0 + row] = sums[h] > 0.0f ? (softmax.maximum[h] + log2f(sums[h])) * 0.6931471805599453f : -INFINITY;
+          }
+        }
+      }
+      if (is_split) {
+        if (thread == 0) split[splits] = piece;
+        ++splits;
+        __threadfence();
+      }
+      named_barrier_sync(kConsumerBarrier, kConsumers);  // also: nobody reads this query any more
+      if (is_split && thread == 0) publish_part(args.arrivals + schedule.arrival_index(piece));
+    }
+
+    const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
+    for (int i = 0; i < splits; ++i) {
+      combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], reinterpret_cast<float*>(ring_data), thread, barrier);
+    }
+  }
+}
+
+DecodeKernel sm90_mla_decode_shared_kernel(int latent, int) {
+  if (latent != SharedShape::kLatent) return {};
+  return {reinterpret_cast<const void*>(&sm90_mla_decode_shared), SharedShape::kRows, SharedShape::kSharedBytes, SharedShape::kThreads, true};
+}
+
+}  // namespace tpla::cuda

@@ -1,0 +1,307 @@
+// MLA decode for 64 or 128 query rows per block and latents up to 320 wide, Hopper. Rows lie on the M side of wgmma; a warpgroup
+// holds 64 rows × the whole latent of the output in registers.
+//   128 rows (compute-bound): each warpgroup has its own 64 rows and reads every tile; the logits of the next tile are multiplied
+//            while the softmax of this one runs, and the other warpgroup fills the tensor cores meanwhile.
+//   64 rows  (memory-bound): both warpgroups have the same rows and take alternate tiles; they are joined at the end of the piece.
+#include "mla_decode_combine.cuh"
+#include "mla_decode_kernel.h"
+#include "sm90_mla_decode.cuh"
+#include "sm90_softmax.cuh"
+
+namespace tpla::cuda {
+
+template <int kLatent, int kRows>
+struct TileShape {
+  static constexpr int kChunks = kLatent / 64 + 1;
+  static constexpr bool kSplitRows = kRows == 128;
+  static constexpr int kQueryBytes = kChunks * kRows * 128;
+  static constexpr int kExchangeBytes = kSplitRows ? 0 : 128 * 32 * 4;
+  static constexpr int kScratchBytes = 2048 + 1024;
+  static constexpr int kStages =
+      (kSharedMemoryPerBlock - kSharedAlignment - kQueryBytes - kExchangeBytes - kScratchBytes) / (kChunks * kChunkBytes);
+  static constexpr int kSlots = kStages * kChunks;
+  static constexpr int kSharedBytes = kSharedAlignment + kQueryBytes + kExchangeBytes + kScratchBytes + kSlots * kChunkBytes;
+  static constexpr int kOverhead = 2;
+  static constexpr int kThreads = 384;
+};
+
+// out[64 × latent] += P[64 × 64] · V[64 × latent]
+template <int kLatent>
+__device__ __forceinline__ void multiply_values(float (&out)[kLatent / 2], const uint32_t (&probs)[4][4], uint32_t values) {
+  constexpr int kMain = kLatent < 256 ? kLatent : 256;
+  float(&main)[kMain / 2] = reinterpret_cast<float(&)[kMain / 2]>(out);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) Wgmma<kMain>::template rs<1>(main, probs[k], matrix_descriptor(values + k * 2048, kChunkBytes, 1024));
+  if constexpr (kLatent > kMain) {
+    float(&rest)[(kLatent - kMain) / 2] = reinterpret_cast<float(&)[(kLatent - kMain) / 2]>(out[kMain / 2]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      Wgmma<kLatent - kMain>::template rs<1>(rest, probs[k], matrix_descriptor(values + (kMain / 64) * kChunkBytes + k * 2048, kChunkBytes, 1024));
+    }
+  }
+}
+
+template <int kLatent, int kRows>
+__global__ void __launch_bounds__(384, 1)
+    sm90_mla_decode_tile(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ MlaDecodeArgs args) {
+  using Shape = TileShape<kLatent, kRows>;
+  constexpr int kChunks = Shape::kChunks;
+  constexpr int kSlots = Shape::kSlots;
+  constexpr bool kSplitRows = Shape::kSplitRows;
+  static_assert(Shape::kStages >= 2);
+
+  extern __shared__ uint8_t shared_raw[];
+  uint8_t* shared = shared_raw + ((kSharedAlignment - (smem_address(shared_raw) & (kSharedAlignment - 1))) & (kSharedAlignment - 1));
+  uint8_t* ring_data = shared;
+  uint8_t* query = ring_data + kSlots * kChunkBytes;
+  float* exchange = reinterpret_cast<float*>(query + Shape::kQueryBytes);
+  uint8_t* scratch = query + Shape::kQueryBytes + Shape::kExchangeBytes;
+  int* plan_scratch = reinterpret_cast<int*>(scratch);
+  // Pieces that other blocks share: the first of this block's share and the last.
+  DecodePiece* split = reinterpret_cast<DecodePiece*>(scratch + 144);
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(scratch + 256);
+  float2* row_values = reinterpret_cast<float2*>(scratch + 2048);  // [2 warpgroups][64 rows]: reference, sum
+
+  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers), smem_address(barriers + kSlots)};
+  const DecodeSchedule<kRows, Shape::kOverhead> schedule(args);
+  const int row0 = schedule.row_tile * kRows;
+
+  if (threadIdx.x == 0) {
+    ring.init(kSplitRows ? 8 : 4);
+    tma_prefetch_map(kv_map);
+  }
+  DecodeShare share = schedule.share(plan_scratch);
+  DecodePiece piece;
+
+  if (threadIdx.x < 128) {
+    registers_shrink<24>();
+    if (threadIdx.x < 32) {
+      int count = 0;
+      while (schedule.next(share, piece)) ring.feed(kv_map, args, piece, count);
+    }
+  } else {
+  registers_grow<240>();
+
+  const int thread = threadIdx.x - 128;
+  const int group = thread / 128, in_group = thread % 128;
+  const int warp = in_group / 32, lane = in_group % 32;
+  const int group_barrier = 1 + group;
+  constexpr int kConsumerBarrier = 3, kConsumers = 256;
+  const uint32_t query_address = smem_address(query) + (kSplitRows ? group * 64 * 128 : 0);
+  const int group_row0 = row0 + (kSplitRows ? group * 64 : 0);
+  const int thread_row = warp * 16 + lane / 4;  // and + 8; within the warpgroup's 64
+
+  int splits = 0;
+  int stage_count = 0;  // tiles of earlier pieces
+
+  while (schedule.next(share, piece)) {
+    load_query<kRows, kLatent, kConsumers>(args, row0, piece, query, thread);
+    fence_async_proxy();
+    named_barrier_sync(kConsumerBarrier, kConsumers);
+
+    float out[kLatent / 2];
+#pragma unroll
+    for (int i = 0; i < kLatent / 2; ++i) out[i] = 0.0f;
+    RowSoftmax softmax;
+    float logits[32];
+    uint32_t probs[4][4];
+    float factor[2];
+
+    const int tiles = piece.tile_end - piece.tile_begin;
+    const int first = kSplitRows ? 0 : group;
+    constexpr int kStep = kSplitRows ? 1 : 2;
+    const int unmasked_tokens = schedule.limit(piece, group_row0);
+    const int limits[2] = {schedule.limit(piece, group_row0 + thread_row), schedule.limit(piece, group_row0 + thread_row + 8)};
+
+    const auto stage_of = [&](int t) { return (stage_count + t) % Shape::kStages; };
+    const auto phase_of = [&](int t) { return (stage_count + t) / Shape::kStages & 1; };
+    const auto multiply_logits = [&](int t) {
+      const int slot = stage_of(t) * kChunks, phase = phase_of(t);
+      uint32_t query_rows = query_address;
+      asm volatile("" : "+r"(query_rows));  // else 4 · kChunks descriptors are kept in registers across the loop
+#pragma unroll
+      for (int i = 0; i < 32; ++i) logits[i] = 0.0f;
+      wgmma_pin(logits);
+#pragma unroll
+      for (int position = 0; position < kChunks; ++position) {
+        const int column = position == 0 ? kChunks - 1 : position - 1;
+        ring.wait_full(slot + position, phase);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          Wgmma<64>::template ss<0, 0>(logits, matrix_descriptor(query_rows + column * (kRows * 128) + k * 32, 16, 1024),
+                                       matrix_descriptor(ring.chunk(slot + position) + k * 32, 16, 1024));
+        }
+      }
+      wgmma_commit();
+    };
+    const auto mask = [&](int t) {
+      const int token0 = (piece.tile_begin + t) * kTokenTile;
+      if (token0 + kTokenTile <= unmasked_tokens) return;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int token = token0 + (i / 4) * 8 + (lane % 4) * 2 + i % 2;
+        if (token >= limits[i % 4 / 2]) logits[i] = -INFINITY;
+      }
+    };
+    const auto release = [&](int t) {
+      if (lane < kChunks) ring.release(stage_of(t) * kChunks + lane);
+    };
+
+    if (first < tiles) {
+      multiply_logits(first);
+      wgmma_wait<0>();
+      wgmma_pin(logits);
+      mask(first);
+      softmax.update(logits, args.softmax_scale_log2, factor);
+      softmax.exponentiate(logits, args.softmax_scale_log2);
+      pack_fragment(logits, probs);
+      int t = first;
+      for (; t + kStep < tiles; t += kStep) {
+        multiply_logits(t + kStep);
+        wgmma_pin(out);
+        wgmma_fence();
+        multiply_values<kLatent>(out, probs, ring.chunk(stage_of(t) * kChunks + 1));
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_pin(logits);
+        mask(t + kStep);
+        const bool moved = softmax.update(logits, args.softmax_scale_log2, factor);
+        softmax.exponentiate(logits, args.softmax_scale_log2);
+        wgmma_wait<0>();
+        wgmma_pin(out);
+        release(t);
+        if (moved) scale_rows(out, factor);
+        pack_fragment(logits, probs);
+      }
+      const int token0 = (piece.tile_begin + t) * kTokenTile;
+      const uint32_t values = ring.chunk(stage_of(t) * kChunks + 1);
+      if (token0 + kTokenTile > piece.kv_len) {
+        for (int c = 0; c < kChunks - 1; ++c) zero_chunk_tail<128>(values + c * kChunkBytes, piece.kv_len - token0, in_group);
+        fence_async_proxy();
+        named_barrier_sync(group_barrier, 128);
+      }
+      wgmma_pin(out);
+      wgmma_fence();
+      multiply_values<kLatent>(out, probs, values);
+      wgmma_commit();
+      wgmma_wait<0>();
+      wgmma_pin(out);
+      release(t);
+    }
+    stage_count += tiles;
+
+    float sums[2] = {softmax.row_sum(0), softmax.row_sum(1)};
+    const bool is_split = piece.participants > 1;
+    const int part = schedule.partial_index(piece, piece.participant);
+    const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + group_row0;
+    const int rows = min(piece.rows - group_row0, 64);
+    const int part_row0 = kSplitRows ? group * 64 : 0;
+    const int thread_offset = thread_row * kLatent + (lane % 4) * 2;
+    float* partial = args.partial_out + (static_cast<int64_t>(part) * kRows + part_row0) * kLatent + thread_offset;
+    __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
+
+    // Values i, i + 1 of the fragment are neighbours in a row.
+    const auto write = [&](int i, float lo, float hi) {
+      const int h = i % 4 / 2;
+      const int offset = h * 8 * kLatent + (i / 4) * 8;
+      if (thread_row + h * 8 >= rows) return;
+      if (is_split) {
+        *reinterpret_cast<float2*>(partial + offset) = make_float2(lo, hi);
+      } else {
+        const float inverse = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
+        *reinterpret_cast<uint32_t*>(final_out + offset) = pack_bf16(lo * inverse, hi * inverse);
+      }
+    };
+
+    if constexpr (kSplitRows) {
+#pragma unroll
+      for (int i = 0; i < kLatent / 2; i += 2) write(i, out[i], out[i + 1]);
+    } else {
+      if (lane % 4 == 0) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) row_values[group * 64 + thread_row + h * 8] = make_float2(softmax.maximum[h], sums[h]);
+      }
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 other = row_values[(group ^ 1) * 64 + thread_row + h * 8];
+        const float top = fmaxf(softmax.maximum[h], other.x);
+        const float reference = top == -INFINITY ? 0.0f : top;
+        factor[h] = exp2_approx(softmax.maximum[h] - reference);
+        // In this order in both warpgroups, for equal bits.
+        const float own = sums[h] * factor[h], others = other.y * exp2_approx(other.x - reference);
+        sums[h] = group == 0 ? own + others : others + own;
+        softmax.maximum[h] = top;
+      }
+      constexpr int kRound = 32;
+#pragma unroll
+      for (int round = 0; round < kLatent / 2 / kRound; ++round) {
+        if (group == (round & 1)) {
+#pragma unroll
+          for (int i = 0; i < kRound; ++i) exchange[i * 128 + in_group] = out[round * kRound + i] * factor[i % 4 / 2];
+        }
+        named_barrier_sync(kConsumerBarrier, kConsumers);
+        if (group != (round & 1)) {
+#pragma unroll
+          for (int i = 0; i < kRound; i += 2) {
+            write(round * kRound + i, fmaf(out[round * kRound + i], factor[i % 4 / 2], exchange[i * 128 + in_group]),
+                  fmaf(out[round * kRound + i + 1], factor[i % 4 / 2], exchange[(i + 1) * 128 + in_group]));
+          }
+        }
+        named_barrier_sync(kConsumerBarrier, kConsumers);
+      }
+    }
+    if ((kSplitRows || group == 0) && lane % 4 == 0) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = thread_row + h * 8;
+        if (row >= rows) continue;
+        if (is_split) {
+          args.partial_sum[part * kRows + part_row0 + row] = make_float2(softmax.maximum[h], sums[h]);
+        } else if (args.lse) {
+          args.lse[out_row0 + row] = sums[h] > 0.0f ? (softmax.maximum[h] + log2f(sums[h])) * 0.6931471805599453f : -INFINITY;
+        }
+      }
+    }
+    if (is_split) {
+      if (thread == 0) split[splits] = piece;
+      ++splits;
+      __threadfence();
+    }
+    named_barrier_sync(kConsumerBarrier, kConsumers);  // also: nobody reads this query any more
+    if (is_split && thread == 0) publish_part(args.arrivals + schedule.arrival_index(piece));
+  }
+
+  const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
+  for (int i = 0; i < splits; ++i) {
+    combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], reinterpret_cast<float*>(ring_data), thread, barrier);
+  }
+  }
+}
+
+namespace {
+
+template <int kLatent, int kRows>
+DecodeKernel describe() {
+  return {reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows>), kRows, TileShape<kLatent, kRows>::kSharedBytes,
+          TileShape<kLatent, kRows>::kThreads, true};
+}
+
+template <int kLatent>
+DecodeKernel choose_rows(int rows) {
+  return rows <= 64 ? describe<kLatent, 64>() : describe<kLatent, 128>();
+}
+
+}  // namespace
+
+DecodeKernel sm90_mla_decode_tile_kernel(int latent, int rows) {
+  switch (latent) {
+    case 128: return choose_rows<128>(rows);
+    case 256: return choose_rows<256>(rows);
+    case 320: return choose_rows<320>(rows);
+    default: return {};
+  }
+}
+
+}  // namespace tpla::cuda
