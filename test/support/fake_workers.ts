@@ -29,6 +29,8 @@ export interface Exchange<Request, Event> {
   /** Resolves true when the client has gone before the end. */
   closed: Promise<void>;
   isClosed(): boolean;
+  /** Resolves when the client has read what was emitted, or is gone. */
+  drained(): Promise<void>;
 }
 
 export type GenerateScript = (exchange: Exchange<GenerateRequest, GenerateEvent>, worker: FakeDecode) => Promise<void> | void;
@@ -91,6 +93,7 @@ abstract class FakeWorker {
       refuse: (status, code, message = code) => { ended = true; json(response, status, { error: { message, type: 'server_error', param: null, code } }); },
       closed,
       isClosed: () => response.destroyed,
+      drained: async () => { if (response.writableNeedDrain) await Promise.race([once(response, 'drain'), closed]); },
     };
   }
 }
@@ -159,10 +162,10 @@ export const scriptedGenerate: GenerateScript = async (exchange, worker) => {
   });
   const alternatives = Math.max(0, request.sampling.logprobs);
   let total = 0;
-  for (let step = 0; choices.some((tokens) => step < Math.min(tokens.length, request.max_tokens)); step++) {
+  for (let step = 0; !exchange.isClosed() && choices.some((tokens) => step < Math.min(tokens.length, request.max_tokens)); step++) {
     for (const [index, tokens] of choices.entries()) {
       const token = tokens[step];
-      if (token === undefined || step >= request.max_tokens || exchange.isClosed()) continue;
+      if (token === undefined || step >= request.max_tokens) continue;
       const stopped = worker.stops.some((stop) => stop.id === request.id && stop.index === index);
       if (stopped) continue;
       const logprob = request.sampling.logprobs < 0 ? NaN : -0.25 * (step + 1);

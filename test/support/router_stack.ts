@@ -23,12 +23,17 @@ export class RouterStack {
   readonly #children: ChildProcess[] = [];
   #role: RunningRole | null = null;
 
+  /** So many workers in this process, then the router. */
   static async start({ decode = 1, prefill = 1, ...config }: { decode?: number; prefill?: number } & Partial<Omit<RouteConfig, 'decode' | 'prefill'>> = {}): Promise<RouterStack> {
     const stack = new RouterStack();
-    for (let i = 0; i < decode; i++) stack.decode.push(await new FakeDecode(join(stack.dir, `decode-${i}.sock`)).start());
-    for (let i = 0; i < prefill; i++) stack.prefill.push(await new FakePrefill(join(stack.dir, `prefill-${i}.sock`)).start());
+    await stack.startWorkers({ decode, prefill });
     await stack.startRouter(config);
     return stack;
+  }
+
+  async startWorkers({ decode, prefill }: { decode: number; prefill: number }): Promise<void> {
+    for (let i = 0; i < decode; i++) this.decode.push(await new FakeDecode(join(this.dir, `decode-${i}.sock`)).start());
+    for (let i = 0; i < prefill; i++) this.prefill.push(await new FakePrefill(join(this.dir, `prefill-${i}.sock`)).start());
   }
 
   constructor() {

@@ -13,6 +13,7 @@ export async function* merge<T>(sources: readonly AsyncGenerator<T>[]): AsyncGen
   const pump = async (source: AsyncGenerator<T>) => {
     try {
       for await (const item of source) {
+        if (left) return;
         await new Promise<void>((taken) => {
           ready.push({ item, taken });
           wake();
