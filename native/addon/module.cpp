@@ -17,6 +17,7 @@ static Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_weights(env, exports);
   export_kv_arena(env, exports);
   export_notify(env, exports);
+  export_engine(env, exports);
   return exports;
 }
 

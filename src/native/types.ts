@@ -96,6 +96,8 @@ export interface EngineOptions {
   threads: number;
   /** Test only: gather the ranks' logits before the softmax so that tpla equals mla. */
   exactSoftmax?: boolean;
+  /** Instruction set of the CPU kernels: portable, avx2 or avx512; the best this CPU has when left out. */
+  isa?: string;
 }
 
 export interface PrefillItem {

@@ -1,0 +1,23 @@
+#pragma once
+#include <string>
+#include <vector>
+
+namespace tpla::cpu {
+
+// What the processor and the kernel together allow this process to execute.
+struct CpuFeatures {
+  bool avx2 = false;         // with FMA and F16C
+  bool avx512 = false;       // F, BW, DQ, VL
+  bool avx512_bf16 = false;
+  bool amx_bf16 = false;     // tiles, granted by the kernel
+};
+
+const CpuFeatures& cpu_features();
+
+// Names as /proc/cpuinfo spells them, of those above that are present.
+std::vector<std::string> feature_names();
+
+// Cores this process may use (its affinity mask), at least 1.
+int usable_cores();
+
+}  // namespace tpla::cpu
