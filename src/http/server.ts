@@ -39,7 +39,7 @@ export function createHttpServer({ log, maxBodyBytes, onError }: HttpServerOptio
 export { errorBody };
 
 export function sendError(reply: FastifyReply, error: TplaError): FastifyReply {
-  if (error.httpStatus >= 500) reply.log.warn({ code: error.code }, error.message);
+  reply.log[error.httpStatus >= 500 ? 'warn' : 'debug']({ code: error.code, request: reply.getHeader('x-request-id') }, error.message);
   if (error.retryAfterSeconds !== null) void reply.header('retry-after', error.retryAfterSeconds);
   return reply.code(error.httpStatus).send(errorBody(error));
 }

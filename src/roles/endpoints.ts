@@ -2,7 +2,8 @@
 import type { FastifyInstance } from 'fastify';
 import type { Registry } from 'prom-client';
 
-export type RoleStatus = 'starting' | 'ok' | 'draining';
+/** 'unavailable': it serves nobody for now, through no fault of its own. */
+export type RoleStatus = 'starting' | 'ok' | 'draining' | 'unavailable';
 
 export interface RoleEndpoints {
   status(): RoleStatus;
@@ -13,7 +14,7 @@ export interface RoleEndpoints {
 export function addRoleEndpoints(app: FastifyInstance, role: RoleEndpoints): void {
   app.get('/health', async (_request, reply) => {
     const status = role.status();
-    return reply.code(status === 'starting' ? 503 : 200).send({ status });
+    return reply.code(status === 'starting' || status === 'unavailable' ? 503 : 200).send({ status });
   });
   app.get('/state', async () => role.state());
   app.get('/metrics', async (_request, reply) => reply.type(role.metrics.contentType).send(await role.metrics.metrics()));

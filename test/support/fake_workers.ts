@@ -2,10 +2,9 @@
  * Workers as route sees them: real HTTP servers that speak `src/fleet/protocol.ts`, with scripted answers instead of a model. Run as a program
  * (`node --import tsx fake_workers.ts OPTIONS_JSON`) one of them is a process of its own, which can be killed.
  */
-import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
-import { request } from 'node:http';
 import { once } from 'node:events';
 import { rmSync } from 'node:fs';
+import { createServer, request, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import { fileURLToPath } from 'node:url';
 import type { GenerateEvent, GenerateRequest, PrefillEvent, PrefillRequest, StopRequest, WorkerState } from '../../src/fleet/protocol.js';
 import type { PrefillStats } from '../../src/transfer/types.js';

@@ -2,10 +2,12 @@
 import type { FastifyInstance } from 'fastify';
 import type { RouteConfig } from '../../config/types.js';
 import { createHttpServer, listen } from '../../http/server.js';
+import { addRoleEndpoints } from '../endpoints.js';
 import type { RoleContext, RunningRole } from '../role.js';
-import { addOpenAiEndpoints } from './openai_endpoints.js';
-import { addOperationEndpoints } from './operation_endpoints.js';
+import { addModelEndpoints } from './model_endpoints.js';
 import { Router } from './router.js';
+import { routerState } from './state.js';
+import { addTextEndpoints } from './text_endpoints.js';
 
 /** Resolves when it listens and has asked every worker once. Workers may be missing then, and come later. */
 export async function startRouter(config: RouteConfig, context: RoleContext): Promise<RunningRole> {
@@ -22,8 +24,9 @@ export async function startRouter(config: RouteConfig, context: RoleContext): Pr
         onError: (error, request) => router.metrics.failed(request.routeOptions.url ?? 'unknown', error.code),
       });
       servers.push(app);
-      addOpenAiEndpoints(app, router);
-      addOperationEndpoints(app, router);
+      addTextEndpoints(app, router);
+      addModelEndpoints(app, router);
+      addRoleEndpoints(app, { status: () => router.status, state: () => routerState(router), metrics: router.metrics.registry });
       addresses.push(await listen(app, address));
     }
   } catch (thrown) {

@@ -1,11 +1,12 @@
 /**
- * Interleaves generators as their items come. Each is asked for its next item only once the last was consumed, so a slow consumer slows all of them.
- * The first error ends the merger; the caller cancels the others.
+ * Interleaves generators as their items come, running at most `concurrency` of them at a time. Each is asked for its next item only once the last was
+ * consumed, so a slow consumer slows all of them. The first error ends the merger; the caller cancels the others.
  */
-export async function* merge<T>(sources: readonly AsyncGenerator<T>[]): AsyncGenerator<T> {
+export async function* merge<T>(sources: readonly AsyncGenerator<T>[], concurrency: number): AsyncGenerator<T> {
   if (sources.length === 1) return yield* sources[0]!;
+  const waiting = [...sources];
   const ready: { item: T; taken(): void }[] = [];
-  let running = sources.length;
+  let running = 0;
   let failure: { error: unknown } | null = null;
   let left = false;
   let wake = () => {};
@@ -24,10 +25,17 @@ export async function* merge<T>(sources: readonly AsyncGenerator<T>[]): AsyncGen
       failure ??= { error };
     } finally {
       running--;
+      if (!left && !failure) start();
       wake();
     }
   };
-  for (const source of sources) void pump(source);
+  const start = () => {
+    while (running < concurrency && waiting.length > 0) {
+      running++;
+      void pump(waiting.shift()!);
+    }
+  };
+  start();
 
   try {
     for (;;) {

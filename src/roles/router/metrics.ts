@@ -20,12 +20,10 @@ export class RouterMetrics {
   readonly #firstToken = this.#histogram('tpla_route_ttft_seconds', 'Time from arrival to the first token', FIRST_TOKEN_BUCKETS);
   readonly #perToken = this.#histogram('tpla_route_tpot_seconds', 'Mean time per output token after the first, per choice', PER_TOKEN_BUCKETS);
   readonly #endToEnd = this.#histogram('tpla_route_e2e_seconds', 'Time from arrival to the end of a successful request', END_TO_END_BUCKETS);
-  #running = 0;
   #meanMs = 1_000;
 
-  constructor(fleet: WorkerRegistry) {
-    const metrics = this;
-    new Gauge({ name: 'tpla_route_in_flight', help: 'Generation requests being served', registers: [this.registry], collect() { this.set(metrics.#running); } });
+  constructor(fleet: WorkerRegistry, running: () => number) {
+    new Gauge({ name: 'tpla_route_in_flight', help: 'Generation requests being served', registers: [this.registry], collect() { this.set(running()); } });
     new Gauge({
       name: 'tpla_route_worker_up', help: '1 where a worker takes requests', labelNames: ['role', 'worker'], registers: [this.registry],
       collect() { for (const worker of fleet.workers) this.set({ role: worker.role, worker: worker.address }, worker.usable ? 1 : 0); },
@@ -36,14 +34,8 @@ export class RouterMetrics {
     });
   }
 
-  /** Generation requests being served. */
-  get running(): number { return this.#running; }
-
   /** Exponentially smoothed duration of successful requests. */
   get meanRequestMs(): number { return this.#meanMs; }
-
-  begun(): void { this.#running++; }
-  ended(): void { this.#running--; }
 
   answered(endpoint: string): void {
     this.#requests.inc({ endpoint, code: 'ok' });

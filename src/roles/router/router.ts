@@ -1,3 +1,4 @@
+import { setTimeout } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import type { Clock } from '../../clock.js';
 import type { RouteConfig } from '../../config/types.js';
@@ -5,21 +6,18 @@ import { TplaError } from '../../errors.js';
 import { workersFromConfig } from '../../fleet/discovery.js';
 import { WorkerRegistry } from '../../fleet/registry.js';
 import type { RequestLimits } from '../../http/openai_request.js';
-import type { ResponseEnd } from '../../http/openai_response.js';
 import { retryAfterSeconds } from '../../policy/retry.js';
+import type { RoleStatus } from '../endpoints.js';
 import type { RoleContext } from '../role.js';
+import type { Outcome } from './answer.js';
 import type { Lifetime } from './lifetime.js';
 import { RouterMetrics } from './metrics.js';
 import { Placer } from './placer.js';
 import { ServedModel } from './served_model.js';
 import type { TextContext } from './text_generation.js';
 
-/** How an answer that had begun went out. */
-export interface Outcome {
-  end: ResponseEnd | null;
-  /** What broke it off. */
-  error: TplaError | null;
-}
+/** How long a client that does not read may hold up the end. */
+const FAREWELL_MS = 1_000;
 
 /** What the endpoints share: the model, the fleet, and the requests that run. */
 export class Router {
@@ -43,7 +41,7 @@ export class Router {
     this.requestTimeoutMs = config.request_timeout_ms;
     this.model = new ServedModel(config.model, config.model_name);
     this.registry = new WorkerRegistry({ workers: workersFromConfig(config), identity: this.model.identity, pollIntervalMs: config.health_interval_ms, clock, log });
-    this.metrics = new RouterMetrics(this.registry);
+    this.metrics = new RouterMetrics(this.registry, () => this.running);
     this.limits = { vocabSize: this.model.vocabSize, defaults: this.model.defaults, serves: (name) => name === this.model.name };
     this.textContext = {
       registry: this.registry,
@@ -62,6 +60,11 @@ export class Router {
     return this.#draining;
   }
 
+  /** Requests that text is generated for. */
+  get running(): number {
+    return this.#lifetimes.size;
+  }
+
   /** Tokens of prompt and answer together that the model takes and some decode worker that is up has been set up for. */
   get contextLength(): number {
     const workers = this.registry.usable('decode').map(({ state }) => state!.context_length);
@@ -74,24 +77,22 @@ export class Router {
     return identity && `fp_${identity.fingerprint.slice(0, 12)}${identity.reparam === 'none' ? '' : `_${identity.reparam.slice(0, 12)}`}`;
   }
 
-  /** Whether a request could be served now. */
-  get ready(): boolean {
-    return this.registry.usable('decode').length > 0 && this.registry.usable('prefill').length > 0;
+  get status(): RoleStatus {
+    if (this.#draining) return 'draining';
+    return this.registry.usable('decode').length > 0 && this.registry.usable('prefill').length > 0 ? 'ok' : 'unavailable';
   }
 
   refuseWhenDraining(): void {
     if (this.#draining) throw new TplaError('DRAINING', 'this route is shutting down; send the request to another one', { retryAfterSeconds: 1 });
   }
 
-  /** Counts a request until the returned function is called. */
-  begin(lifetime: Lifetime): () => void {
+  /** Counts a request until its response has gone out. */
+  begin(lifetime: Lifetime): void {
     this.#lifetimes.add(lifetime);
-    this.metrics.begun();
-    return () => {
+    void lifetime.closed.then(() => {
       this.#lifetimes.delete(lifetime);
-      this.metrics.ended();
       if (this.#lifetimes.size === 0) for (const resolve of this.#idle.splice(0)) resolve();
-    };
+    });
   }
 
   /** Accounts for a request whose answer has begun: complete, or broken off. */
@@ -115,11 +116,13 @@ export class Router {
     await this.#untilIdle();
   }
 
-  /** Ends what runs. */
+  /** Ends what runs, and gives clients a moment to take the error. */
   async close(): Promise<void> {
     this.#draining = true;
     for (const lifetime of this.#lifetimes) lifetime.end(new TplaError('DRAINING', 'this route was shut down'));
-    await this.#untilIdle();
+    const farewell = new AbortController();
+    await Promise.race([this.#untilIdle(), setTimeout(FAREWELL_MS, undefined, farewell).catch(() => {})]);
+    farewell.abort();
     await this.registry.close();
   }
 

@@ -11,6 +11,9 @@ import { merge } from './merge.js';
 import type { RouterMetrics } from './metrics.js';
 import type { ServedModel } from './served_model.js';
 
+/** Prompts of one request that are with workers at a time: one client's batch must not fill every queue. */
+const MAX_CONCURRENT_PROMPTS = 32;
+
 export interface TextJob {
   id: string;
   /** Arrival, on the clock. */
@@ -43,7 +46,7 @@ export interface TextContext extends GenerationContext {
 /** Ends with 'end'. Aborting `signal` with a TplaError cancels everything at once and throws that error. */
 export async function* generateText(job: TextJob, context: TextContext, signal: AbortSignal): AsyncGenerator<TextEvent> {
   const runs = job.prompts.map((prompt, i) => new PromptRun(job, prompt, i, context));
-  yield* merge(runs.map((run) => run.events(signal)));
+  yield* merge(runs.map((run) => run.events(signal)), MAX_CONCURRENT_PROMPTS);
   const usage = runs.map((run) => run.usage).reduce(addUsage);
   yield { event: 'end', usage, timings: runs[0]!.timings };
 }

@@ -276,7 +276,10 @@ test('drain finishes what runs, refuses what is new and says so', async () => {
   const running = stack.post('/v1/completions', { ...completion, stream: true });
   await until(() => stack.decode[0]!.requests.length === 1, 'it runs');
   let drained = false;
-  const drain = stack.role.drain().then(() => { drained = true; });
+  const drain = stack.role.drain().then(() => {
+    drained = true;
+    return stack.role.close();
+  });
   const refused = await stack.post('/v1/completions', completion);
   assert.equal([refused.status, (await error(refused)).code], [503, 'DRAINING']);
   assert.equal(await (await fetch(`${stack.url}/health`)).json(), { status: 'draining' });

@@ -1,18 +1,8 @@
-import type { FastifyInstance } from 'fastify';
 import type { Worker } from '../../fleet/worker.js';
 import type { Router } from './router.js';
 
-/** Endpoints for those who run it. */
-export function addOperationEndpoints(app: FastifyInstance, router: Router): void {
-  app.get('/health', (_request, reply) => {
-    const status = router.draining ? 'draining' : router.ready ? 'ok' : 'unavailable';
-    return reply.code(status === 'unavailable' ? 503 : 200).send({ status });
-  });
-  app.get('/metrics', async (_request, reply) => reply.type(router.metrics.registry.contentType).send(await router.metrics.registry.metrics()));
-  app.get('/state', () => routerState(router));
-}
-
-function routerState(router: Router) {
+/** What GET /state answers. */
+export function routerState(router: Router) {
   return {
     role: 'route',
     id: router.id,
@@ -20,7 +10,7 @@ function routerState(router: Router) {
     model_name: router.model.name,
     context_length: router.contextLength,
     draining: router.draining,
-    running: router.metrics.running,
+    running: router.running,
     workers: router.registry.workers.map(workerState),
   };
 }
