@@ -18,6 +18,7 @@ static Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_kv_arena(env, exports);
   export_notify(env, exports);
   export_engine(env, exports);
+  export_sampler(env, exports);
   return exports;
 }
 
