@@ -1,5 +1,6 @@
 #include "addon/arguments.h"
 #include "addon/kv_object.h"
+#include "addon/write_gate.h"
 #include "core/kv_memory.h"
 #include "transfer/kv_put.h"
 #include "transfer/row_kernels.h"
@@ -74,9 +75,16 @@ Napi::Value put(const Napi::CallbackInfo& info) {
     const auto dst = kv_region_of(options.Get("dst"));
     KvPut work{src.get(), dst.get(), parse_range(options.Get("layers"), "layers"), parse_range(options.Get("tokens"), "tokens"),
                parse_tables(options.Get("srcPages"), options.Get("srcRank"), "srcPages"),
-               parse_tables(options.Get("dstPages"), options.Get("dstRank"), "dstPages")};
+               parse_tables(options.Get("dstPages"), options.Get("dstRank"), "dstPages"),
+               {}};
+    std::shared_ptr<const WriteGate> gate;
+    if (options.Get("pass").IsObject()) {
+      const Napi::Object pass = options.Get("pass").As<Napi::Object>();
+      gate = write_gate_of(pass.Get("gate"));
+      work.pass = {gate.get(), int(to_integer(pass.Get("slot"), "slot", 0, gate->slots() - 1)), uint32_t(to_integer(pass.Get("epoch"), "epoch", 0, UINT32_MAX))};
+    }
     return Work<KvPutResult>::start(
-        env, [src, dst, work = std::move(work)] { return kv_put(work); },
+        env, [src, dst, gate, work = std::move(work)] { return kv_put(work); },
         [](Napi::Env done, const KvPutResult& result) -> Napi::Value {
           Napi::Object object = Napi::Object::New(done);
           object.Set("bytes", static_cast<double>(result.bytes));

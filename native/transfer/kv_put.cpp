@@ -257,6 +257,7 @@ KvPutResult kv_put(const KvPut& put) {
   const Mover mover(put, result.bytes >= kStreamBytes);
   const std::vector<Run> runs = runs_of(put);
   parallel_for(runs.size() * put.layers.size(), threads_for(result.bytes), [&](size_t unit) {
+    const GatedWrite write(put.pass);
     const Run& run = runs[unit % runs.size()];
     mover.move(run, put.layers.begin + static_cast<int>(unit / runs.size()), &result.checksums[run.page * copies]);
   });

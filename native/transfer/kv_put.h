@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/kv_layout.h"
+#include "transfer/write_gate.h"
 
 namespace tpla {
 
@@ -41,6 +42,7 @@ struct KvPut {
   Range tokens;
   PageTables src_pages;
   PageTables dst_pages;
+  WritePass pass;
 };
 
 struct KvPutResult {
@@ -51,7 +53,7 @@ struct KvPutResult {
 };
 
 // Gathers rows from the source's pages, reshards and converts them, writes them into the destination's pages and hashes them, in one pass.
-// Everything is checked before memory is touched; throws REQUEST_INVALID.
+// Everything is checked before memory is touched; throws REQUEST_INVALID, or CANCELLED when the destination's gate shuts on the way.
 KvPutResult kv_put(const KvPut& put);
 
 // The same checksums over what `region` holds.

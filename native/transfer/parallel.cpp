@@ -23,14 +23,16 @@ struct Job {
   std::mutex mutex{};
   std::condition_variable finished{};
   std::exception_ptr failure{};
+  std::atomic<bool> failed{false};
 
   void work() {
     for (size_t i; (i = next.fetch_add(1)) < count;) {
       try {
-        body(i);
+        if (!failed) body(i);
       } catch (...) {
         const std::lock_guard lock(mutex);
         if (!failure) failure = std::current_exception();
+        failed = true;
       }
       if (done.fetch_add(1) + 1 == count) {
         const std::lock_guard lock(mutex);

@@ -9,7 +9,7 @@ namespace tpla {
 int transfer_threads();
 
 // Calls body(i) for every i in [0, count), on up to `threads` threads of a pool that all callers share; returns when all are done.
-// The first exception is rethrown after that.
+// After an exception the rest is left out; the first one is rethrown.
 void parallel_for(size_t count, int threads, const std::function<void(size_t)>& body);
 
 }  // namespace tpla

@@ -227,6 +227,28 @@ export interface KvPut {
   /** dp only. */
   srcRank?: number;
   dstRank?: number;
+  /** Shown at the destination's gate before each piece; where it is shut the put ends with CANCELLED. */
+  pass?: WritePass;
+}
+
+/**
+ * Shuts out a process that has this one's memory mapped: one word per slot in memory that both see. The owner opens a slot for a session
+ * and revokes it; once no writer is inside, none can come. See native/transfer/write_gate.h.
+ */
+export interface WriteGate {
+  readonly fd: number;
+  /** The epoch that lets writers in. Throws REQUEST_INVALID while the slot is in use. */
+  open(slot: number): number;
+  /** Number of writers still inside; 0 means the memory is safe. */
+  revoke(slot: number): number;
+  writers(slot: number): number;
+  close(): void;
+}
+
+export interface WritePass {
+  gate: WriteGate;
+  slot: number;
+  epoch: number;
 }
 
 export interface KvPutResult {
@@ -255,6 +277,7 @@ export interface NativeModule {
   /** Throws ADDRESS_IN_USE; removing a stale socket file (removeStaleSocket) is the caller's. `onConnection` runs before the channel's first message. */
   listenChannel(address: ChannelAddress, onConnection: (channel: Channel) => void, handlers: ChannelHandlers): ChannelServer;
   connectChannel(address: ChannelAddress, handlers: ChannelHandlers): Promise<Channel>;
+  WriteGate: { create(slots: number): WriteGate; map(fd: number, slots: number): WriteGate };
   /** Maps a peer's arena from the descriptors it passed. */
   mapKvRegion(layout: KvLayout, pages: number, fds: number[]): KvRegion;
   /** Gathers, reshards and converts pages from one region into another. */

@@ -1,4 +1,5 @@
 /** The hand-off of a prompt's KV from a prefill worker to a decode worker. Decode owns memory and grants it; prefill pushes. */
+import type { ErrorCode } from '../errors.js';
 import type { ModelIdentity } from '../model/spec.js';
 import type { KvArena, KvLayout, SampledToken } from '../native/types.js';
 
@@ -52,9 +53,31 @@ export interface HandoffReceiver {
    * rejects with HANDOFF_FAILED, CHECKSUM_MISMATCH, LEASE_EXPIRED or CANCELLED. Until it settles the pages belong to the session;
    * after it has settled no late write can touch them.
    */
-  open(grant: HandoffGrant): { ticket: HandoffTicket; committed: Promise<HandoffCommit> };
+  open(grant: HandoffGrant): OpenHandoff;
   cancel(session: string): void;
+  stats(): HandoffStats;
+  /** Fails what is open and disconnects; waits a second at most for peers that hang in the middle of a write. */
   close(): Promise<void>;
+}
+
+export interface OpenHandoff {
+  ticket: HandoffTicket;
+  committed: Promise<HandoffCommit>;
+  /**
+   * Aborts, with the error as its reason, as soon as the hand-off is known to have failed. `committed` rejects with the same error once the
+   * pages are safe: at once, unless a peer was stopped in the middle of a write and neither goes on nor dies.
+   */
+  failing: AbortSignal;
+}
+
+export interface HandoffStats {
+  /** Sessions under way, and failed ones whose pages are still held because of a writer inside. */
+  open: number;
+  draining: number;
+  /** Since the start. */
+  committed: number;
+  bytes: number;
+  failed: Partial<Record<ErrorCode, number>>;
 }
 
 export interface HandoffGrant {

@@ -1,0 +1,348 @@
+/**
+ * Messages of the hand-off channel and their codec. A message is u32 length of a JSON head, the head, and a binary tail for page tables
+ * and checksums; little-endian. Nothing of a message is believed before it passed here: types, ranges and the tail's length are checked,
+ * unknown fields refused. What is left to the receiver of a message is meaning: whether a session exists, whether pages are its own.
+ *
+ *   prefill                                   decode
+ *   hello     who it is              ──▶
+ *                                    ◀──      welcome   who it is, paths offered, descriptors │ refused
+ *   open      session                ──▶
+ *                                    ◀──      granted   tokens, page tables (the credits)
+ *   pushed    a rectangle is written ──▶                (verified while the next is written)
+ *   commit    results                ──▶
+ *                                    ◀──      committed │ cancel
+ *   fail      why nothing more comes ──▶
+ *   alive                            ◀─▶      alive
+ */
+import { TplaError, ERRORS, type ErrorCode } from '../errors.js';
+import type { KvDType, KvForm, KvLayout, SampledToken } from '../native/types.js';
+import type { Handshake, PrefillStats, TransferPath } from './types.js';
+
+/** How the receiver lets KV bytes in, best first in a welcome. */
+export type PathOffer =
+  /** Memory descriptors come with the welcome: the write gate, then one per memory of the layout. */
+  | { path: 'shm'; gateSlots: number }
+  /** Data connections to `port` of the host the channel was dialled at, each opened with `key`. */
+  | { path: 'tcp'; port: number; key: string };
+
+export type Message =
+  | { type: 'hello'; handshake: Handshake }
+  | { type: 'welcome'; handshake: Handshake; pages: number; offers: PathOffer[] }
+  | { type: 'refused'; code: ErrorCode; message: string }
+  | { type: 'open'; session: string; path: TransferPath }
+  | { type: 'granted'; session: string; tokens: [number, number]; rank: number; leaseMs: number; slot: number; epoch: number; pages: Int32Array[] }
+  | { type: 'pushed'; session: string; layers: [number, number]; tokens: [number, number]; bytes: number; checksums: BigUint64Array }
+  | { type: 'commit'; session: string; transferMs: number; firstTokens: SampledToken[]; prefill: PrefillStats }
+  | { type: 'committed'; session: string }
+  | { type: 'fail'; session: string; reason: string }
+  | { type: 'cancel'; session: string; code: ErrorCode; message: string }
+  | { type: 'alive' };
+
+const PATHS: readonly TransferPath[] = ['same-gpu', 'cuda-ipc', 'cuda-fd', 'shm', 'pinned', 'ucx', 'nixl', 'tcp'];
+const FORMS: readonly KvForm[] = ['mla', 'tpla', 'dcp', 'dp'];
+const DTYPES: readonly KvDType[] = ['f32', 'bf16', 'fp8'];
+
+const MAX_HEAD_BYTES = 1 << 20;
+const MAX_TEXT = 4096;
+const MAX_TOKENS = 2 ** 31 - 2 ** 15;
+const MAX_CHOICES = 1024;
+const MAX_TOP = 1024;
+const MAX_RANKS = 64;
+
+// ---------------------------------------------------------------- encoding
+
+export function encodeMessage(message: Message): Uint8Array {
+  const tails: Uint8Array[] = [];
+  let head: object = message;
+  if (message.type === 'granted') {
+    for (const table of message.pages) tails.push(bytesOf(table));
+    head = { ...message, pages: message.pages.map((table) => table.length) };
+  } else if (message.type === 'pushed') {
+    tails.push(bytesOf(message.checksums));
+    head = { ...message, checksums: message.checksums.length };
+  } else if (message.type === 'commit') {
+    head = { ...message, firstTokens: message.firstTokens.map(writeSampled) };
+  }
+  const text = Buffer.from(JSON.stringify(head));
+  const length = Buffer.alloc(4);
+  length.writeUInt32LE(text.length);
+  return Buffer.concat([length, text, ...tails]);
+}
+
+const bytesOf = (array: Int32Array | BigUint64Array) => new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+
+/** JSON has no NaN, and a log-probability nobody asked for is one. */
+function writeSampled({ token, logprob, top }: SampledToken): object {
+  const finite = (value: number) => (Number.isFinite(value) ? value : null);
+  return { token, logprob: finite(logprob), top: top.map((entry) => ({ token: entry.token, logprob: finite(entry.logprob) })) };
+}
+
+// ---------------------------------------------------------------- decoding
+
+/** Throws PROTOCOL saying which field is wrong. */
+export function decodeMessage(bytes: Uint8Array): Message {
+  const buffer = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  if (buffer.length < 4) throw malformed(`${buffer.length} bytes are no message`);
+  const headBytes = buffer.readUInt32LE(0);
+  if (headBytes > MAX_HEAD_BYTES || headBytes > buffer.length - 4) throw malformed(`a head of ${headBytes} bytes in a message of ${buffer.length}`);
+  const tail = new Tail(buffer.subarray(4 + headBytes));
+  const message = readMessage(Fields.parse(buffer.subarray(4, 4 + headBytes)), tail);
+  tail.end();
+  return message;
+}
+
+function readMessage(fields: Fields, tail: Tail): Message {
+  const type = fields.text('type');
+  const read = Object.hasOwn(READERS, type) ? READERS[type as Message['type']] : undefined;
+  if (read === undefined) throw malformed(`type "${type.slice(0, 40)}" is unknown`);
+  const message = read(fields, tail);
+  fields.end();
+  return message;
+}
+
+const READERS: { [T in Message['type']]: (fields: Fields, tail: Tail) => Extract<Message, { type: T }> } = {
+  hello: (f) => ({ type: 'hello', handshake: readHandshake(f.object('handshake')) }),
+  welcome: (f) => ({
+    type: 'welcome',
+    handshake: readHandshake(f.object('handshake')),
+    pages: f.integer('pages', 1, 2 ** 28),
+    offers: f.objects('offers', PATHS.length).map(readOffer),
+  }),
+  refused: (f) => ({ type: 'refused', code: readCode(f), message: f.text('message') }),
+  open: (f) => ({ type: 'open', session: f.text('session'), path: f.oneOf('path', PATHS) }),
+  granted: (f, tail) => ({
+    type: 'granted',
+    session: f.text('session'),
+    tokens: f.range('tokens', MAX_TOKENS),
+    rank: f.integer('rank', 0, MAX_RANKS - 1),
+    leaseMs: f.number('leaseMs', 1, 1e9),
+    slot: f.integer('slot', 0, 2 ** 16),
+    epoch: f.integer('epoch', 0, 2 ** 32 - 1),
+    pages: f.integers('pages', MAX_RANKS, MAX_TOKENS).map((length) => tail.int32s(length)),
+  }),
+  pushed: (f, tail) => ({
+    type: 'pushed',
+    session: f.text('session'),
+    layers: f.range('layers', 4096),
+    tokens: f.range('tokens', MAX_TOKENS),
+    bytes: f.integer('bytes', 0, Number.MAX_SAFE_INTEGER),
+    checksums: tail.uint64s(f.integer('checksums', 1, 2 ** 21)),
+  }),
+  commit: (f) => ({
+    type: 'commit',
+    session: f.text('session'),
+    transferMs: f.number('transferMs', 0, 1e12),
+    firstTokens: f.objects('firstTokens', MAX_CHOICES).map(readSampled),
+    prefill: readStats(f.object('prefill')),
+  }),
+  committed: (f) => ({ type: 'committed', session: f.text('session') }),
+  fail: (f) => ({ type: 'fail', session: f.text('session'), reason: f.text('reason') }),
+  cancel: (f) => ({ type: 'cancel', session: f.text('session'), code: readCode(f), message: f.text('message') }),
+  alive: () => ({ type: 'alive' }),
+};
+
+function readCode(fields: Fields): ErrorCode {
+  return fields.oneOf('code', Object.keys(ERRORS) as ErrorCode[]);
+}
+
+function readHandshake(fields: Fields): Handshake {
+  const protocol = fields.integer('protocol', 0, 2 ** 31);
+  if (protocol !== 1) throw malformed(`protocol ${protocol}, this side speaks 1; run the same version of tpla on both`);
+  const identity = fields.object('identity');
+  const handshake: Handshake = {
+    protocol: 1,
+    identity: { name: identity.text('name'), fingerprint: identity.text('fingerprint'), reparam: identity.text('reparam') },
+    layout: readLayout(fields.object('layout')),
+  };
+  identity.end();
+  fields.end();
+  return handshake;
+}
+
+function readLayout(fields: Fields): KvLayout {
+  const layout: KvLayout = {
+    form: fields.oneOf('form', FORMS),
+    ranks: fields.integer('ranks', 1, MAX_RANKS),
+    layers: fields.integer('layers', 1, 4096),
+    latent: fields.integer('latent', 1, 65536),
+    rope: fields.integer('rope', 0, 65536),
+    shared: fields.integer('shared', 0, 65536),
+    dtype: fields.oneOf('dtype', DTYPES),
+    pageTokens: fields.integer('pageTokens', 16, 16384),
+  };
+  fields.end();
+  return layout;
+}
+
+function readOffer(fields: Fields): PathOffer {
+  const path = fields.oneOf('path', ['shm', 'tcp'] as const);
+  const offer: PathOffer = path === 'shm'
+    ? { path, gateSlots: fields.integer('gateSlots', 1, 2 ** 16) }
+    : { path, port: fields.integer('port', 1, 65535), key: fields.text('key') };
+  fields.end();
+  return offer;
+}
+
+function readSampled(fields: Fields): SampledToken {
+  const sampled: SampledToken = {
+    token: fields.integer('token', 0, 2 ** 31 - 1),
+    logprob: fields.logprob('logprob'),
+    top: fields.objects('top', MAX_TOP).map((entry) => {
+      const alternative = { token: entry.integer('token', 0, 2 ** 31 - 1), logprob: entry.logprob('logprob') };
+      entry.end();
+      return alternative;
+    }),
+  };
+  fields.end();
+  return sampled;
+}
+
+function readStats(fields: Fields): PrefillStats {
+  const stats: PrefillStats = {
+    promptTokens: fields.integer('promptTokens', 0, MAX_TOKENS),
+    pooledTokens: fields.integer('pooledTokens', 0, MAX_TOKENS),
+    skippedTokens: fields.integer('skippedTokens', 0, MAX_TOKENS),
+    computedTokens: fields.integer('computedTokens', 0, MAX_TOKENS),
+    queueMs: fields.number('queueMs', 0, 1e12),
+    computeMs: fields.number('computeMs', 0, 1e12),
+  };
+  fields.end();
+  return stats;
+}
+
+const malformed = (what: string) => new TplaError('PROTOCOL', `malformed hand-off message: ${what}`);
+
+/** An object of the head, each field read once and by type. */
+class Fields {
+  readonly #object: Record<string, unknown>;
+  readonly #where: string;
+  readonly #unread: Set<string>;
+
+  private constructor(value: unknown, where: string) {
+    if (typeof value !== 'object' || value === null || Array.isArray(value)) throw malformed(`${where === '' ? 'the head' : where} is not an object`);
+    this.#object = value as Record<string, unknown>;
+    this.#where = where;
+    this.#unread = new Set(Object.keys(this.#object));
+  }
+
+  static parse(text: Buffer): Fields {
+    let value: unknown;
+    try {
+      value = JSON.parse(text.toString('utf8'));
+    } catch {
+      throw malformed('the head is not JSON');
+    }
+    return new Fields(value, '');
+  }
+
+  text(field: string): string {
+    const value = this.#take(field);
+    if (typeof value !== 'string' || value.length > MAX_TEXT) throw this.#wrong(field, `text of at most ${MAX_TEXT} characters`);
+    return value;
+  }
+
+  oneOf<T extends string>(field: string, allowed: readonly T[]): T {
+    const value = this.text(field);
+    if (!(allowed as readonly string[]).includes(value)) throw this.#wrong(field, `one of ${allowed.join(', ')}`);
+    return value as T;
+  }
+
+  number(field: string, least: number, most: number): number {
+    const value = this.#take(field);
+    if (typeof value !== 'number' || !(value >= least && value <= most)) throw this.#wrong(field, `a number from ${least} to ${most}`);
+    return value;
+  }
+
+  integer(field: string, least: number, most: number): number {
+    const value = this.#take(field);
+    if (!isInteger(value, least, most)) throw this.#wrong(field, `a whole number from ${least} to ${most}`);
+    return value;
+  }
+
+  integers(field: string, mostEntries: number, most: number): number[] {
+    const value = this.#take(field);
+    if (!Array.isArray(value) || value.length > mostEntries || !value.every((entry) => isInteger(entry, 0, most))) {
+      throw this.#wrong(field, `at most ${mostEntries} whole numbers up to ${most}`);
+    }
+    return value as number[];
+  }
+
+  /** [begin, end) with 0 <= begin < end <= most. */
+  range(field: string, most: number): [number, number] {
+    const value = this.#take(field);
+    if (!Array.isArray(value) || value.length !== 2 || !value.every((entry) => isInteger(entry, 0, most)) || value[0] >= value[1]) {
+      throw this.#wrong(field, `a range [begin, end) up to ${most}`);
+    }
+    return [value[0], value[1]];
+  }
+
+  logprob(field: string): number {
+    const value = this.#take(field);
+    if (value === null) return NaN;
+    if (typeof value !== 'number') throw this.#wrong(field, 'a number or null');
+    return value;
+  }
+
+  object(field: string): Fields {
+    return new Fields(this.#take(field), this.#path(field));
+  }
+
+  objects(field: string, most: number): Fields[] {
+    const value = this.#take(field);
+    if (!Array.isArray(value) || value.length > most) throw this.#wrong(field, `an array of at most ${most}`);
+    return value.map((entry, i) => new Fields(entry, `${this.#path(field)}[${i}]`));
+  }
+
+  end(): void {
+    const [field] = this.#unread;
+    if (field !== undefined) throw malformed(`${this.#path(field.slice(0, 40))} is not a field of this message`);
+  }
+
+  #take(field: string): unknown {
+    this.#unread.delete(field);
+    return Object.hasOwn(this.#object, field) ? this.#object[field] : undefined;
+  }
+
+  #path(field: string): string {
+    return this.#where === '' ? field : `${this.#where}.${field}`;
+  }
+
+  #wrong(field: string, expected: string): TplaError {
+    const found = JSON.stringify(this.#object[field]) ?? 'nothing';
+    return malformed(`${this.#path(field)} is ${found.slice(0, 60)}, expected ${expected}`);
+  }
+}
+
+function isInteger(value: unknown, least: number, most: number): value is number {
+  return typeof value === 'number' && Number.isInteger(value) && value >= least && value <= most;
+}
+
+/** The binary part, taken in order; all of it must be used. */
+class Tail {
+  readonly #bytes: Buffer;
+  #at = 0;
+
+  constructor(bytes: Buffer) {
+    this.#bytes = bytes;
+  }
+
+  int32s(length: number): Int32Array {
+    return new Int32Array(this.#take(length * 4));
+  }
+
+  uint64s(length: number): BigUint64Array {
+    return new BigUint64Array(this.#take(length * 8));
+  }
+
+  end(): void {
+    if (this.#at !== this.#bytes.length) throw malformed(`${this.#bytes.length - this.#at} bytes follow the message`);
+  }
+
+  #take(bytes: number): ArrayBuffer {
+    if (bytes > this.#bytes.length - this.#at) throw malformed(`${this.#bytes.length} bytes of data, more were announced`);
+    const copy = new Uint8Array(bytes);
+    copy.set(this.#bytes.subarray(this.#at, this.#at + bytes));
+    this.#at += bytes;
+    return copy.buffer;
+  }
+}

@@ -1,0 +1,51 @@
+/** How KV bytes get from prefill's pages into decode's, behind the hand-off protocol: one implementation a path. */
+import type { KvArena, KvLayout } from '../native/types.js';
+import type { PathOffer } from './messages.js';
+import type { TransferPath } from './types.js';
+
+/** What lets a session's writes in, told to the sender with its grant. */
+export interface Admission {
+  slot: number;
+  epoch: number;
+}
+
+/** What the sender may write: the receiver's grant. */
+export interface Credit extends Admission {
+  session: string;
+  tokens: [number, number];
+  pages: Int32Array[];
+  rank: number;
+}
+
+/** Decode's side of one connection. */
+export interface Landing {
+  readonly offer: PathOffer;
+  /** Descriptors that go with the offer; they stay the landing's. */
+  readonly fds: number[];
+  admit(credit: { session: string; tokens: [number, number]; pages: Int32Array[]; rank: number }): Admission;
+  /** Shuts the session's writes out; true when none can land any more. */
+  revoke(slot: number): boolean;
+  /** After revoke: the same, asked again. */
+  isDrained(slot: number): boolean;
+  /** The slot may serve another session. */
+  release(slot: number): void;
+  /** The peer is gone, or the endpoint closes. */
+  close(): void;
+}
+
+/** Prefill's side of one connection. */
+export interface Reach {
+  readonly path: TransferPath;
+  /** Writes a rectangle of the sequence into the credit's pages; resolves once every byte is there. Rejects with CANCELLED when shut out. */
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<{ bytes: number; checksums: BigUint64Array }>;
+  close(): void;
+}
+
+/** What a reach is built from: the receiver's welcome. */
+export interface Welcome {
+  address: string;
+  layout: KvLayout;
+  pages: number;
+  offer: PathOffer;
+  fds: number[];
+}

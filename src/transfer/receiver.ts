@@ -1,0 +1,371 @@
+import { randomBytes } from 'node:crypto';
+import { closeSync } from 'node:fs';
+import type { Logger } from 'pino';
+import type { Clock } from '../clock.js';
+import { TplaError, toTplaError, type ErrorCode } from '../errors.js';
+import { formatAddress, parseAddress, type Address } from '../http/address.js';
+import { removeStaleSocket } from '../http/server.js';
+import { native } from '../native/loader.js';
+import type { Channel, ChannelServer, KvArena } from '../native/types.js';
+import { Coverage } from './coverage.js';
+import { checkHandshake, describeLayout, handshakeFingerprint } from './handshake.js';
+import { decodeMessage, encodeMessage, type Message } from './messages.js';
+import type { Admission, Landing } from './path.js';
+import { Pulse } from './pulse.js';
+import { ShmLanding } from './shm_path.js';
+import type { Handshake, HandoffCommit, HandoffEndpointOptions, HandoffGrant, HandoffReceiver, HandoffStats, HandoffTicket, OpenHandoff } from './types.js';
+
+const HELLO_MS = 5000;
+/** How often a session whose last writer is still inside is looked at. */
+const DRAIN_POLL_MS = 2;
+/** How long close() waits for writers of peers that do not answer. */
+const CLOSE_DRAIN_MS = 1000;
+
+/**
+ * Listens for prefill workers. Sessions end in one of two ways: committed, with every cell of (layer, token) written once and every
+ * checksum verified against this side's memory; or failed, and then only once no write can reach the pages any more (see
+ * native/transfer/write_gate.h). Throws ADDRESS_IN_USE.
+ */
+export async function createHandoffReceiver(address: string, options: HandoffEndpointOptions & { log: Logger; clock: Clock }): Promise<HandoffReceiver> {
+  const target = parseAddress(address);
+  if (target.kind === 'unix') await removeStaleSocket(target.path);
+  return new Receiver(target, options);
+}
+
+class Receiver implements HandoffReceiver {
+  readonly address: string;
+  readonly #handshake: Handshake;
+  readonly #arena: KvArena;
+  readonly #log: Logger;
+  readonly #clock: Clock;
+  readonly #server: ChannelServer;
+  readonly #connections = new Map<Channel, Connection>();
+  readonly #sessions = new Map<string, Session>();
+  readonly #pulse: Pulse;
+  readonly #stats: HandoffStats = { open: 0, draining: 0, committed: 0, bytes: 0, failed: {} };
+  #isClosing = false;
+
+  constructor(target: Address, { handshake, arena, log, clock }: HandoffEndpointOptions & { log: Logger; clock: Clock }) {
+    this.#handshake = handshake;
+    this.#arena = arena;
+    this.#log = log;
+    this.#clock = clock;
+    this.#pulse = new Pulse(clock, (isLate) => this.#beat(isLate));
+    this.#server = native().listenChannel(target.kind === 'unix' ? target.path : target, (channel) => this.#onConnection(channel), {
+      onMessage: (channel, bytes, fds) => this.#onMessage(channel, bytes, fds),
+      onClose: (channel, reason) => this.#onClose(channel, reason),
+    });
+    this.address = formatAddress(target.kind === 'unix' ? target : { ...target, port: this.#server.port });
+    log.info({ address: this.address, fingerprint: handshakeFingerprint(handshake), layout: describeLayout(handshake.layout) }, 'ready for hand-offs');
+  }
+
+  // ---------------------------------------------------------------- what decode asks for
+
+  open(grant: HandoffGrant): OpenHandoff {
+    if (this.#isClosing) throw new TplaError('DRAINING', 'decode is closing and takes no more hand-offs');
+    const session = new Session(randomBytes(18).toString('base64url'), grant, this.#arena.layout.layers, this.#clock.now());
+    this.#sessions.set(session.id, session);
+    this.#followLeases();
+    const ticket: HandoffTicket = { address: this.address, session: session.id, tokens: grant.tokens };
+    return { ticket, committed: session.committed, failing: session.failing.signal };
+  }
+
+  cancel(id: string): void {
+    const session = this.#sessions.get(id);
+    if (session) this.#fail(session, new TplaError('CANCELLED', 'decode cancelled the hand-off'));
+  }
+
+  stats(): HandoffStats {
+    const draining = [...this.#sessions.values()].filter((session) => session.failure !== undefined).length;
+    return { ...this.#stats, failed: { ...this.#stats.failed }, open: this.#sessions.size - draining, draining };
+  }
+
+  async close(): Promise<void> {
+    if (!this.#isClosing) {
+      this.#isClosing = true;
+      this.#server.close();
+      for (const session of [...this.#sessions.values()]) this.#fail(session, new TplaError('HANDOFF_FAILED', 'decode is closing'));
+    }
+    const settled = Promise.allSettled([...this.#sessions.values()].map(({ committed }) => committed));
+    await Promise.race([settled, new Promise((resolve) => setTimeout(resolve, CLOSE_DRAIN_MS))]);
+    this.#pulse.stop();
+    for (const channel of this.#connections.keys()) channel.close();
+    await Promise.all([...this.#connections.values()].map(({ closed }) => closed));
+  }
+
+  // ---------------------------------------------------------------- connections
+
+  #onConnection(channel: Channel): void {
+    const connection = new Connection(channel, this.#clock.now());
+    this.#connections.set(channel, connection);
+    connection.helloTimer = setTimeout(() => this.#drop(connection, new TplaError('PROTOCOL', `no hello within ${HELLO_MS} ms`)), HELLO_MS);
+  }
+
+  #onMessage(channel: Channel, bytes: Uint8Array, fds: number[]): void {
+    // A sender has no descriptors to give.
+    for (const fd of fds) closeSync(fd);
+    const connection = this.#connections.get(channel);
+    if (!connection || connection.isDropped) return;
+    connection.heard = this.#clock.now();
+    try {
+      if (fds.length > 0) throw new TplaError('PROTOCOL', `${fds.length} descriptors came with a message that takes none`);
+      this.#handle(connection, decodeMessage(bytes));
+    } catch (thrown) {
+      this.#drop(connection, toTplaError(thrown));
+    }
+  }
+
+  #handle(connection: Connection, message: Message): void {
+    if (connection.landing === undefined) {
+      if (message.type !== 'hello') throw new TplaError('PROTOCOL', `"${message.type}" came before hello`);
+      return this.#welcome(connection, message.handshake);
+    }
+    switch (message.type) {
+      case 'open': return this.#attach(connection, message);
+      case 'pushed': return this.#pushed(connection, message);
+      case 'commit': return this.#commit(connection, message);
+      case 'fail': return this.#peerFailed(connection, message);
+      case 'alive': return;
+      default: throw new TplaError('PROTOCOL', `"${message.type}" is not for decode`);
+    }
+  }
+
+  #welcome(connection: Connection, handshake: Handshake): void {
+    checkHandshake(handshake, this.#handshake);
+    clearTimeout(connection.helloTimer);
+    connection.landing = new ShmLanding(this.#arena);
+    const { offer, fds } = connection.landing;
+    connection.send({ type: 'welcome', handshake: this.#handshake, pages: this.#arena.pages, offers: [offer] }, fds);
+    this.#log.info({ peer: connection.channel.peer, path: offer.path, layout: describeLayout(handshake.layout) }, 'prefill connected');
+  }
+
+  /** Ends a connection that broke the rules, telling why. */
+  #drop(connection: Connection, error: TplaError): void {
+    this.#log.warn({ peer: connection.channel.peer, code: error.code }, `hand-off connection refused: ${error.message}`);
+    connection.isDropped = true;
+    connection.send({ type: 'refused', code: error.code, message: error.message.slice(0, 4000) });
+    for (const session of [...connection.sessions.values()]) this.#fail(session, error);
+    connection.channel.close();
+  }
+
+  /** The peer's process is gone, or it closed the socket, which it does only when nothing of it is being written: its pages are safe. */
+  #onClose(channel: Channel, reason: string): void {
+    const connection = this.#connections.get(channel);
+    if (!connection) return;
+    this.#connections.delete(channel);
+    clearTimeout(connection.helloTimer);
+    connection.isGone = true;
+    connection.markClosed();
+    for (const session of [...connection.sessions.values()]) {
+      this.#fail(session, new TplaError('HANDOFF_FAILED', `prefill is gone in the middle of a hand-off: ${reason}`));
+    }
+    connection.landing?.close();
+  }
+
+  // ---------------------------------------------------------------- sessions
+
+  #attach(connection: Connection, { session: id, path }: Extract<Message, { type: 'open' }>): void {
+    const refuse = (code: ErrorCode, message: string) => connection.send({ type: 'cancel', session: id, code, message });
+    const session = this.#sessions.get(id);
+    if (!session || session.failure) return refuse('HANDOFF_FAILED', 'decode knows no such hand-off; it was cancelled, or decode has restarted');
+    if (session.attachment) return refuse('PROTOCOL', 'the hand-off belongs to another connection');
+    const landing = connection.landing!;
+    if (path !== landing.offer.path) throw new TplaError('PROTOCOL', `path ${path} was not offered`);
+    const { tokens, pages, rank = 0, leaseMs } = session.grant;
+    let admission: Admission;
+    try {
+      admission = landing.admit({ session: id, tokens, pages, rank });
+    } catch (thrown) {
+      const error = toTplaError(thrown);
+      return refuse(error.code, error.message);
+    }
+    session.attachment = { connection, landing, slot: admission.slot };
+    connection.sessions.set(id, session);
+    connection.send({ type: 'granted', session: id, tokens, rank, leaseMs, ...admission, pages });
+  }
+
+  #pushed(connection: Connection, { session: id, layers, tokens, checksums }: Extract<Message, { type: 'pushed' }>): void {
+    const session = connection.sessions.get(id);
+    // A push may cross a cancel on the way.
+    if (!session || session.failure) return;
+    if (session.commit || !session.coverage.add(layers, tokens)) {
+      return this.#fail(session, new TplaError('PROTOCOL', `prefill pushed layers ${text(layers)} of tokens ${text(tokens)}, which is outside the grant or came already`));
+    }
+    session.verifying++;
+    void this.#verify(session, layers, tokens, checksums).finally(() => {
+      session.verifying--;
+      this.#finish(session);
+    });
+  }
+
+  async #verify(session: Session, layers: [number, number], tokens: [number, number], expected: BigUint64Array): Promise<void> {
+    try {
+      const found = await native().kvChecksum(this.#arena, layers, tokens, session.grant.pages, session.grant.rank);
+      const wrong = found.findIndex((sum, i) => sum !== expected[i]);
+      if (found.length === expected.length && wrong < 0) {
+        session.bytes += bytesOf(this.#arena, layers, tokens);
+        return;
+      }
+      const where = found.length === expected.length ? `entry ${wrong} of ${found.length}` : `${expected.length} checksums for ${found.length} pages`;
+      this.#fail(session, new TplaError('CHECKSUM_MISMATCH', `KV of layers ${text(layers)}, tokens ${text(tokens)} does not match what prefill sent (${where}); nothing of it was used`));
+    } catch (thrown) {
+      this.#fail(session, toTplaError(thrown));
+    }
+  }
+
+  #commit(connection: Connection, message: Extract<Message, { type: 'commit' }>): void {
+    const session = connection.sessions.get(message.session);
+    if (!session || session.failure) return;
+    if (session.commit) return this.#fail(session, new TplaError('PROTOCOL', 'prefill committed twice'));
+    if (!session.coverage.complete) {
+      return this.#fail(session, new TplaError('HANDOFF_FAILED', `prefill committed although ${session.coverage.firstGap()}`));
+    }
+    session.commit = message;
+    this.#finish(session);
+  }
+
+  #peerFailed(connection: Connection, { session: id, reason }: Extract<Message, { type: 'fail' }>): void {
+    const session = connection.sessions.get(id);
+    if (session) this.#fail(session, new TplaError('HANDOFF_FAILED', `prefill gave up: ${reason}`), false);
+  }
+
+  /** Accepts a session once everything of it is verified and its writer is shut out. */
+  #finish(session: Session): void {
+    const { commit, attachment } = session;
+    if (!commit || !attachment || session.verifying > 0 || session.failure || session.isSettled) return;
+    if (!attachment.landing.revoke(attachment.slot)) {
+      return this.#fail(session, new TplaError('PROTOCOL', 'prefill committed while it was still writing'));
+    }
+    const result: HandoffCommit = {
+      firstTokens: commit.firstTokens, path: attachment.landing.offer.path, bytes: session.bytes, transferMs: commit.transferMs, prefill: commit.prefill,
+    };
+    this.#stats.committed++;
+    this.#stats.bytes += session.bytes;
+    attachment.connection.send({ type: 'committed', session: session.id });
+    this.#settle(session);
+    session.resolve(result);
+  }
+
+  /** Ends a session; its promise settles when no write can reach the pages. */
+  #fail(session: Session, error: TplaError, tellPeer = true): void {
+    if (session.failure || session.isSettled) return;
+    session.failure = error;
+    this.#stats.failed[error.code] = (this.#stats.failed[error.code] ?? 0) + 1;
+    const { attachment } = session;
+    const isSafe = !attachment || attachment.landing.revoke(attachment.slot) || attachment.connection.isGone;
+    if (attachment && tellPeer) attachment.connection.send({ type: 'cancel', session: session.id, code: error.code, message: error.message.slice(0, 4000) });
+    session.failing.abort(error);
+    if (isSafe) this.#rejectSettled(session, error);
+    else this.#awaitDrain(session, error);
+  }
+
+  #awaitDrain(session: Session, error: TplaError): void {
+    const { connection, landing, slot } = session.attachment!;
+    const timer = setInterval(() => {
+      if (!connection.isGone && !landing.isDrained(slot)) return;
+      clearInterval(timer);
+      this.#rejectSettled(session, error);
+    }, DRAIN_POLL_MS);
+  }
+
+  #rejectSettled(session: Session, error: TplaError): void {
+    this.#settle(session);
+    session.reject(error);
+  }
+
+  #settle(session: Session): void {
+    session.isSettled = true;
+    this.#sessions.delete(session.id);
+    if (session.attachment) {
+      const { connection, landing, slot } = session.attachment;
+      connection.sessions.delete(session.id);
+      if (!connection.isGone) landing.release(slot);
+    }
+    this.#followLeases();
+  }
+
+  // ---------------------------------------------------------------- leases
+
+  #followLeases(): void {
+    this.#pulse.follow([...this.#sessions.values()].map(({ grant }) => grant.leaseMs));
+  }
+
+  #beat(isLate: boolean): void {
+    for (const connection of this.#connections.values()) if (connection.sessions.size > 0) connection.send({ type: 'alive' });
+    if (isLate) return;
+    const now = this.#clock.now();
+    for (const session of [...this.#sessions.values()]) {
+      const silentMs = now - (session.attachment?.connection.heard ?? session.opened);
+      if (silentMs <= session.grant.leaseMs) continue;
+      const who = session.attachment ? 'prefill was silent' : 'no prefill worker came';
+      this.#fail(session, new TplaError('LEASE_EXPIRED', `${who} for ${Math.round(silentMs)} ms, the lease is ${session.grant.leaseMs} ms`));
+    }
+  }
+}
+
+/** A connected prefill worker. */
+class Connection {
+  readonly channel: Channel;
+  readonly sessions = new Map<string, Session>();
+  readonly closed: Promise<void>;
+  landing: Landing | undefined;
+  heard: number;
+  helloTimer: NodeJS.Timeout | undefined;
+  isDropped = false;
+  isGone = false;
+  markClosed!: () => void;
+
+  constructor(channel: Channel, now: number) {
+    this.channel = channel;
+    this.heard = now;
+    this.closed = new Promise((resolve) => { this.markClosed = resolve; });
+  }
+
+  /** A closed channel takes no message; its end is on the way. */
+  send(message: Message, fds: number[] = []): void {
+    if (this.isGone) return;
+    try {
+      this.channel.send(encodeMessage(message), fds);
+    } catch (thrown) {
+      if (toTplaError(thrown).code !== 'IO_FAILED') throw thrown;
+    }
+  }
+}
+
+class Session {
+  readonly id: string;
+  readonly grant: HandoffGrant;
+  readonly opened: number;
+  readonly coverage: Coverage;
+  readonly committed: Promise<HandoffCommit>;
+  readonly failing = new AbortController();
+  attachment: { connection: Connection; landing: Landing; slot: number } | undefined;
+  commit: Extract<Message, { type: 'commit' }> | undefined;
+  failure: TplaError | undefined;
+  verifying = 0;
+  bytes = 0;
+  isSettled = false;
+  resolve!: (commit: HandoffCommit) => void;
+  reject!: (error: TplaError) => void;
+
+  constructor(id: string, grant: HandoffGrant, layers: number, now: number) {
+    this.id = id;
+    this.grant = grant;
+    this.opened = now;
+    this.coverage = new Coverage(layers, grant.tokens);
+    this.committed = new Promise((resolve, reject) => {
+      this.resolve = resolve;
+      this.reject = reject;
+    });
+    // A caller that only listens to `failing` must not bring the process down.
+    this.committed.catch(() => {});
+  }
+}
+
+const text = ([begin, end]: [number, number]) => `[${begin}, ${end})`;
+
+/** Bytes the arena keeps for a rectangle, over all copies. */
+function bytesOf(arena: KvArena, layers: [number, number], tokens: [number, number]): number {
+  const perToken = arena.bytesPerTokenPerRank * (arena.layout.form === 'tpla' ? arena.layout.ranks : 1);
+  return perToken / arena.layout.layers * (layers[1] - layers[0]) * (tokens[1] - tokens[0]);
+}

@@ -1,0 +1,367 @@
+import { closeSync } from 'node:fs';
+import type { Logger } from 'pino';
+import type { Clock } from '../clock.js';
+import { TplaError, toTplaError } from '../errors.js';
+import { parseAddress } from '../http/address.js';
+import { native } from '../native/loader.js';
+import type { Channel, KvArena, SampledToken } from '../native/types.js';
+import { checkHandshake, describeLayout } from './handshake.js';
+import { decodeMessage, encodeMessage, type Message } from './messages.js';
+import type { Credit, Reach } from './path.js';
+import { Pulse } from './pulse.js';
+import { ShmReach } from './shm_path.js';
+import type { Handshake, HandoffEndpointOptions, HandoffSender, HandoffSession, HandoffTicket, PrefillStats, TransferPath } from './types.js';
+
+const WELCOME_MS = 5000;
+
+/** Connects to decode workers as tickets name them, one connection an address, kept as long as it lives. */
+export function createHandoffSender(options: HandoffEndpointOptions & { log: Logger; clock: Clock }): HandoffSender {
+  return new Sender(options);
+}
+
+class Sender implements HandoffSender {
+  readonly #handshake: Handshake;
+  readonly #arena: KvArena;
+  readonly #log: Logger;
+  readonly #clock: Clock;
+  readonly #connections = new Map<string, Promise<Connection>>();
+  readonly #pulse: Pulse;
+  #isClosing = false;
+
+  constructor({ handshake, arena, log, clock }: HandoffEndpointOptions & { log: Logger; clock: Clock }) {
+    this.#handshake = handshake;
+    this.#arena = arena;
+    this.#log = log;
+    this.#clock = clock;
+    this.#pulse = new Pulse(clock, (isLate) => void this.#beat(isLate));
+  }
+
+  async open(ticket: HandoffTicket): Promise<HandoffSession> {
+    if (this.#isClosing) throw new TplaError('DRAINING', 'prefill is closing and opens no more hand-offs');
+    const connection = await this.#connection(ticket.address);
+    const session = await connection.openSession(ticket);
+    void this.#followLeases();
+    return session;
+  }
+
+  async close(): Promise<void> {
+    this.#isClosing = true;
+    this.#pulse.stop();
+    const connections = await this.#live();
+    await Promise.all(connections.map((connection) => connection.close(new TplaError('HANDOFF_FAILED', 'prefill is closing'))));
+  }
+
+  #connection(address: string): Promise<Connection> {
+    const known = this.#connections.get(address);
+    if (known) return known;
+    const forget = () => {
+      if (this.#connections.get(address) === opening) this.#connections.delete(address);
+      void this.#followLeases();
+    };
+    const opening = this.#connect(address, forget);
+    this.#connections.set(address, opening);
+    opening.catch(forget);
+    return opening;
+  }
+
+  async #connect(address: string, onGone: () => void): Promise<Connection> {
+    const connection = new Connection(address, this.#arena, this.#clock, onGone);
+    await connection.dial(this.#handshake);
+    this.#log.info({ address, path: connection.path, peer: connection.peer }, `connected to decode (${describeLayout(connection.layout)})`);
+    return connection;
+  }
+
+  /** Connections that are up; one that is being dialled or has failed is not. */
+  async #live(): Promise<Connection[]> {
+    const settled = await Promise.allSettled(this.#connections.values());
+    return settled.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
+  }
+
+  async #followLeases(): Promise<void> {
+    const connections = await this.#live();
+    if (!this.#isClosing) this.#pulse.follow(connections.flatMap((connection) => connection.leases()));
+  }
+
+  async #beat(isLate: boolean): Promise<void> {
+    for (const connection of await this.#live()) connection.beat(this.#clock.now(), isLate);
+    await this.#followLeases();
+  }
+}
+
+/** A connection to one decode worker. */
+class Connection {
+  readonly #address: string;
+  readonly #arena: KvArena;
+  readonly #clock: Clock;
+  readonly #onGone: () => void;
+  readonly #sessions = new Map<string, Session>();
+  readonly #welcomed = deferred<void>();
+  readonly #closed = deferred<void>();
+  /** Puts on their way into the peer's memory. The socket stays open until they have ended: its end tells the peer that its pages are safe. */
+  readonly #puts = new Set<Promise<unknown>>();
+  #channel: Channel | undefined;
+  #handshake: Handshake | undefined;
+  #peerHandshake: Handshake | undefined;
+  #reach: Reach | undefined;
+  #heard: number;
+  #failure: TplaError | undefined;
+
+  constructor(address: string, arena: KvArena, clock: Clock, onGone: () => void) {
+    this.#address = address;
+    this.#arena = arena;
+    this.#clock = clock;
+    this.#onGone = onGone;
+    this.#heard = clock.now();
+    this.#welcomed.promise.catch(() => {});
+  }
+
+  get path(): TransferPath { return this.#reach!.path; }
+  get peer(): Channel['peer'] { return this.#channel!.peer; }
+  get layout(): Handshake['layout'] { return this.#peerHandshake!.layout; }
+
+  /** Resolves when decode has welcomed us. Throws HANDSHAKE_REFUSED, or HANDOFF_FAILED where nobody answers. */
+  async dial(handshake: Handshake): Promise<void> {
+    this.#handshake = handshake;
+    const target = parseAddress(this.#address);
+    try {
+      this.#channel = await native().connectChannel(target.kind === 'unix' ? target.path : target, {
+        onMessage: (_channel, bytes, fds) => this.#onMessage(bytes, fds),
+        onClose: (_channel, reason) => this.#onClose(reason),
+      });
+    } catch (thrown) {
+      this.#onGone();
+      throw new TplaError('HANDOFF_FAILED', `decode cannot be reached for a hand-off: ${(thrown as Error).message}`, { cause: thrown });
+    }
+    this.send({ type: 'hello', handshake });
+    const timer = setTimeout(() => this.#fail(new TplaError('HANDOFF_FAILED', `decode at ${this.#address} did not answer within ${WELCOME_MS} ms`)), WELCOME_MS);
+    try {
+      await this.#welcomed.promise;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  openSession(ticket: HandoffTicket): Promise<HandoffSession> {
+    if (this.#failure) throw this.#failure;
+    const session = new Session(this, ticket);
+    this.#sessions.set(ticket.session, session);
+    this.send({ type: 'open', session: ticket.session, path: this.path });
+    return session.granted;
+  }
+
+  forget(id: string): void {
+    this.#sessions.delete(id);
+  }
+
+  put(srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): ReturnType<Reach['put']> {
+    const put = this.#reach!.put(this.#arena, srcPages, credit, layers, tokens);
+    this.#puts.add(put);
+    const done = () => { this.#puts.delete(put); };
+    put.then(done, done);
+    return put;
+  }
+
+  /** A closed channel takes no message; its end is on the way. */
+  send(message: Message): void {
+    try {
+      this.#channel!.send(encodeMessage(message));
+    } catch (thrown) {
+      if (toTplaError(thrown).code !== 'IO_FAILED') throw thrown;
+    }
+  }
+
+  leases(): number[] {
+    return [...this.#sessions.values()].flatMap(({ leaseMs }) => (leaseMs === undefined ? [] : [leaseMs]));
+  }
+
+  beat(now: number, isLate: boolean): void {
+    const leases = this.leases();
+    if (leases.length === 0) return;
+    this.send({ type: 'alive' });
+    const silentMs = now - this.#heard;
+    const lease = Math.min(...leases);
+    if (!isLate && silentMs > lease) {
+      this.#fail(new TplaError('LEASE_EXPIRED', `decode at ${this.#address} was silent for ${Math.round(silentMs)} ms, the lease is ${lease} ms`));
+    }
+  }
+
+  async close(reason: TplaError): Promise<void> {
+    this.#fail(reason);
+    await this.#closed.promise;
+  }
+
+  #onMessage(bytes: Uint8Array, fds: number[]): void {
+    this.#heard = this.#clock.now();
+    try {
+      this.#handle(decodeMessage(bytes), fds);
+    } catch (thrown) {
+      this.#fail(toTplaError(thrown));
+    } finally {
+      for (const fd of fds) closeSync(fd);
+    }
+  }
+
+  #handle(message: Message, fds: number[]): void {
+    switch (message.type) {
+      case 'welcome': return this.#onWelcome(message, fds);
+      case 'refused': throw new TplaError(message.code, message.message);
+      case 'granted': return this.#sessions.get(message.session)?.onGranted(message);
+      case 'committed': return this.#sessions.get(message.session)?.onCommitted();
+      case 'cancel': return this.#sessions.get(message.session)?.onCancelled(new TplaError(message.code, message.message));
+      case 'alive': return;
+      default: throw new TplaError('PROTOCOL', `"${message.type}" is not for prefill`);
+    }
+  }
+
+  #onWelcome({ handshake, pages, offers }: Extract<Message, { type: 'welcome' }>, fds: number[]): void {
+    if (this.#reach) throw new TplaError('PROTOCOL', 'decode welcomed twice');
+    checkHandshake(this.#handshake!, handshake);
+    const offer = offers[0];
+    if (!offer) throw new TplaError('PROTOCOL', 'decode offered no path');
+    this.#peerHandshake = handshake;
+    this.#reach = new ShmReach({ address: this.#address, layout: handshake.layout, pages, offer, fds });
+    this.#welcomed.resolve();
+  }
+
+  #onClose(reason: string): void {
+    this.#fail(new TplaError('HANDOFF_FAILED', `decode at ${this.#address} is gone: ${reason}`));
+    void this.#putsEnded().then(() => this.#reach?.close());
+    this.#closed.resolve();
+  }
+
+  /** Ends every session and, when nothing is being written any more, the connection. */
+  #fail(error: TplaError): void {
+    if (this.#failure) return;
+    this.#failure = error;
+    this.#onGone();
+    this.#welcomed.reject(error);
+    for (const session of [...this.#sessions.values()]) {
+      this.send({ type: 'fail', session: session.id, reason: error.message.slice(0, 4000) });
+      session.onCancelled(error);
+    }
+    void this.#putsEnded().then(() => this.#channel?.close());
+  }
+
+  async #putsEnded(): Promise<void> {
+    await Promise.allSettled(this.#puts);
+  }
+}
+
+class Session implements HandoffSession {
+  readonly id: string;
+  readonly granted: Promise<HandoffSession>;
+  readonly aborted: AbortSignal;
+  leaseMs: number | undefined;
+  readonly #connection: Connection;
+  readonly #tokens: [number, number];
+  readonly #abort = new AbortController();
+  readonly #grant = deferred<HandoffSession>();
+  readonly #committed = deferred<void>();
+  readonly #pushes = new Set<Promise<void>>();
+  #credit: Credit | undefined;
+  #error: TplaError | undefined;
+  #firstPush: number | undefined;
+  #isCommitting = false;
+
+  constructor(connection: Connection, ticket: HandoffTicket) {
+    this.id = ticket.session;
+    this.#connection = connection;
+    this.#tokens = ticket.tokens;
+    this.aborted = this.#abort.signal;
+    this.granted = this.#grant.promise;
+    this.#committed.promise.catch(() => {});
+  }
+
+  get path(): TransferPath { return this.#connection.path; }
+
+  push(layers: [number, number], tokens: [number, number], srcPages: Int32Array): Promise<void> {
+    const push = this.#push(layers, tokens, srcPages);
+    this.#pushes.add(push);
+    // A failed push stays in the set: commit() must see it.
+    push.then(() => this.#pushes.delete(push), () => {});
+    return push;
+  }
+
+  async #push(layers: [number, number], tokens: [number, number], srcPages: Int32Array): Promise<void> {
+    this.#throwIfOver();
+    const [begin, end] = this.#tokens;
+    if (tokens[0] < begin || tokens[1] > end) {
+      throw new TplaError('REQUEST_INVALID', `tokens [${tokens[0]}, ${tokens[1]}) are outside the grant [${begin}, ${end})`);
+    }
+    this.#firstPush ??= performance.now();
+    try {
+      const { bytes, checksums } = await this.#connection.put(srcPages, this.#credit!, layers, tokens);
+      this.#throwIfOver();
+      this.#connection.send({ type: 'pushed', session: this.id, layers, tokens, bytes, checksums });
+    } catch (thrown) {
+      // Shut out at the gate: why is in the cancel message, which may still be on its way.
+      throw this.#error ?? toTplaError(thrown);
+    }
+  }
+
+  async commit({ firstTokens, prefill }: { firstTokens: SampledToken[]; prefill: PrefillStats }): Promise<void> {
+    if (this.#isCommitting) throw new TplaError('INTERNAL', 'a hand-off is committed once');
+    this.#isCommitting = true;
+    await Promise.all(this.#pushes);
+    this.#throwIfOver();
+    const transferMs = performance.now() - (this.#firstPush ?? performance.now());
+    this.#connection.send({ type: 'commit', session: this.id, transferMs, firstTokens, prefill });
+    await this.#committed.promise;
+  }
+
+  fail(reason: string): void {
+    if (this.#error) return;
+    this.#connection.send({ type: 'fail', session: this.id, reason: reason.slice(0, 4000) });
+    this.#end(new TplaError('HANDOFF_FAILED', reason));
+  }
+
+  onGranted({ tokens, rank, leaseMs, slot, epoch, pages }: Extract<Message, { type: 'granted' }>): void {
+    if (this.#credit || this.#error) throw new TplaError('PROTOCOL', 'decode granted a hand-off twice');
+    if (tokens[0] !== this.#tokens[0] || tokens[1] !== this.#tokens[1]) {
+      throw new TplaError('PROTOCOL', `decode granted tokens [${tokens.join(', ')}), the ticket says [${this.#tokens.join(', ')})`);
+    }
+    this.#credit = { session: this.id, tokens, rank, slot, epoch, pages };
+    this.leaseMs = leaseMs;
+    this.#grant.resolve(this);
+  }
+
+  onCommitted(): void {
+    if (!this.#isCommitting) throw new TplaError('PROTOCOL', 'decode accepted a hand-off that was not committed');
+    this.#connection.forget(this.id);
+    this.#error = new TplaError('INTERNAL', 'the hand-off is over');
+    this.#committed.resolve();
+  }
+
+  onCancelled(error: TplaError): void {
+    if (this.#error) return;
+    this.#end(error);
+    this.#abort.abort(error);
+  }
+
+  #end(error: TplaError): void {
+    this.#error = error;
+    this.#connection.forget(this.id);
+    this.#grant.reject(error);
+    this.#committed.reject(error);
+  }
+
+  #throwIfOver(): void {
+    if (this.#error) throw this.#error;
+  }
+}
+
+interface Deferred<T> {
+  promise: Promise<T>;
+  resolve: (value: T) => void;
+  reject: (error: TplaError) => void;
+}
+
+function deferred<T>(): Deferred<T> {
+  let resolve!: (value: T) => void;
+  let reject!: (error: TplaError) => void;
+  const promise = new Promise<T>((yes, no) => {
+    resolve = yes;
+    reject = no;
+  });
+  return { promise, resolve, reject };
+}
