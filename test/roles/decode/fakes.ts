@@ -103,10 +103,10 @@ export class FakeReceiver implements HandoffReceiver {
 
   constructor(readonly memory: FakeMemory) {}
 
-  open(grant: HandoffGrant): { ticket: HandoffTicket; committed: Promise<HandoffCommit> } {
+  open(grant: HandoffGrant): { ticket: HandoffTicket; committed: Promise<HandoffCommit>; failing: AbortSignal } {
     const session = `session ${this.#serial++}`;
     const committed = new Promise<HandoffCommit>((resolve, reject) => this.open_.set(session, { grant, settle: { resolve, reject } }));
-    return { ticket: { address: this.address, session, tokens: grant.tokens }, committed };
+    return { ticket: { address: this.address, session, tokens: grant.tokens }, committed, failing: new AbortController().signal };
   }
 
   /** What a prefill worker does: writes the granted tokens, and commits. */
@@ -128,6 +128,10 @@ export class FakeReceiver implements HandoffReceiver {
 
   cancel(session: string): void {
     this.fail(session, new TplaError('CANCELLED', 'cancelled'));
+  }
+
+  stats() {
+    return { open: this.open_.size, draining: 0, committed: 0, bytes: 0, failed: {} };
   }
 
   async close(): Promise<void> {}
