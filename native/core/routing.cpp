@@ -41,7 +41,7 @@ float sum_of_two_largest(const float* values, int count) {
   return count > 1 ? first + second : first;
 }
 
-// Zeroes the choice scores of groups that are not among the best `top_groups`. Zero and not -inf, as the published code has it.
+// Rules out the experts of groups that are not among the best `top_groups`.
 void mask_groups(const MoeSpec& moe, float* choice) {
   const int size = moe.experts / moe.groups;
   std::vector<float> group_scores(moe.groups);
@@ -52,7 +52,7 @@ void mask_groups(const MoeSpec& moe, float* choice) {
   std::vector<bool> kept(moe.groups);
   for (const int32_t g : top_indices(group_scores.data(), moe.groups, moe.top_groups)) kept[g] = true;
   for (int g = 0; g < moe.groups; ++g) {
-    if (!kept[g]) std::fill_n(choice + g * size, size, 0.0f);
+    if (!kept[g]) std::fill_n(choice + g * size, size, -std::numeric_limits<float>::infinity());
   }
 }
 
@@ -74,12 +74,13 @@ void route_token(const MoeSpec& moe, const float* logits, const float* bias, int
   float sum = 0;
   for (int k = 0; k < moe.top_k; ++k) {
     experts[k] = chosen[k];
-    // A masked expert that had to be taken contributes its masked score with V2's gate, its true score with V3's.
-    weights[k] = moe.selection == MoeSpec::Selection::group_limited_greedy ? choice[chosen[k]] : scores[chosen[k]];
+    weights[k] = scores[chosen[k]];
     sum += weights[k];
   }
-  const float normaliser = moe.norm_top_k ? 1.0f / (sum + 1e-20f) : 1.0f;
-  for (int k = 0; k < moe.top_k; ++k) weights[k] *= normaliser * moe.routed_scale;
+  // V3 scales what it has normalised; with V2's gate normalisation takes the place of the scale.
+  const bool scaled = !moe.norm_top_k || moe.scoring == MoeSpec::Scoring::sigmoid;
+  const float factor = (moe.norm_top_k ? 1.0f / (sum + 1e-20f) : 1.0f) * (scaled ? moe.routed_scale : 1.0f);
+  for (int k = 0; k < moe.top_k; ++k) weights[k] *= factor;
 }
 
 }  // namespace tpla

@@ -82,7 +82,7 @@ export interface TplaSpec {
   /**
    * `self_attn.tpla.rank{i}.w_uk` [heads, nope, w] and `.w_uv` [heads, v, w], w = shared + slice, replace the slices of kv_b_proj
    * in decode: rank i scores q_nope W_UK,i against its columns [shared | slice i], and every rank's W_UV,i term is summed as it is.
-   * Without them rank i uses kv_b_proj's columns, and the value of the shared columns is counted on rank 0 only.
+   * Without them rank i uses kv_b_proj's columns, and the values of the shared columns are averaged over the ranks (each counts 1/g).
    */
   rankWeights: boolean;
   /** Hash over everything that decides the latent basis; part of every KV block's identity. */

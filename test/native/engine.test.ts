@@ -257,6 +257,35 @@ test('tpla with slices equals its own definition, shared subspace included', asy
   }
 });
 
+const REPARAMETERISED: [string, object][] = [
+  ['transform', { groups: 2, shared: 0, transform: true }],
+  ['matrices per rank, shared subspace', { groups: 2, shared: 8, rank_weights: true }],
+  ['transform and matrices per rank', { groups: 4, shared: 16, transform: true, rank_weights: true }],
+  ['sliced norm', { groups: 2, shared: 8, norm: 'sliced', norm_scale: [[0.9, 1.1], [1.05, 0.97], [1.2, 0.8]] }],
+];
+
+for (const [name, section] of REPARAMETERISED) {
+  test(`reparameterised checkpoints: prefill is exact MLA, decode is the ranks' approximation: ${name}`, async () => {
+    const loaded = load({ config: { ...TINY_V3, tpla: { fingerprint: name, ...section } } });
+    const { groups: ranks, shared } = loaded.spec.tpla!;
+    const tokens = prompt(48, 320, 3);
+    const exact = reference(loaded);
+    const expected = [...tokens].map((token) => exact.step(token));
+    await withEngine(loaded, arenaFor(loaded.spec), {}, async (engine) => {
+      const rows = await prefillAll(engine, tokens, scattered(3));
+      rows.forEach((row, i) => assert.ok(distance(row, expected[i]!) < 2e-5, `prefill row ${i}: ${distance(row, expected[i]!)}`));
+      const logits = await engine.decode([{ token: tokens[47]!, position: 47, pages: [scattered(3)] }]);
+      assert.ok(distance(logits, expected[47]!) < 2e-5, 'one rank decodes exactly');
+    });
+    const sliced = reference(loaded);
+    const approximate = [...tokens].map((token) => sliced.step(token, { form: 'tpla', ranks, shared }));
+    assert.ok(distance(approximate[47]!, expected[47]!) > 1e-3, 'slicing must make a difference');
+    const arena = arenaFor(loaded.spec, { form: 'tpla', ranks, shared });
+    const [rows] = await withEngine(loaded, arena, {}, (engine) => decodeAll(engine, arena.layout, [tokens], 320));
+    rows!.forEach((row, i) => assert.ok(distance(row, approximate[i]!) < 2e-5, `decode row ${i}: ${distance(row, approximate[i]!)}`));
+  });
+}
+
 test('tpla with the softmax gathered equals mla: the slicing itself is right', async () => {
   const loaded = load();
   const sequences = [prompt(50, 320, 1), prompt(20, 320, 2)];

@@ -169,13 +169,14 @@ export class ReferenceModel {
       const groups = Array.from({ length: moe.groups }, (_, g) => choice.slice(g * size, (g + 1) * size).sort((a, b) => b - a));
       const groupScores = groups.map((sorted) => (moe.selection === 'noaux_tc' ? sorted[0]! + sorted[1]! : sorted[0]!));
       const kept = new Set(largest(groupScores, moe.topGroups));
-      choice = choice.map((score, e) => (kept.has(Math.floor(e / size)) ? score : 0));
+      choice = choice.map((score, e) => (kept.has(Math.floor(e / size)) ? score : -Infinity));
     }
     const chosen = largest(choice, moe.topK);
     const total = chosen.reduce((sum, e) => sum + scores[e]!, 0);
     let out: Float64Array = moe.sharedExperts > 0 ? this.mlp(`${at}shared_experts.`, moe.intermediateSize * moe.sharedExperts, h) : new Float64Array(spec.hiddenSize);
     for (const e of chosen) {
-      const weight = (moe.normTopK ? scores[e]! / (total + 1e-20) : scores[e]!) * moe.routedScale;
+      const scale = moe.normTopK && moe.scoring === 'softmax' ? 1 : moe.routedScale;
+      const weight = (moe.normTopK ? scores[e]! / (total + 1e-20) : scores[e]!) * scale;
       out = add(out, scaled(this.mlp(`${at}experts.${e}.`, moe.intermediateSize, h), weight));
     }
     return out;
