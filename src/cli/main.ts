@@ -15,4 +15,6 @@ export async function main(url: string, argv: string[] = process.argv.slice(2)):
     }
   }
   await flush();
+  // What failed may have left a server or a thread open; that must not keep the process.
+  if (process.exitCode) process.exit();
 }
