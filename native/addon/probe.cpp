@@ -24,6 +24,8 @@ Napi::Object cpu_object(Napi::Env env) {
   cpu.Set("model", probe.model);
   cpu.Set("cores", probe.cores);
   cpu.Set("features", array_of(env, probe.features, [&](const std::string& name) { return Napi::String::New(env, name); }));
+  cpu.Set("kernel", probe.kernels);
+  cpu.Set("blas", env.Null());
   return cpu;
 }
 

@@ -1,9 +1,11 @@
 #include "core/probe_cpu.h"
 
 #include <fstream>
-#include <sched.h>
 #include <set>
 #include <sstream>
+
+#include "cpu/cpu_features.h"
+#include "cpu/kernels.h"
 
 namespace tpla {
 
@@ -12,17 +14,12 @@ namespace {
 const char* const kKnownFeatures[] = {"sse4_2", "pclmulqdq", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl",
                                       "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16"};
 
-int allowed_cores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-}
-
 }  // namespace
 
 CpuProbe probe_cpu() {
   CpuProbe probe;
-  probe.cores = allowed_cores();
+  probe.cores = cpu::usable_cores();
+  probe.kernels = cpu::select_kernels(nullptr).name;
   std::ifstream cpuinfo("/proc/cpuinfo");
   for (std::string line; std::getline(cpuinfo, line);) {
     const auto colon = line.find(':');

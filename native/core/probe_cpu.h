@@ -10,6 +10,8 @@ struct CpuProbe {
   int cores = 0;
   // Instruction sets our kernels know of, as the kernel names them.
   std::vector<std::string> features;
+  // The set of kernels the engine takes on it.
+  std::string kernels;
 };
 
 CpuProbe probe_cpu();

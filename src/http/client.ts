@@ -6,7 +6,7 @@ import { parseAddress } from './address.js';
 /** Longest NDJSON line; a worker that sends more is broken. */
 const MAX_LINE = 16 * 2 ** 20;
 
-/** HTTP client of one worker, over a Unix socket or TCP. Connections are kept alive and reused. */
+/** HTTP client of one worker (or of route), over a Unix socket or TCP. Connections are kept alive and reused. */
 export class WorkerClient {
   readonly address: string;
   readonly #pool: Pool;
@@ -41,10 +41,24 @@ export class WorkerClient {
    * A signal aborted with a TplaError throws that error.
    */
   async *stream<T>(path: string, body: unknown, signal?: AbortSignal): AsyncGenerator<T> {
+    for await (const line of this.#lines(path, body, signal)) yield parseLine<T>(line, this.address);
+  }
+
+  /** The same with server-sent events, up to [DONE]. An error object among them, or an end without [DONE], throws. */
+  async *events<T>(path: string, body: unknown, signal?: AbortSignal): AsyncGenerator<T> {
+    for await (const line of this.#lines(path, body, signal)) {
+      if (line === 'data: [DONE]') return;
+      if (line.startsWith('data: {"error":')) throw remoteError(line.slice('data: '.length), 200, this.address);
+      if (line.startsWith('data: ')) yield parseLine<T>(line.slice('data: '.length), this.address);
+    }
+    throw new TplaError('WORKER_FAILED', `the stream of ${this.address} broke off`);
+  }
+
+  async *#lines(path: string, body: unknown, signal: AbortSignal | undefined): AsyncGenerator<string> {
     const response = await this.#send('POST', path, body, signal);
     if (response.statusCode >= 400) throw remoteError(await this.#reading(response.body.text()), response.statusCode, this.address);
     try {
-      for await (const line of splitLines(response.body, this.address)) yield parseLine<T>(line, this.address);
+      yield* splitLines(response.body, this.address);
     } catch (thrown) {
       throw this.#failed(thrown);
     } finally {

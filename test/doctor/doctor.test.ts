@@ -58,6 +58,7 @@ test('this machine, as JSON', async () => {
   const flags = /^(?:flags|Features)\s*: (.*)$/m.exec(readFileSync('/proc/cpuinfo', 'utf8'))?.[1]?.split(' ') ?? [];
   assert.equal(found.cpu?.features.filter((feature) => !flags.includes(feature)), []);
   assert.is(found.cpu?.features.includes('avx2'), flags.includes('avx2'));
+  assert.ok(['portable', 'avx2', 'avx512'].includes(found.cpu?.kernel ?? ''), found.cpu?.kernel);
   assert.equal(found.libraries.map(({ name }) => name), ['libcuda', 'cuBLASLt', 'NCCL', 'UCX', 'cuFile', 'NIXL', 'io_uring']);
   for (const { detail } of found.libraries) assert.is.not(detail, '');
   if (found.cuda?.devices.length === 0) assert.is.not(found.cuda.reason, null);
