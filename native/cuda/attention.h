@@ -19,9 +19,17 @@ class AttentionError : public std::runtime_error {
 };
 
 enum class KvFormat {
-  bf16,      // token: latent + rope values of bf16
-  fp8_656,   // token: 512 e4m3, 4 fp32 power-of-two scales (one per 128), 64 bf16 rope: 656 bytes
+  bf16,  // token: latent + 64 rope values of bf16
+  fp8,   // token: latent e4m3, one fp32 power-of-two scale per 128 of them, 64 rope values of bf16; 656 bytes for a latent of 512
 };
+
+// The launch code and the kernels both need it.
+#if defined(__CUDACC__)
+__host__ __device__
+#endif
+inline constexpr int kv_token_bytes(KvFormat format, int latent) {
+  return format == KvFormat::bf16 ? (latent + 64) * 2 : latent + latent / 128 * 4 + 128;
+}
 
 // Which implementation runs; automatic takes the fastest one the GPU has.
 enum class AttentionPath { automatic, sm90, sm80 };
@@ -87,5 +95,45 @@ struct MlaPrefill {
 size_t mla_prefill_workspace_bytes(const MlaPrefill& call);
 
 void mla_prefill(const MlaPrefill& call, Stream stream);
+
+// New tokens into the cache: RMSNorm over the whole latent, weight, slice; rope rotation of the key; fp8 conversion where asked.
+struct KvAppend {
+  const void* latent = nullptr;          // bf16 [tokens, latent_stride], before the norm
+  const void* rope = nullptr;            // bf16 [tokens, rope_stride], before the rotation
+  const float* norm_weight = nullptr;    // [latent_width]; null: 1
+  const float* cos_sin = nullptr;        // [positions, 64]: 32 cosines, 32 sines
+  const int32_t* positions = nullptr;    // [tokens]
+  const int64_t* slots = nullptr;        // [tokens]: page · page_size + offset; negative: skip the token
+  void* kv = nullptr;
+  float eps = 1e-6f;
+  bool norm = true;
+  bool interleaved = true;               // rope pairs (2i, 2i + 1) as in DeepSeek checkpoints, else (i, i + 32)
+  int tokens = 0;
+  int latent_width = 512;
+  int64_t latent_stride = 512;
+  int64_t rope_stride = 64;
+  int slice_begin = 0;                   // columns of the latent that this rank keeps
+  int slice_width = 512;
+  int page_size = 64;
+  int64_t page_stride = 0;               // bytes; 0: dense
+  KvFormat format = KvFormat::bf16;
+};
+
+void kv_append(const KvAppend& call, Stream stream);
+
+// Copies token rows from slots to slots (eviction, prefix compaction). A slot must not be both read and written.
+struct KvGather {
+  const void* from = nullptr;
+  void* to = nullptr;
+  const int64_t* from_slots = nullptr;   // [tokens]
+  const int64_t* to_slots = nullptr;
+  int tokens = 0;
+  int token_bytes = 0;
+  int page_size = 64;
+  int64_t from_page_stride = 0;          // bytes; 0: dense
+  int64_t to_page_stride = 0;
+};
+
+void kv_gather(const KvGather& call, Stream stream);
 
 }  // namespace tpla::cuda

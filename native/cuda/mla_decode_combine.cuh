@@ -1,6 +1,6 @@
 // Reduction of split sequences inside the launch: every block that computed a part of a sequence publishes it, waits for the other
 // parts, and reduces its share of the output, in the order of the parts whoever came last: deterministic.
-// The wait cannot deadlock: the launch is cooperative and every block publishes all its parts before it waits for any.
+// The wait cannot deadlock: the launch is cooperative, so all blocks run, and every block publishes all its parts before it waits for any.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,15 +24,11 @@ __device__ __forceinline__ void publish_part(int* arrivals) {
   atomicAdd(arrivals, 1);
 }
 
-// kThreads threads, numbered `thread`, that meet at `barrier()`. scratch: combine_scratch_floats() floats of shared memory.
-template <int kBlockRows, int kParticipantsMax>
-constexpr int combine_scratch_floats(int threads) {
-  return kBlockRows + 2 * kParticipantsMax + 4 * threads;
-}
-
+// Reduces this block's share of one split sequence: kThreads threads, numbered `thread`, that meet at `barrier()`.
+// scratch: shared memory, 16-byte aligned, (kBlockRows + 2 · participants + 2) · 8 + kThreads · 16 bytes.
 template <int kLatent, int kBlockRows, int kOverhead, int kThreads, class Barrier>
 __device__ void combine_parts(const MlaDecodeArgs& args, const DecodeSchedule<kBlockRows, kOverhead>& schedule, const DecodePiece& piece,
-                              float* scratch, int thread, Barrier barrier) {
+                              void* scratch, int thread, Barrier barrier) {
   const int parts = piece.participants;
   const int row0 = schedule.row_tile * kBlockRows;
   const int rows = min(piece.rows - row0, kBlockRows);
@@ -40,6 +36,8 @@ __device__ void combine_parts(const MlaDecodeArgs& args, const DecodeSchedule<kB
   const int vectors = rows * kVectorsPerRow;
   const int begin = static_cast<int>(static_cast<int64_t>(vectors) * piece.participant / parts);
   const int end = static_cast<int>(static_cast<int64_t>(vectors) * (piece.participant + 1) / parts);
+  const int first_row = begin / kVectorsPerRow;
+  const int share_rows = begin < end ? (end - 1) / kVectorsPerRow - first_row + 1 : 0;
 
   int* arrivals = args.arrivals + schedule.arrival_index(piece);
   if (thread == 0) {
@@ -47,82 +45,95 @@ __device__ void combine_parts(const MlaDecodeArgs& args, const DecodeSchedule<kB
   }
   barrier();
 
-  // Weight of each part in each row of this share: scratch[row · parts + part].
-  if (begin < end) {
-    const int first_row = begin / kVectorsPerRow, last_row = (end - 1) / kVectorsPerRow;
-    const int lane = thread % 32;
-    for (int row = first_row + thread / 32; row <= last_row; row += kThreads / 32) {
-      float maximum = -INFINITY;
-      for (int i = lane; i < parts; i += 32) {
-        maximum = fmaxf(maximum, load_l2(args.partial_sum + schedule.partial_index(piece, i) * kBlockRows + row).x);
+  // Maximum and sum of every part in every row of the share, [row][part]; the maximum is then replaced by the part's weight.
+  float2* weights = static_cast<float2*>(scratch);
+  for (int i = thread; i < share_rows * parts; i += kThreads) {
+    weights[i] = load_l2(args.partial_sum + schedule.partial_index(piece, i % parts) * kBlockRows + first_row + i / parts);
+  }
+  barrier();
+  const int lane = thread % 32;
+  for (int row = thread / 32; row < share_rows; row += kThreads / 32) {
+    float2* of_row = weights + row * parts;
+    float maximum = -INFINITY;
+    for (int i = lane; i < parts; i += 32) maximum = fmaxf(maximum, of_row[i].x);
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, d));
+    const float reference = maximum == -INFINITY ? 0.0f : maximum;
+    float sum = 0.0f;
+    for (int i = lane; i < parts; i += 32) {
+      of_row[i].x = exp2f(of_row[i].x - reference);
+      sum += of_row[i].x * of_row[i].y;
+    }
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    for (int i = lane; i < parts; i += 32) of_row[i].x *= inverse;
+    const bool owns_row = (first_row + row) * kVectorsPerRow >= begin;  // the share in which the row begins
+    if (args.lse && lane == 0 && owns_row) {
+      args.lse[static_cast<int64_t>(piece.q_begin) * args.heads + row0 + first_row + row] =
+          sum > 0.0f ? (reference + log2f(sum)) * 0.6931471805599453f : -INFINITY;
+    }
+  }
+  barrier();
+
+  const auto part_vectors = [&](int part) {
+    return reinterpret_cast<const float4*>(args.partial_out) + static_cast<int64_t>(schedule.partial_index(piece, part)) * kBlockRows * kVectorsPerRow;
+  };
+  const auto add = [&](float4& total, int vector, int part, const float4& value) {
+    const float weight = weights[(vector / kVectorsPerRow - first_row) * parts + part].x;
+    total.x = fmaf(weight, value.x, total.x);
+    total.y = fmaf(weight, value.y, total.y);
+    total.z = fmaf(weight, value.z, total.z);
+    total.w = fmaf(weight, value.w, total.w);
+  };
+  const auto store = [&](int vector, const float4& total) {
+    const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(total.x, total.y), __floats2bfloat162_rn(total.z, total.w)};
+    const int64_t row = static_cast<int64_t>(piece.q_begin) * args.heads + row0 + vector / kVectorsPerRow;
+    reinterpret_cast<uint2*>(args.out)[row * kVectorsPerRow + vector % kVectorsPerRow] = *reinterpret_cast<const uint2*>(pairs);
+  };
+
+  if ((end - begin) * 2 > kThreads) {
+    // Few parts, many vectors: four vectors a thread at a time keep enough loads in flight.
+    for (int base = begin + thread; base < end; base += 4 * kThreads) {
+      float4 total[4] = {};
+#pragma unroll 2
+      for (int part = 0; part < parts; ++part) {
+        const float4* source = part_vectors(part);
+        float4 value[4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) value[u] = load_l2(source + min(base + u * kThreads, end - 1));
+#pragma unroll
+        for (int u = 0; u < 4; ++u) add(total[u], min(base + u * kThreads, end - 1), part, value[u]);
       }
 #pragma unroll
-      for (int d = 16; d > 0; d /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, d));
-      const float reference = maximum == -INFINITY ? 0.0f : maximum;
-      float sum = 0.0f;
-      for (int i = lane; i < parts; i += 32) {
-        const float2 part = load_l2(args.partial_sum + schedule.partial_index(piece, i) * kBlockRows + row);
-        const float weight = exp2f(part.x - reference);
-        scratch[(row - first_row) * parts + i] = weight;
-        sum += weight * part.y;
-      }
-#pragma unroll
-      for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-      for (int i = lane; i < parts; i += 32) scratch[(row - first_row) * parts + i] *= inverse;
-      const bool owns_row = row * kVectorsPerRow >= begin;  // the share in which the row begins
-      if (args.lse && lane == 0 && owns_row) {
-        args.lse[static_cast<int64_t>(piece.q_begin) * args.heads + row0 + row] =
-            sum > 0.0f ? (reference + log2f(sum)) * 0.6931471805599453f : -INFINITY;
+      for (int u = 0; u < 4; ++u) {
+        if (base + u * kThreads < end) store(base + u * kThreads, total[u]);
       }
     }
-    barrier();
-
-    // Small shares: several threads to one vector, each over every groups-th part, joined in order.
-    const int count = end - begin;
-    int groups = 1;
-    while (groups < 8 && groups * 2 * count <= kThreads && groups < parts) groups *= 2;
-    float4* joined = reinterpret_cast<float4*>(scratch + (((last_row - first_row + 1) * parts + 3) & ~3));
+  } else {
+    // Many parts, few vectors: several threads to a vector, each over every groups-th part, joined in order.
+    int groups = 2;
+    while (groups < 8 && groups * 2 * (end - begin) <= kThreads) groups *= 2;
+    float4* joined = reinterpret_cast<float4*>(weights + ((share_rows * parts + 1) & ~1));
     const int per_group = kThreads / groups;
     const int group = thread / per_group;
-    for (int base = begin; base < end; base += per_group) {
-      const int vector = base + thread % per_group;
-      const bool active = vector < end;
-      float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (active) {
-        const int row = vector / kVectorsPerRow;
-        const float* weights = scratch + (row - first_row) * parts;
+    const int vector = begin + thread % per_group;
+    float4 total = {};
+    if (vector < end) {
 #pragma unroll 8
-        for (int i = group; i < parts; i += groups) {
-          const float4* part = reinterpret_cast<const float4*>(args.partial_out) +
-                               static_cast<int64_t>(schedule.partial_index(piece, i)) * kBlockRows * kVectorsPerRow;
-          const float4 value = load_l2(part + vector);
-          const float weight = weights[i];
-          total.x += weight * value.x;
-          total.y += weight * value.y;
-          total.z += weight * value.z;
-          total.w += weight * value.w;
-        }
+      for (int part = group; part < parts; part += groups) add(total, vector, part, load_l2(part_vectors(part) + vector));
+    }
+    joined[thread] = total;
+    barrier();
+    if (group == 0 && vector < end) {
+      for (int g = 1; g < groups; ++g) {
+        const float4 other = joined[g * per_group + thread];
+        total.x += other.x;
+        total.y += other.y;
+        total.z += other.z;
+        total.w += other.w;
       }
-      if (groups > 1) {
-        barrier();
-        joined[thread] = total;
-        barrier();
-        if (group == 0) {
-          for (int g = 1; g < groups; ++g) {
-            const float4 other = joined[g * per_group + thread];
-            total.x += other.x;
-            total.y += other.y;
-            total.z += other.z;
-            total.w += other.w;
-          }
-        }
-      }
-      if (active && group == 0) {
-        __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(total.x, total.y), __floats2bfloat162_rn(total.z, total.w)};
-        const int64_t row = static_cast<int64_t>(piece.q_begin) * args.heads + row0 + vector / kVectorsPerRow;
-        reinterpret_cast<uint2*>(args.out)[row * kVectorsPerRow + vector % kVectorsPerRow] = *reinterpret_cast<uint2*>(pair);
-      }
+      store(vector, total);
     }
   }
 

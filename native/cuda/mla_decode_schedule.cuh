@@ -1,8 +1,10 @@
-// Device-side schedule of MLA decode: cuts the batch into equal shares without a host or a metadata kernel.
+// Device-side schedule of MLA decode: cuts the batch into shares of equal time without a host or a metadata kernel. Every block finds
+// its share from the lengths alone, so the same lengths give the same cuts, hence the same bits. Two ways to cut, whichever ends first:
 //
-// The tiles of all sequences lie on one line, each sequence preceded by kOverhead units that stand for its fixed cost. Slot s of S
-// owns the s-th S-th of that line (the "stream-K" cut), so that a sequence is cut only where shares end, and every block
-// finds its share from the lengths alone: the same lengths give the same cuts, hence the same bits.
+//   aligned: each sequence is cut into equal parts, one part a slot; the longest part is as short as the number of slots allows.
+//            At most one piece a block, and short batches of similar lengths need no reduction.
+//   stream:  the tiles of all sequences lie on one line, each sequence preceded by kOverhead units for its fixed cost; slot s
+//            of S owns the s-th S-th ("stream-K"). Perfectly even, but a block may touch two split sequences.
 #pragma once
 
 #include "mla_decode_args.h"
@@ -23,6 +25,8 @@ struct DecodePiece {
 };
 
 struct DecodeShare {
+  int parts;  // aligned: parts of the one sequence; 0: stream
+  int part;
   int unit_begin;
   int unit_end;
   int units;  // per slot
@@ -81,10 +85,15 @@ struct DecodeSchedule {
     const int begin = before + inclusive - own;
 
     DecodeShare result;
+    result.parts = result.part = 0;
     result.units = max((total + args.slots - 1) / args.slots, kMinUnits);
     result.unit_begin = slot * result.units;
     result.unit_end = min(result.unit_begin + result.units, total);
-    if (slot < args.slots && own > 0 && begin <= result.unit_begin && result.unit_begin < begin + own) {
+    if (args.batch <= kAlignedBatch && args.batch <= args.slots) {
+      __syncthreads();
+      if (align(scratch, result.units, result)) return result;
+    }
+    if (own > 0 && begin <= result.unit_begin && result.unit_begin < begin + own) {
       int sequence = first, position = begin;
       while (position + cost(sequence) <= result.unit_begin) position += cost(sequence++);
       scratch[32] = sequence;
@@ -99,6 +108,17 @@ struct DecodeSchedule {
 
   // Takes the next non-empty piece off the share; false at its end.
   __device__ bool next(DecodeShare& share, DecodePiece& piece) const {
+    if (share.parts > 0) {
+      if (share.part == share.parts) return false;
+      const int count = tiles(share.sequence);
+      piece.tile_begin = static_cast<int>(static_cast<int64_t>(count) * share.part / share.parts);
+      piece.tile_end = static_cast<int>(static_cast<int64_t>(count) * (share.part + 1) / share.parts);
+      piece.participants = share.parts;
+      piece.participant = share.part;
+      describe(share.sequence, piece);
+      share.part = share.parts;
+      return true;
+    }
     while (share.sequence < args.batch && share.sequence_begin < share.unit_end) {
       const int sequence = share.sequence;
       const int units = cost(sequence);
@@ -121,11 +141,7 @@ struct DecodeSchedule {
         piece.participants = (first_tile_unit + count - 1) / share.units - first_slot + 1;
         piece.participant = slot - first_slot;
       }
-      piece.kv_len = args.kv_lens[sequence];
-      piece.q_begin = args.q_indptr ? args.q_indptr[sequence] : sequence * args.q_tokens;
-      piece.q_tokens = query_tokens(sequence);
-      piece.rows = piece.q_tokens * args.heads;
-      piece.sequence = sequence;
+      describe(sequence, piece);
       return true;
     }
     return false;
@@ -142,6 +158,73 @@ struct DecodeSchedule {
     return block * 2 + (participant == 0 ? 1 : 0);
   }
   __device__ int arrival_index(const DecodePiece& piece) const { return (slot - piece.participant) * args.row_tiles + row_tile; }
+
+ private:
+  static constexpr int kAlignedBatch = 256;
+  static constexpr int kSplitCost = 4;  // tiles that the second piece of a stream share is worth
+
+  __device__ void describe(int sequence, DecodePiece& piece) const {
+    piece.sequence = sequence;
+    piece.kv_len = args.kv_lens[sequence];
+    piece.q_begin = args.q_indptr ? args.q_indptr[sequence] : sequence * args.q_tokens;
+    piece.q_tokens = query_tokens(sequence);
+    piece.rows = piece.q_tokens * args.heads;
+  }
+
+  // Parts of a sequence when none may exceed `most` tiles.
+  __device__ static int parts_of(int units, int most) { return units == 0 ? 0 : max(1, (units - kOverhead + most - 1) / most); }
+
+  // Finds the shortest longest part that `slots` slots allow, if it is no longer than the stream cut plus what that cut loses.
+  __device__ bool align(int* scratch, int stream_units, DecodeShare& result) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int units[kAlignedBatch / 32];
+#pragma unroll
+    for (int i = 0; i < kAlignedBatch / 32; ++i) units[i] = lane + i * 32 < args.batch ? cost(lane + i * 32) : 0;
+    // No part can be shorter than an even share without overhead. One candidate a warp.
+    const int shortest = max(stream_units - kOverhead - 1, 1), longest = stream_units - kOverhead + kSplitCost;
+    if (threadIdx.x == 0) scratch[0] = longest + 1;
+    __syncthreads();
+    for (int candidate = shortest + warp; candidate <= longest; candidate += warps) {
+      int slots = 0;
+#pragma unroll
+      for (int i = 0; i < kAlignedBatch / 32; ++i) slots += parts_of(units[i], candidate);
+      slots = __reduce_add_sync(~0u, slots);
+      if (lane == 0 && slots <= args.slots) atomicMin(scratch, candidate);
+    }
+    __syncthreads();
+    const int most = scratch[0];
+    __syncthreads();
+    if (most > longest) return false;
+
+    if (warp == 0) {
+      if (lane == 0) scratch[0] = -1;
+      __syncwarp();
+      int base = 0;
+#pragma unroll
+      for (int i = 0; i < kAlignedBatch / 32; ++i) {
+        const int parts = parts_of(units[i], most);
+        int inclusive = parts;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+          const int other = __shfl_up_sync(~0u, inclusive, d);
+          if (lane >= d) inclusive += other;
+        }
+        const int first = base + inclusive - parts;
+        if (first <= slot && slot < first + parts) {
+          scratch[0] = lane + i * 32;
+          scratch[1] = parts;
+          scratch[2] = slot - first;
+        }
+        base += __shfl_sync(~0u, inclusive, 31);
+      }
+    }
+    __syncthreads();
+    result.sequence = scratch[0];
+    result.parts = scratch[0] < 0 ? 1 : scratch[1];
+    result.part = scratch[0] < 0 ? 1 : scratch[2];  // beyond the parts: nothing to do
+    __syncthreads();
+    return true;
+  }
 };
 
 }  // namespace tpla::cuda

@@ -44,6 +44,18 @@ class PageWalk {
     return result;
   }
 
+  // Asks L2 for the tile: by one thread.
+  __device__ void prefetch(const TileBoxes& boxes) const {
+    const int row_bytes = args_.row_bytes;
+#pragma unroll
+    for (int box = 0; box < 4; ++box) {
+      if (box < boxes_per_tile_ && boxes.pages[box] < args_.num_pages) {
+        const uint8_t* first = static_cast<const uint8_t*>(args_.kv) + boxes.pages[box] * args_.page_stride + boxes.offsets[box] * row_bytes;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(args_.box_tokens * row_bytes) : "memory");
+      }
+    }
+  }
+
   // 64 tokens of one chunk of columns.
   __device__ void load(const CUtensorMap& map, const TileBoxes& boxes, int column, uint32_t destination, uint32_t barrier) const {
 #pragma unroll
@@ -89,9 +101,15 @@ struct ChunkRing {
   }
 
   // One warp feeds all tiles of a piece. `count` numbers the block's chunks from 0 across pieces.
+  // kAhead: tiles that L2 is asked for before they are loaded, so that a freed slot is refilled at L2 latency; 0: none.
+  template <int kAhead>
   __device__ void feed(const CUtensorMap& map, const MlaDecodeArgs& args, const DecodePiece& piece, int& count) const {
-    PageWalk walk(args, piece);
+    PageWalk walk(args, piece), ahead(args, piece);
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
+      if (kAhead > 0 && tile + kAhead < piece.tile_end) {
+        const TileBoxes boxes = ahead.boxes(tile + kAhead);
+        if (threadIdx.x % 32 == 0) ahead.prefetch(boxes);
+      }
       const TileBoxes boxes = walk.boxes(tile);
       if (threadIdx.x % 32 == 0) {
 #pragma unroll 1
@@ -105,28 +123,50 @@ struct ChunkRing {
   }
 };
 
-// Query rows of this row tile -> shared memory, [chunk][row][64 columns], latent chunks first, 128-byte swizzle; absent rows are zero.
-template <int kBlockRows, int kLatent, int kThreads>
+// The first kColumns columns of the query rows of this row tile -> shared memory, [chunk of 64 columns][row][64], 128-byte swizzle;
+// absent rows are zero.
+template <int kBlockRows, int kLatent, int kColumns, int kThreads>
 __device__ __forceinline__ void load_query(const MlaDecodeArgs& args, int row0, const DecodePiece& piece, uint8_t* destination, int thread) {
-  constexpr int kUnits = (kLatent + 64) / 8;
-  const uint4* source = reinterpret_cast<const uint4*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row0) * kUnits;
-#pragma unroll 4
-  for (int i = thread; i < kBlockRows * kUnits; i += kThreads) {
-    const int row = i / kUnits, unit = i % kUnits;
-    uint4 value = make_uint4(0, 0, 0, 0);
-    if (row0 + row < piece.rows) {
-      value = __ldg(source + i);
+  constexpr int kUnits = kColumns / 8, kRowUnits = (kLatent + 64) / 8, kTotal = kBlockRows * kUnits;
+  constexpr int kBatch = (kTotal + kThreads - 1) / kThreads < 10 ? (kTotal + kThreads - 1) / kThreads : 10;  // loads in flight
+  const uint4* source = reinterpret_cast<const uint4*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row0) * kRowUnits;
+#pragma unroll 1
+  for (int base = thread; base < kTotal; base += kBatch * kThreads) {
+    uint4 values[kBatch];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int i = base + n * kThreads;
+      values[n] = i < kTotal && row0 + i / kUnits < piece.rows ? __ldg(source + (i / kUnits) * kRowUnits + i % kUnits) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int i = base + n * kThreads;
+      const int row = i / kUnits, unit = i % kUnits;
       if (args.latent_scale && unit < kLatent / 8) {
         const float scale = args.latent_scale[(row0 + row) % args.heads];
-        uint32_t* words = reinterpret_cast<uint32_t*>(&value);
+        uint32_t* words = reinterpret_cast<uint32_t*>(&values[n]);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           words[w] = pack_bf16(__uint_as_float(words[w] << 16) * scale, __uint_as_float(words[w] & 0xFFFF0000u) * scale);
         }
       }
+      if (i < kTotal) *reinterpret_cast<uint4*>(destination + (unit / 8) * (kBlockRows * 128) + row * 128 + (((unit % 8) ^ (row & 7)) << 4)) = values[n];
     }
-    *reinterpret_cast<uint4*>(destination + (unit / 8) * (kBlockRows * 128) + row * 128 + (((unit % 8) ^ (row & 7)) << 4)) = value;
   }
+}
+
+// Rope columns of this thread's rows, `row` and row + 8 of the sequence, as A operands of four k-steps.
+template <int kLatent>
+__device__ __forceinline__ void load_rope_query(const MlaDecodeArgs& args, const DecodePiece& piece, int row, uint32_t (&fragment)[4][4]) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t* source = reinterpret_cast<const uint32_t*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row) * ((kLatent + 64) / 2) + kLatent / 2 + lane % 4;
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int down = i % 2 * 8;
+      fragment[k][i] = row + down < piece.rows ? __ldg(source + down * ((kLatent + 64) / 2) + k * 8 + i / 2 * 4) : 0;
+    }
 }
 
 // Zeroes the tokens from `valid` on in one chunk, so that 0 · garbage cannot become NaN. kThreads threads.

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(384, 1)
     registers_shrink<24>();
     if (threadIdx.x < 32) {
       int count = 0;
-      while (schedule.next(share, piece)) ring.feed(kv_map, args, piece, count);
+      while (schedule.next(share, piece)) ring.template feed<0>(kv_map, args, piece, count);
     }
   } else {
   registers_grow<240>();
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(384, 1)
   int count = 0;
 
   while (schedule.next(share, piece)) {
-    load_query<kRows, kLatent, kConsumers>(args, row0, piece, query, thread);
+    load_query<kRows, kLatent, kLatent + 64, kConsumers>(args, row0, piece, query, thread);
     fence_async_proxy();
     named_barrier_sync(kConsumerBarrier, kConsumers);
 
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(384, 1)
 
   const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
   for (int i = 0; i < splits; ++i) {
-    combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], reinterpret_cast<float*>(ring_data), thread, barrier);
+    combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
   }
   }
 }

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(384, 1)
   uint8_t* shared = shared_raw + ((kSharedAlignment - (smem_address(shared_raw) & (kSharedAlignment - 1))) & (kSharedAlignment - 1));
   uint8_t* ring_data = shared;
   uint8_t* query = ring_data + kSlots * kChunkBytes;
-  uint8_t* probs_shared = query + Shape::kQueryBytes;  // [2 tiles of the pair]; the rope query passes through the first
+  uint8_t* probs_shared = query + Shape::kQueryBytes;  // [2 tiles of the pair]
   uint8_t* scratch = probs_shared + 2 * Shape::kProbBytes;
   int* plan_scratch = reinterpret_cast<int*>(scratch);
   // Pieces that other blocks share: the first of this block's share and the last.
@@ -81,8 +81,13 @@ __global__ void __launch_bounds__(384, 1)
     registers_shrink<24>();
     if (threadIdx.x < 32) {
       while (schedule.next(share, piece)) {
-        PageWalk walk(args, piece);
+        PageWalk walk(args, piece), ahead(args, piece);
         for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
+          // A freed half-buffer is needed again within the pair: L2 must have its next contents by then. Row tiles take turns at asking.
+          if (tile + 2 < piece.tile_end) {
+            const TileBoxes boxes = ahead.boxes(tile + 2);
+            if (threadIdx.x == 0 && tile % args.row_tiles == schedule.row_tile) ahead.prefetch(boxes);
+          }
           const TileBoxes boxes = walk.boxes(tile);
           const int buffer = (tile - piece.tile_begin) & 1;
           const int use = buffer ? uses[1]++ : uses[0]++;
@@ -114,12 +119,10 @@ __global__ void __launch_bounds__(384, 1)
     int splits = 0;
 
     while (schedule.next(share, piece)) {
-      load_query<kRows, kLatent, kConsumers>(args, row0, piece, query, thread);
-      fence_async_proxy();
-      named_barrier_sync(kConsumerBarrier, kConsumers);
       uint32_t rope_query[4][4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) ldmatrix_x4(fragment_address(probs_tile[0], warp, lane, k), rope_query[k]);
+      load_rope_query<kLatent>(args, piece, row0 + thread_row, rope_query);
+      load_query<kRows, kLatent, kLatent, kConsumers>(args, row0, piece, query, thread);
+      fence_async_proxy();
       named_barrier_sync(kConsumerBarrier, kConsumers);
 
       float out[128];
@@ -336,7 +339,7 @@ __global__ void __launch_bounds__(384, 1)
 
     const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
     for (int i = 0; i < splits; ++i) {
-      combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], reinterpret_cast<float*>(ring_data), thread, barrier);
+      combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
     }
   }
 }

@@ -14,9 +14,11 @@ template <int kLatent, int kRows>
 struct TileShape {
   static constexpr int kChunks = kLatent / 64 + 1;
   static constexpr bool kSplitRows = kRows == 128;
-  static constexpr int kQueryBytes = kChunks * kRows * 128;
+  static constexpr bool kRopeInRegisters = kLatent <= 256;  // of the query; leaves shared memory for one more stage
+  static constexpr int kQueryColumns = kRopeInRegisters ? kLatent : kLatent + 64;
+  static constexpr int kQueryBytes = kQueryColumns / 64 * kRows * 128;
   static constexpr int kExchangeBytes = kSplitRows ? 0 : 128 * 32 * 4;
-  static constexpr int kScratchBytes = 2048 + 1024;
+  static constexpr int kScratchBytes = 2048;
   static constexpr int kStages =
       (kSharedMemoryPerBlock - kSharedAlignment - kQueryBytes - kExchangeBytes - kScratchBytes) / (kChunks * kChunkBytes);
   static constexpr int kSlots = kStages * kChunks;
@@ -60,7 +62,7 @@ __global__ void __launch_bounds__(384, 1)
   // Pieces that other blocks share: the first of this block's share and the last.
   DecodePiece* split = reinterpret_cast<DecodePiece*>(scratch + 144);
   uint64_t* barriers = reinterpret_cast<uint64_t*>(scratch + 256);
-  float2* row_values = reinterpret_cast<float2*>(scratch + 2048);  // [2 warpgroups][64 rows]: reference, sum
+  float2* row_values = reinterpret_cast<float2*>(scratch + 1024);  // [2 warpgroups][64 rows]: reference, sum
 
   const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers), smem_address(barriers + kSlots)};
   const DecodeSchedule<kRows, Shape::kOverhead> schedule(args);
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(384, 1)
     registers_shrink<24>();
     if (threadIdx.x < 32) {
       int count = 0;
-      while (schedule.next(share, piece)) ring.feed(kv_map, args, piece, count);
+      while (schedule.next(share, piece)) ring.template feed<Shape::kStages>(kv_map, args, piece, count);
     }
   } else {
   registers_grow<240>();
@@ -86,16 +88,19 @@ __global__ void __launch_bounds__(384, 1)
   const int group = thread / 128, in_group = thread % 128;
   const int warp = in_group / 32, lane = in_group % 32;
   const int group_barrier = 1 + group;
-  constexpr int kConsumerBarrier = 3, kConsumers = 256;
+  constexpr int kConsumerBarrier = 3, kTurn = 4, kConsumers = 256;  // kTurn + warpgroup: its turn at the tensor cores
   const uint32_t query_address = smem_address(query) + (kSplitRows ? group * 64 * 128 : 0);
   const int group_row0 = row0 + (kSplitRows ? group * 64 : 0);
   const int thread_row = warp * 16 + lane / 4;  // and + 8; within the warpgroup's 64
 
   int splits = 0;
   int stage_count = 0;  // tiles of earlier pieces
+  if (kSplitRows && group == 1) named_barrier_arrive(kTurn, kConsumers);
 
   while (schedule.next(share, piece)) {
-    load_query<kRows, kLatent, kConsumers>(args, row0, piece, query, thread);
+    uint32_t rope_query[4][4];
+    if constexpr (Shape::kRopeInRegisters) load_rope_query<kLatent>(args, piece, group_row0 + thread_row, rope_query);
+    load_query<kRows, kLatent, Shape::kQueryColumns, kConsumers>(args, row0, piece, query, thread);
     fence_async_proxy();
     named_barrier_sync(kConsumerBarrier, kConsumers);
 
@@ -129,8 +134,12 @@ __global__ void __launch_bounds__(384, 1)
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          Wgmma<64>::template ss<0, 0>(logits, matrix_descriptor(query_rows + column * (kRows * 128) + k * 32, 16, 1024),
-                                       matrix_descriptor(ring.chunk(slot + position) + k * 32, 16, 1024));
+          const uint64_t keys = matrix_descriptor(ring.chunk(slot + position) + k * 32, 16, 1024);
+          if (Shape::kRopeInRegisters && position == 0) {
+            Wgmma<64>::template rs<0>(logits, rope_query[k], keys);
+          } else {
+            Wgmma<64>::template ss<0, 0>(logits, matrix_descriptor(query_rows + column * (kRows * 128) + k * 32, 16, 1024), keys);
+          }
         }
       }
       wgmma_commit();
@@ -158,11 +167,13 @@ __global__ void __launch_bounds__(384, 1)
       pack_fragment(logits, probs);
       int t = first;
       for (; t + kStep < tiles; t += kStep) {
+        if (kSplitRows) named_barrier_sync(kTurn + group, kConsumers);
         multiply_logits(t + kStep);
         wgmma_pin(out);
         wgmma_fence();
         multiply_values<kLatent>(out, probs, ring.chunk(stage_of(t) * kChunks + 1));
         wgmma_commit();
+        if (kSplitRows) named_barrier_arrive(kTurn + (group ^ 1), kConsumers);
         wgmma_wait<1>();
         wgmma_pin(logits);
         mask(t + kStep);
@@ -275,7 +286,7 @@ __global__ void __launch_bounds__(384, 1)
 
   const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
   for (int i = 0; i < splits; ++i) {
-    combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], reinterpret_cast<float*>(ring_data), thread, barrier);
+    combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
   }
   }
 }
