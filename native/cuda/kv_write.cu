@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32) append_kernel(const __gri
       for (int i = 0; i < 4; ++i) {
         pairs[i] = __nv_cvt_float2_to_fp8x2(make_float2(values[part][2 * i] * inverse, values[part][2 * i + 1] * inverse), __NV_SATFINITE, __NV_E4M3);
       }
-      *reinterpret_cast<uint2*>(row + in_slice) = packed;
+      reinterpret_cast<uint32_t*>(row + in_slice)[0] = packed.x;  // rows of some widths are aligned to 4 bytes only
+      reinterpret_cast<uint32_t*>(row + in_slice)[1] = packed.y;
       if (in_slice % kScaleBlock == 0) *reinterpret_cast<float*>(row + call.slice_width + in_slice / kScaleBlock * 4) = scale;
     }
   }

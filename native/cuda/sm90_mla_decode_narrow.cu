@@ -268,9 +268,14 @@ __global__ void __launch_bounds__(384, 1)
       sum[i] = total[0] * exp2_approx(row_values[row] - reference) + total[1] * exp2_approx(row_values[kRows + row] - reference);
     }
 
-    // Chunk by chunk one warpgroup hands its part to the other, which writes the result.
+    // Chunk by chunk one warpgroup hands its part to the other, which writes the result. Straight-line code that runs once a piece:
+    // kept short, because every block fetches it cold.
     float* exchange = reinterpret_cast<float*>(probs);
     const bool is_split = piece.participants > 1;
+    if (!is_split) {
+#pragma unroll
+      for (int i = 0; i < kColumnBlocks * 2; ++i) factor[i] *= sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
+    }
     const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + row0;
     const int part = schedule.partial_index(piece, piece.participant);
     const int thread_offset = (lane % 4) * 2 * kLatent + warp * 16 + lane / 4;
@@ -280,6 +285,8 @@ __global__ void __launch_bounds__(384, 1)
     const int thread_rows = rows - (lane % 4) * 2;  // rows from this thread's first on
 #pragma unroll
     for (int c = 0; c < kLatentChunks; ++c) {
+      // Value i of the fragment: row (i / 4) * 8 + i % 2 relative to the thread's first, column + i % 4 / 2 * 8.
+      const auto offset_of = [](int c, int i) { return ((i / 4) * 8 + i % 2) * kLatent + c * 64 + (i % 4 / 2) * 8; };
       if (group == (c & 1)) {
 #pragma unroll
         for (int i = 0; i < kRows / 2; ++i) exchange[i * 128 + in_group] = out[c][i] * factor[(i / 4) * 2 + i % 2];
@@ -287,17 +294,16 @@ __global__ void __launch_bounds__(384, 1)
       named_barrier_sync(kConsumerBarrier, kConsumers);
       if (group != (c & 1)) {
 #pragma unroll
-        for (int i = 0; i < kRows / 2; ++i) {
-          const int row = (i / 4) * 8 + i % 2;  // relative to the thread's first
-          const int offset = row * kLatent + c * 64 + (i % 4 / 2) * 8;
-          const float value = fmaf(out[c][i], factor[(i / 4) * 2 + i % 2], exchange[i * 128 + in_group]);
-          if (row < thread_rows) {
-            if (is_split) {
-              partial[offset] = value;
-            } else {
-              const float total = sum[(i / 4) * 2 + i % 2];
-              final_out[offset] = __float2bfloat16(total > 0.0f ? __fdividef(value, total) : 0.0f);
-            }
+        for (int i = 0; i < kRows / 2; ++i) out[c][i] = fmaf(out[c][i], factor[(i / 4) * 2 + i % 2], exchange[i * 128 + in_group]);
+        if (is_split) {
+#pragma unroll
+          for (int i = 0; i < kRows / 2; ++i) {
+            if ((i / 4) * 8 + i % 2 < thread_rows) partial[offset_of(c, i)] = out[c][i];
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < kRows / 2; ++i) {
+            if ((i / 4) * 8 + i % 2 < thread_rows) final_out[offset_of(c, i)] = __float2bfloat16(out[c][i]);
           }
         }
       }

@@ -75,37 +75,31 @@ __global__ void __launch_bounds__(384, 1)
   }
   DecodeShare share = schedule.share(plan_scratch);
   DecodePiece piece;
-  int uses[2] = {0, 0};  // of each tile buffer
 
   if (threadIdx.x < 128) {
-    registers_shrink<24>();
-    if (threadIdx.x < 32) {
-      while (schedule.next(share, piece)) {
-        PageWalk walk(args, piece), ahead(args, piece);
-        for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
-          // A freed half-buffer is needed again within the pair: L2 must have its next contents by then. Row tiles take turns at asking.
-          if (tile + 2 < piece.tile_end) {
-            const TileBoxes boxes = ahead.boxes(tile + 2);
-            if (threadIdx.x == 0 && tile % args.row_tiles == schedule.row_tile) ahead.prefetch(boxes);
-          }
-          const TileBoxes boxes = walk.boxes(tile);
-          const int buffer = (tile - piece.tile_begin) & 1;
-          const int use = buffer ? uses[1]++ : uses[0]++;
-          if (threadIdx.x == 0) {
-            // Left half first for warpgroup 0, right half first for warpgroup 1; the rope chunk between.
+    registers_shrink<40>();
+    // One warp for each half of each buffer, so that none waits for another's half to be free. The warp of the half that the logits
+    // want last also brings the rope chunk.
+    const int buffer = threadIdx.x / 64, half = threadIdx.x / 32 % 2;
+    const bool brings_rope = half != buffer;
+    int use = 0;
+    while (schedule.next(share, piece)) {
+      PageWalk walk(args, piece);
+      for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
+        const TileBoxes boxes = walk.boxes(tile);
+        if (((tile - piece.tile_begin) & 1) != buffer) continue;
+        if (threadIdx.x % 32 == 0) {
+          const int slot0 = buffer * kChunks;
+          if (brings_rope) ring.fill(kv_map, walk, boxes, slot0, 0, use);
 #pragma unroll 1
-            for (int i = 0; i < kChunks; ++i) {
-              const int left_first = i == 4 ? 0 : i < 4 ? i + 1 : i;
-              const int position = buffer == 0 || left_first == 0 ? left_first : left_first <= 4 ? left_first + 4 : left_first - 4;
-              ring.fill(kv_map, walk, boxes, buffer * kChunks + position, position, use);
-            }
-          }
-          __syncwarp();
+          for (int position = half * 4 + 1; position <= half * 4 + 4; ++position) ring.fill(kv_map, walk, boxes, slot0 + position, position, use);
         }
+        ++use;
+        __syncwarp();
       }
     }
   } else {
-    registers_grow<240>();
+    registers_grow<232>();
 
     const int thread = threadIdx.x - 128;
     const int group = thread / 128, in_group = thread % 128;
@@ -117,6 +111,7 @@ __global__ void __launch_bounds__(384, 1)
     const int half_position = 1 + group * 4;  // first chunk of this warpgroup's half
 
     int splits = 0;
+    int uses[2] = {0, 0};  // of each tile buffer
 
     while (schedule.next(share, piece)) {
       uint32_t rope_query[4][4];
@@ -309,21 +304,17 @@ __global__ void __launch_bounds__(384, 1)
       for (int h = 0; h < 2; ++h) {
         const int row = thread_row + h * 8;
         if (row >= rows) continue;
-        const float inverse = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
+        if (is_split) {
 #pragma unroll
-        for (int n = 0; n < 32; ++n) {
-          const int offset = h * 8 * kLatent + n * 8;
-          const float lo = out[n * 4 + h * 2], hi = out[n * 4 + h * 2 + 1];
-          if (is_split) {
-            *reinterpret_cast<float2*>(partial + offset) = make_float2(lo, hi);
-          } else {
-            *reinterpret_cast<uint32_t*>(final_out + offset) = pack_bf16(lo * inverse, hi * inverse);
+          for (int n = 0; n < 32; ++n) *reinterpret_cast<float2*>(partial + h * 8 * kLatent + n * 8) = make_float2(out[n * 4 + h * 2], out[n * 4 + h * 2 + 1]);
+          if (group == 0 && lane % 4 == 0) args.partial_sum[part * kRows + row] = make_float2(softmax.maximum[h], sums[h]);
+        } else {
+          const float inverse = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
+#pragma unroll
+          for (int n = 0; n < 32; ++n) {
+            *reinterpret_cast<uint32_t*>(final_out + h * 8 * kLatent + n * 8) = pack_bf16(out[n * 4 + h * 2] * inverse, out[n * 4 + h * 2 + 1] * inverse);
           }
-        }
-        if (group == 0 && lane % 4 == 0) {
-          if (is_split) {
-            args.partial_sum[part * kRows + row] = make_float2(softmax.maximum[h], sums[h]);
-          } else if (args.lse) {
+          if (args.lse && group == 0 && lane % 4 == 0) {
             args.lse[out_row0 + row] = sums[h] > 0.0f ? (softmax.maximum[h] + log2f(sums[h])) * 0.6931471805599453f : -INFINITY;
           }
         }

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(384, 1)
     registers_shrink<24>();
     if (threadIdx.x < 32) {
       int count = 0;
-      while (schedule.next(share, piece)) ring.template feed<Shape::kStages>(kv_map, args, piece, count);
+      while (schedule.next(share, piece)) ring.template feed<0>(kv_map, args, piece, count);
     }
   } else {
   registers_grow<240>();
@@ -113,8 +113,6 @@ __global__ void __launch_bounds__(384, 1)
     float factor[2];
 
     const int tiles = piece.tile_end - piece.tile_begin;
-    const int first = kSplitRows ? 0 : group;
-    constexpr int kStep = kSplitRows ? 1 : 2;
     const int unmasked_tokens = schedule.limit(piece, group_row0);
     const int limits[2] = {schedule.limit(piece, group_row0 + thread_row), schedule.limit(piece, group_row0 + thread_row + 8)};
 
@@ -157,48 +155,68 @@ __global__ void __launch_bounds__(384, 1)
       if (lane < kChunks) ring.release(stage_of(t) * kChunks + lane);
     };
 
-    if (first < tiles) {
-      multiply_logits(first);
-      wgmma_wait<0>();
-      wgmma_pin(logits);
-      mask(first);
-      softmax.update(logits, args.softmax_scale_log2, factor);
-      softmax.exponentiate(logits, args.softmax_scale_log2);
-      pack_fragment(logits, probs);
-      int t = first;
-      for (; t + kStep < tiles; t += kStep) {
-        if (kSplitRows) named_barrier_sync(kTurn + group, kConsumers);
-        multiply_logits(t + kStep);
-        wgmma_pin(out);
-        wgmma_fence();
-        multiply_values<kLatent>(out, probs, ring.chunk(stage_of(t) * kChunks + 1));
-        wgmma_commit();
-        if (kSplitRows) named_barrier_arrive(kTurn + (group ^ 1), kConsumers);
-        wgmma_wait<1>();
+    // Tokens past the end of the sequence, in its last tile: 0 · garbage must not become NaN.
+    const auto clear_tail = [&](int t) {
+      const int valid = piece.kv_len - (piece.tile_begin + t) * kTokenTile;
+      if (valid >= kTokenTile) return;
+      for (int c = 0; c < kChunks - 1; ++c) zero_chunk_tail<128>(ring.chunk(stage_of(t) * kChunks + 1 + c), valid, in_group);
+      fence_async_proxy();
+      named_barrier_sync(group_barrier, 128);
+    };
+    const auto multiply = [&](int t) {
+      wgmma_pin(out);
+      wgmma_fence();
+      multiply_values<kLatent>(out, probs, ring.chunk(stage_of(t) * kChunks + 1));
+      wgmma_commit();
+    };
+
+    if constexpr (kSplitRows) {
+      if (tiles > 0) {
+        multiply_logits(0);
+        wgmma_wait<0>();
         wgmma_pin(logits);
-        mask(t + kStep);
-        const bool moved = softmax.update(logits, args.softmax_scale_log2, factor);
+        mask(0);
+        softmax.update(logits, args.softmax_scale_log2, factor);
         softmax.exponentiate(logits, args.softmax_scale_log2);
+        pack_fragment(logits, probs);
+        for (int t = 0; t + 1 < tiles; ++t) {
+          named_barrier_sync(kTurn + group, kConsumers);
+          multiply_logits(t + 1);
+          multiply(t);
+          named_barrier_arrive(kTurn + (group ^ 1), kConsumers);
+          wgmma_wait<1>();
+          wgmma_pin(logits);
+          mask(t + 1);
+          const bool moved = softmax.update(logits, args.softmax_scale_log2, factor);
+          softmax.exponentiate(logits, args.softmax_scale_log2);
+          wgmma_wait<0>();
+          wgmma_pin(out);
+          release(t);
+          if (moved) scale_rows(out, factor);
+          pack_fragment(logits, probs);
+        }
+        clear_tail(tiles - 1);
+        multiply(tiles - 1);
+        wgmma_wait<0>();
+        wgmma_pin(out);
+        release(tiles - 1);
+      }
+    } else {
+      // Memory-bound: a warpgroup holds one tile at a time and leaves the rest of the ring to loads in flight.
+      for (int t = group; t < tiles; t += 2) {
+        multiply_logits(t);
+        wgmma_wait<0>();
+        wgmma_pin(logits);
+        mask(t);
+        if (softmax.update(logits, args.softmax_scale_log2, factor)) scale_rows(out, factor);
+        softmax.exponentiate(logits, args.softmax_scale_log2);
+        pack_fragment(logits, probs);
+        clear_tail(t);
+        multiply(t);
         wgmma_wait<0>();
         wgmma_pin(out);
         release(t);
-        if (moved) scale_rows(out, factor);
-        pack_fragment(logits, probs);
       }
-      const int token0 = (piece.tile_begin + t) * kTokenTile;
-      const uint32_t values = ring.chunk(stage_of(t) * kChunks + 1);
-      if (token0 + kTokenTile > piece.kv_len) {
-        for (int c = 0; c < kChunks - 1; ++c) zero_chunk_tail<128>(values + c * kChunkBytes, piece.kv_len - token0, in_group);
-        fence_async_proxy();
-        named_barrier_sync(group_barrier, 128);
-      }
-      wgmma_pin(out);
-      wgmma_fence();
-      multiply_values<kLatent>(out, probs, values);
-      wgmma_commit();
-      wgmma_wait<0>();
-      wgmma_pin(out);
-      release(t);
     }
     stage_count += tiles;
 
@@ -212,22 +230,32 @@ __global__ void __launch_bounds__(384, 1)
     float* partial = args.partial_out + (static_cast<int64_t>(part) * kRows + part_row0) * kLatent + thread_offset;
     __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
 
-    // Values i, i + 1 of the fragment are neighbours in a row.
-    const auto write = [&](int i, float lo, float hi) {
-      const int h = i % 4 / 2;
-      const int offset = h * 8 * kLatent + (i / 4) * 8;
-      if (thread_row + h * 8 >= rows) return;
-      if (is_split) {
-        *reinterpret_cast<float2*>(partial + offset) = make_float2(lo, hi);
-      } else {
-        const float inverse = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
-        *reinterpret_cast<uint32_t*>(final_out + offset) = pack_bf16(lo * inverse, hi * inverse);
+    // Values begin, begin + 1, … of the fragment; i, i + 1 are neighbours in a row. Final rows are scaled by `inverse`.
+    float inverse[2];
+    const auto write = [&](const float* values, int begin, int count) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (thread_row + h * 8 >= rows) continue;
+        const int offset = h * 8 * kLatent + begin / 4 * 8;
+        if (is_split) {
+#pragma unroll
+          for (int n = 0; n < count / 4; ++n) *reinterpret_cast<float2*>(partial + offset + n * 8) = make_float2(values[n * 4 + h * 2], values[n * 4 + h * 2 + 1]);
+        } else {
+#pragma unroll
+          for (int n = 0; n < count / 4; ++n) {
+            *reinterpret_cast<uint32_t*>(final_out + offset + n * 8) = pack_bf16(values[n * 4 + h * 2] * inverse[h], values[n * 4 + h * 2 + 1] * inverse[h]);
+          }
+        }
       }
+    };
+    const auto invert = [&] {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) inverse[h] = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
     };
 
     if constexpr (kSplitRows) {
-#pragma unroll
-      for (int i = 0; i < kLatent / 2; i += 2) write(i, out[i], out[i + 1]);
+      invert();
+      write(out, 0, kLatent / 2);
     } else {
       if (lane % 4 == 0) {
 #pragma unroll
@@ -245,6 +273,7 @@ __global__ void __launch_bounds__(384, 1)
         sums[h] = group == 0 ? own + others : others + own;
         softmax.maximum[h] = top;
       }
+      invert();
       constexpr int kRound = 32;
 #pragma unroll
       for (int round = 0; round < kLatent / 2 / kRound; ++round) {
@@ -255,10 +284,8 @@ __global__ void __launch_bounds__(384, 1)
         named_barrier_sync(kConsumerBarrier, kConsumers);
         if (group != (round & 1)) {
 #pragma unroll
-          for (int i = 0; i < kRound; i += 2) {
-            write(round * kRound + i, fmaf(out[round * kRound + i], factor[i % 4 / 2], exchange[i * 128 + in_group]),
-                  fmaf(out[round * kRound + i + 1], factor[i % 4 / 2], exchange[(i + 1) * 128 + in_group]));
-          }
+          for (int i = 0; i < kRound; ++i) out[round * kRound + i] = fmaf(out[round * kRound + i], factor[i % 4 / 2], exchange[i * 128 + in_group]);
+          write(out + round * kRound, round * kRound, kRound);
         }
         named_barrier_sync(kConsumerBarrier, kConsumers);
       }

@@ -371,6 +371,18 @@ int main(int argc, char** argv) {
     run_bench(argv[2], argc > 3 ? std::atoi(argv[3]) : 0);
     return 0;
   }
+  if (mode == "thunder") {
+    const struct { int batch, q_tokens; const char* lens; double ms; } rows[] = {
+        {4, 4, "4641;45118;1730;1696", 0.041}, {1, 1, "65536", 0.0445}, {64, 2, "512", 0.0286}, {132, 4, "4096", 0.210}};
+    for (const auto& row : rows) {
+      Shape s;
+      s.batch = row.batch;
+      s.q_tokens = row.q_tokens;
+      s.lens = parse_lens(row.lens, row.batch);
+      print_timing(s, row.lens, measure(s), row.ms);
+    }
+    return 0;
+  }
   if (mode == "shape" && argc >= 7) {
     Shape s;
     s.latent = std::atoi(argv[2]);
@@ -382,6 +394,6 @@ int main(int argc, char** argv) {
     print_timing(s, argv[6], measure(s), 0);
     return 0;
   }
-  std::fprintf(stderr, "usage: mla_decode_test check COUNT SEED [sm80|auto [LATENT [HEADS]]] | bench ANCHORS.csv [latent] | shape LATENT BATCH HEADS QTOKENS LENS [PAGE]\n");
+  std::fprintf(stderr, "usage: mla_decode_test check COUNT SEED [sm80|auto [LATENT [HEADS]]] | bench ANCHORS.csv [latent] | thunder | shape LATENT BATCH HEADS QTOKENS LENS [PAGE]\n");
   return 2;
 }
