@@ -127,7 +127,10 @@ export interface Engine {
    * Result: per item, fp32 logits: empty, [vocab], or [tokens, vocab].
    */
   prefill(items: PrefillItem[], onLayer?: (layer: number) => void, signal?: CancelFlag): Promise<Float32Array[]>;
-  /** One token per sequence, absorbed attention in the arena's form. Result: fp32 logits [items, vocab], row by row. */
+  /**
+   * One token per item, absorbed attention in the arena's form. Result: fp32 logits [items, vocab], row by row.
+   * Items of one call may be consecutive positions of one sequence: in each layer the KV of all items is written before any attends.
+   */
   decode(items: DecodeItem[]): Promise<Float32Array>;
   close(): void;
 }

@@ -8,7 +8,7 @@ export type RoleStatus = 'starting' | 'ok' | 'draining' | 'unavailable';
 export interface RoleEndpoints {
   status(): RoleStatus;
   state(): unknown;
-  metrics: Registry;
+  metrics(): Registry;
 }
 
 export function addRoleEndpoints(app: FastifyInstance, role: RoleEndpoints): void {
@@ -17,5 +17,8 @@ export function addRoleEndpoints(app: FastifyInstance, role: RoleEndpoints): voi
     return reply.code(status === 'starting' || status === 'unavailable' ? 503 : 200).send({ status });
   });
   app.get('/state', async () => role.state());
-  app.get('/metrics', async (_request, reply) => reply.type(role.metrics.contentType).send(await role.metrics.metrics()));
+  app.get('/metrics', async (_request, reply) => {
+    const metrics = role.metrics();
+    return reply.type(metrics.contentType).send(await metrics.metrics());
+  });
 }

@@ -14,9 +14,11 @@ export class RoleProcess {
   readonly exited: Promise<{ status: number | null; signal: NodeJS.Signals | null }>;
   readonly #child: ChildProcess;
   #ended = false;
+  #ready = false;
 
   private constructor(name: RoleName, config: { listen: string | string[] }) {
-    this.#child = spawn(process.execPath, ['--import', 'tsx', CHILD, name, JSON.stringify(config)], { stdio: ['pipe', 'inherit', 'pipe'] });
+    this.#child = spawn(process.execPath, ['--import', 'tsx', CHILD, name, JSON.stringify(config)], { stdio: ['pipe', 'pipe', 'pipe'] });
+    this.#child.stdout!.on('data', (chunk: Buffer) => { this.#ready ||= chunk.toString().includes('"ready"'); });
     this.#child.stderr!.on('data', (chunk: Buffer) => { this.stderr += chunk.toString(); });
     this.exited = new Promise((resolve) => this.#child.on('exit', (status, signal) => { this.#ended = true; resolve({ status, signal }); }));
     this.client = new WorkerClient([config.listen].flat()[0]!);
@@ -29,12 +31,8 @@ export class RoleProcess {
     for (;;) {
       if (role.#ended) throw new Error(`${name} ended before it was ready:\n${role.stderr}`);
       if (performance.now() > deadline) throw new Error(`${name} is not ready after ${READY_MS} ms:\n${role.stderr}`);
-      try {
-        await role.client.json('GET', '/health', undefined, { timeoutMs: 1000 });
-        return role;
-      } catch {
-        await new Promise((resolve) => setTimeout(resolve, 50));
-      }
+      if (role.#ready) return role;
+      await new Promise((resolve) => setTimeout(resolve, 20));
     }
   }
 

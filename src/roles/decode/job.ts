@@ -12,7 +12,7 @@ export interface EventSink {
  * - waiting: for pages
  * - landing: pages are granted to a prefill worker
  * - running: choices exist
- * - ended: the last event was written, all pages are given back
+ * - ended: all pages are given back
  */
 export type JobPhase = 'waiting' | 'landing' | 'running' | 'ended';
 
@@ -27,6 +27,8 @@ export class Job {
   /** Tokens, prompt included, at which every choice ends. */
   readonly maxLength: number;
   phase: JobPhase = 'waiting';
+  /** The client has heard the last of it, though pages may still be held. */
+  told = false;
   /** Set once the request is to end early: its client is gone, or the worker closes. */
   cancelled: Error | null = null;
   /** While landing: the prompt's pages, and how many tokens were there before. */
@@ -37,7 +39,6 @@ export class Job {
   preemptions = 0;
   readonly #early: GenerateEvent[] = [];
   #sink: EventSink | null = null;
-  #ended = false;
 
   constructor(request: GenerateRequest, serial: number, ids: readonly string[], context: number) {
     this.request = request;
@@ -50,18 +51,18 @@ export class Job {
   attach(sink: EventSink): void {
     this.#sink = sink;
     for (const event of this.#early.splice(0)) sink.write(event);
-    if (this.#ended) sink.end();
+    if (this.told) sink.end();
   }
 
   emit(event: GenerateEvent): void {
-    if (this.#ended) return;
+    if (this.told) return;
     if (this.#sink) this.#sink.write(event);
     else this.#early.push(event);
   }
 
-  end(): void {
-    this.phase = 'ended';
-    this.#ended = true;
+  /** The last event was written. */
+  endStream(): void {
+    this.told = true;
     this.#sink?.end();
   }
 }

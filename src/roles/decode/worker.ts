@@ -7,7 +7,6 @@ import type { Logger } from 'pino';
 import type { Clock } from '../../clock.js';
 import { TplaError, toTplaError } from '../../errors.js';
 import type { DecodeReport, GenerateRequest } from '../../fleet/protocol.js';
-import { errorBody } from '../../http/error_body.js';
 import { BlockChain, blockIds } from '../../kv/hash.js';
 import type { PageSpace } from '../../kv/page_space.js';
 import type { PageCopy } from '../../kv/page_table.js';
@@ -16,6 +15,7 @@ import type { ModelIdentity } from '../../model/spec.js';
 import type { DecodeItem, Engine, KvArena, SampledToken, Sampler, SamplingParams } from '../../native/types.js';
 import type { HandoffCommit, HandoffReceiver } from '../../transfer/types.js';
 import { samplingParams } from '../sampling.js';
+import { errorEvent } from '../stream_error.js';
 import { admitPrompt, readmit, type AdmissionInput } from './admission.js';
 import { planBatch, type BatchRow, type PagePolicy } from './batch.js';
 import { Choice } from './choice.js';
@@ -119,7 +119,7 @@ export class DecodeWorker {
     this.#admit();
     if (job.phase === 'waiting' && this.#admissions.size > this.#settings.maxWaiting) {
       this.#admissions.delete(job);
-      this.#end(job);
+      this.#forget(job);
       throw new TplaError('OVERLOADED', `${this.#admissions.size} requests wait for pages already (max_waiting ${this.#settings.maxWaiting}); try another worker, or again later`);
     }
     this.counters.requests++;
@@ -146,7 +146,7 @@ export class DecodeWorker {
     if (this.#jobs.size > 0) await new Promise<void>((resolve) => this.#onIdle.add(resolve));
   }
 
-  /** Ends all requests at once with DRAINING; resolves when nothing touches the arena any more. */
+  /** Ends all requests at once with DRAINING; resolves when no step and no copy of ours touches the arena any more. Hand-offs are the receiver's to end. */
   async close(): Promise<void> {
     this.#draining = true;
     for (const job of this.#jobs.values()) this.#cancel(job, new TplaError('DRAINING', 'this worker stops'));
@@ -162,24 +162,34 @@ export class DecodeWorker {
     if (job.phase === 'waiting') {
       const admission = this.#admissions.get(job)!;
       this.#admissions.delete(job);
-      this.#end(job);
+      this.#forget(job);
       admission.reject(error);
-    } else if (job.session !== null) this.#parts.receiver.cancel(job.session);
+    } else if (job.session !== null) {
+      this.#tell(job, error);
+      this.#parts.receiver.cancel(job.session);
+    }
     this.#poke();
   }
 
-  /** Last event of a request that broke off. */
-  #fail(job: Job, error: TplaError): void {
+  /** Last event of a request that broke off. Its pages may be needed for longer. */
+  #tell(job: Job, error: TplaError): void {
+    if (job.told) return;
     if (error.code !== 'CANCELLED') {
       this.counters.failed++;
       this.#parts.log.warn({ request: job.request.id, code: error.code }, error.message);
     }
-    job.emit({ event: 'error', error: errorBody(error).error, retryable: RETRYABLE.has(error.code) });
-    this.#end(job);
+    job.emit(errorEvent(error));
+    job.endStream();
   }
 
-  #end(job: Job): void {
-    job.end();
+  #fail(job: Job, error: TplaError): void {
+    this.#tell(job, error);
+    this.#forget(job);
+  }
+
+  /** The request holds nothing any more. */
+  #forget(job: Job): void {
+    job.phase = 'ended';
     this.#jobs.delete(job.request.id);
     if (this.#jobs.size > 0) return;
     for (const resolve of this.#onIdle) resolve();
@@ -196,7 +206,7 @@ export class DecodeWorker {
       this.#admit();
       const rows = this.#plan();
       if (rows.length > 0) await this.#step(rows);
-      else if (this.#closed && this.#jobs.size === 0 && this.#choices.size === 0) return;
+      else if (this.#closed && this.#choices.size === 0) return;
       else await this.#change();
     }
   }
@@ -234,7 +244,8 @@ export class DecodeWorker {
       if (job.cancelled) this.#fail(job, toTplaError(job.cancelled));
       else {
         job.emit({ event: 'done', decode: this.#report(job) });
-        this.#end(job);
+        job.endStream();
+        this.#forget(job);
       }
     }
   }
@@ -281,12 +292,14 @@ export class DecodeWorker {
     const { receiver } = this.#parts;
     const table = job.table!;
     job.phase = 'landing';
-    const { ticket, committed } = receiver.open({
+    const { ticket, committed, failing } = receiver.open({
       tokens: [job.cachedTokens, job.request.tokens.length], pages: table.tables(), leaseMs: this.#settings.leaseMs,
       ...(table.rank === undefined ? {} : { rank: table.rank }),
     });
     job.session = ticket.session;
     job.emit({ event: 'reserved', ticket, cached_tokens: job.cachedTokens });
+    // The client hears of a failure at once; its pages come back when `committed` says that no write can reach them.
+    failing.addEventListener('abort', () => this.#tell(job, toTplaError(failing.reason, 'HANDOFF_FAILED')), { once: true });
     committed.then((commit) => this.#landed(job, commit), (error) => this.#notLanded(job, toTplaError(error, 'HANDOFF_FAILED'))).finally(() => this.#poke());
   }
 
@@ -475,8 +488,6 @@ export class DecodeWorker {
     return { arena: this.#parts.arena, pages: table.tables(), rank: table.rank };
   }
 }
-
-const RETRYABLE: ReadonlySet<string> = new Set(['HANDOFF_FAILED', 'CHECKSUM_MISMATCH', 'LEASE_EXPIRED', 'DRAINING', 'NO_PAGES', 'PROTOCOL', 'INTERNAL']);
 
 function decodeItems({ choice, count }: BatchRow): DecodeItem[] {
   const { table, tokens, computed } = choice;

@@ -22,10 +22,11 @@ export async function startPool(config: PoolConfig, context: RoleContext, addon:
   let status: RoleStatus = 'starting';
   let channels: ChannelServer | undefined;
   const open = new Set<Channel>();
+  const metrics = poolMetrics(pool);
   addPoolRoutes(app, pool);
   addRoleEndpoints(app, {
     status: () => status,
-    metrics: poolMetrics(pool),
+    metrics: () => metrics,
     state: (): PoolState => ({
       role: 'kv-pool', id: config.id, channel: config.channel_listen, draining: status === 'draining',
       clients: pool.clients, bytes: pool.memory.bytes, layout: pool.layout, pages: pool.pages,

@@ -26,7 +26,7 @@ export async function startRouter(config: RouteConfig, context: RoleContext): Pr
       servers.push(app);
       addTextEndpoints(app, router);
       addModelEndpoints(app, router);
-      addRoleEndpoints(app, { status: () => router.status, state: () => routerState(router), metrics: router.metrics.registry });
+      addRoleEndpoints(app, { status: () => router.status, state: () => routerState(router), metrics: () => router.metrics.registry });
       addresses.push(await listen(app, address));
     }
   } catch (thrown) {

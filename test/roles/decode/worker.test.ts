@@ -3,7 +3,8 @@ import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { TplaError } from '../../../src/errors.js';
 import type { KvForm } from '../../../src/native/types.js';
-import { Client, createRig, expectedText, FakeStore, nextToken, promptOf, request, type Rig } from './fakes.js';
+import { expectedText, nextToken, promptOf } from '../fake_model.js';
+import { Client, createRig, FakeStore, request, type Rig } from './fakes.js';
 
 const FORMS: [KvForm, number][] = [['mla', 1], ['tpla', 2], ['dcp', 2], ['dcp', 3], ['dp', 2]];
 
@@ -194,10 +195,11 @@ test('pages of a cancelled hand-off stay reserved until the receiver says that n
   const client = new Client(rig, request(promptOf(200)), { land: false });
   await sleep(2);
   client.gone.abort();
+  await client.ended;
   await sleep(2);
   assert.is(rig.space.counts.used, 4);
   rig.receiver.fail(client.find('reserved')!.ticket!.session, new TplaError('CANCELLED', 'settled'));
-  await client.ended;
+  await rig.worker.drain();
   atRest(rig);
   await rig.worker.close();
 });
@@ -358,6 +360,7 @@ test('close ends everything with DRAINING', async () => {
   while (running.text().length < 3) await sleep(1);
   await rig.worker.close();
   await Promise.all([running.ended, landing.ended]);
+  await sleep(2);
   for (const client of [running, landing]) assert.is(client.find('error')!.error.code, 'DRAINING');
   atRest(rig);
 });
