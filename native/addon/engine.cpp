@@ -1,6 +1,7 @@
 #include "core/engine.h"
 
 #include <cstring>
+#include <future>
 
 #include "addon/addon.h"
 #include "addon/arguments.h"
@@ -34,6 +35,20 @@ class Call : public std::enable_shared_from_this<Call> {
   // Engine's thread.
   void layer_done(int layer) {
     channel_.NonBlockingCall([layer](Napi::Env env, Napi::Function on_layer) { on_layer.Call({Napi::Number::New(env, layer)}); });
+  }
+  // Engine's thread, which waits until JavaScript has taken the queries of a layer: the pass never runs ahead of whoever stores them.
+  void queries_done(int layer, std::vector<float> queries) {
+    auto taken = std::make_shared<std::promise<void>>();
+    channel_.NonBlockingCall([layer, taken, queries = std::move(queries)](Napi::Env env, Napi::Function on_layer) {
+      const Napi::HandleScope scope(env);
+      try {
+        on_layer.Call({Napi::Number::New(env, layer), to_float32_array(env, queries)});
+        taken->set_value();
+      } catch (const Napi::Error& error) {
+        taken->set_exception(std::make_exception_ptr(Error("INTERNAL", error.Message())));
+      }
+    });
+    taken->get_future().get();
   }
   // Engine's thread; `convert(env)` makes the promise's value on the JavaScript thread.
   void settle(std::exception_ptr error, std::function<Napi::Value(Napi::Env)> convert) {
@@ -111,6 +126,7 @@ class EngineHandle : public Napi::ObjectWrap<EngineHandle> {
     exports.Set("Engine", DefineClass(env, "Engine",
                                       {
                                           InstanceMethod<&EngineHandle::prefill>("prefill"),
+                                          InstanceMethod<&EngineHandle::capture_queries>("captureQueries"),
                                           InstanceMethod<&EngineHandle::decode>("decode"),
                                           InstanceMethod<&EngineHandle::close>("close"),
                                       }));
@@ -153,6 +169,24 @@ class EngineHandle : public Napi::ObjectWrap<EngineHandle> {
           for (size_t i = 0; i < logits.size(); ++i) result.Set(uint32_t(i), to_float32_array(env, logits[i]));
           return result;
         });
+      });
+    });
+  }
+
+  Napi::Value capture_queries(const Napi::CallbackInfo& info) {
+    const auto call = std::make_shared<Call>(info.Env(), info[2]);
+    return started(info, call, [&] {
+      if (!info[2].IsFunction()) refuse("onLayer", "a function");
+      std::vector<PrefillItem> items = items_from_js(info[0], prefill_item_from_js);
+      std::vector<int32_t> rows = to_int32s(info[1], "rows");
+      size_t tokens = 0;
+      for (const PrefillItem& item : items) tokens += item.tokens.size();
+      if (!std::is_sorted(rows.begin(), rows.end()) || (!rows.empty() && (rows.front() < 0 || size_t(rows.back()) >= tokens))) refuse("rows", "ascending rows of the items");
+      PrefillHooks hooks;
+      hooks.query_rows = std::move(rows);
+      hooks.on_queries = [call](int layer, std::vector<float> queries) { call->queries_done(layer, std::move(queries)); };
+      open().prefill(std::move(items), std::move(hooks), [call](std::exception_ptr error, std::vector<std::vector<float>>) {
+        call->settle(error, [](Napi::Env env) -> Napi::Value { return env.Undefined(); });
       });
     });
   }

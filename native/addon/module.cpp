@@ -20,6 +20,7 @@ static Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_notify(env, exports);
   export_engine(env, exports);
   export_sampler(env, exports);
+  export_reparam(env, exports);
   return exports;
 }
 

@@ -39,6 +39,7 @@ class WeightsHandle : public Napi::ObjectWrap<WeightsHandle> {
                                        {
                                            InstanceAccessor<&WeightsHandle::bytes>("bytes"),
                                            InstanceMethod<&WeightsHandle::read>("read"),
+                                           InstanceMethod<&WeightsHandle::release>("release"),
                                            InstanceMethod<&WeightsHandle::close>("close"),
                                        }));
   }
@@ -87,6 +88,10 @@ class WeightsHandle : public Napi::ObjectWrap<WeightsHandle> {
       std::memcpy(result.Data(), values.data(), values.size() * sizeof(float));
       return result;
     });
+  }
+
+  void release(const Napi::CallbackInfo& info) {
+    guarded(info.Env(), [&] { open()->release(); });
   }
 
   Napi::Value close(const Napi::CallbackInfo& info) {

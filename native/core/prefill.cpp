@@ -53,6 +53,10 @@ std::vector<std::vector<float>> Prefill::run(const std::vector<PrefillItem>& ite
     write_latents(layer, rows, h);
     if (hooks.on_layer) hooks.on_layer(layer);
     const Rows* active = &rows;
+    if (layer + 1 == spec.layers && hooks.on_queries) {
+      const Backend::Scope query_scope(backend_);
+      hand_out(layer, queries(layer, rows, h), hooks);
+    }
     if (layer + 1 == spec.layers) {
       // All KV is written: what remains is only for rows whose logits somebody wants.
       float* wanted_x = backend_.allocate(size_t(rows.count * hidden));
@@ -79,7 +83,7 @@ std::vector<std::vector<float>> Prefill::run(const std::vector<PrefillItem>& ite
       active = &wanted;
     }
     if (active->count == 0) break;
-    attention(layer, *active, h, x);
+    attention(layer, *active, h, x, layer + 1 == spec.layers ? PrefillHooks{} : hooks);
     backend_.rms_norm(x, hidden, active->count, hidden, weights.post_attention_norm.data(), spec.rms_norm_eps, h, hidden);
     feed_forward(backend_, spec, feed_forward_[size_t(layer)], h, active->count, x);
   }
@@ -120,12 +124,10 @@ void Prefill::write_latents(int layer, const Rows& rows, const float* hidden) {
   backend_.write_kv(kv_, 0, layer, rows.slots, normed, latent, compressed + latent, width);
 }
 
-void Prefill::attention(int layer, const Rows& rows, const float* hidden, float* out) {
+float* Prefill::queries(int layer, const Rows& rows, const float* hidden) {
   const ModelSpec& spec = model_.spec();
   const LayerWeights& w = model_.layers()[size_t(layer)];
   const int64_t q_width = int64_t(spec.heads) * spec.q_head_dim();
-  const int64_t v_width = int64_t(spec.heads) * spec.v_head_dim;
-  const Backend::Scope scope(backend_);
   const float* q_in = hidden;
   int64_t q_in_width = spec.hidden_size;
   if (w.q_a.rows > 0) {
@@ -136,9 +138,28 @@ void Prefill::attention(int layer, const Rows& rows, const float* hidden, float*
     q_in = compressed;
   }
   float* q = backend_.allocate(size_t(rows.count * q_width));
-  float* heads = backend_.allocate(size_t(rows.count * v_width));
   backend_.linear({.y = q, .ldy = q_width, .x = q_in, .ldx = q_in_width, .m = rows.count, .w = w.q_b});
   backend_.rotate(model_.rope(), rows.rope, q + spec.qk_nope_head_dim, rows.count, q_width, spec.heads, spec.q_head_dim());
+  return q;
+}
+
+void Prefill::hand_out(int layer, const float* queries, const PrefillHooks& hooks) {
+  const int64_t width = int64_t(model_.spec().heads) * model_.spec().q_head_dim();
+  std::vector<float> chosen(hooks.query_rows.size() * size_t(width));
+  for (size_t i = 0; i < hooks.query_rows.size(); ++i) {
+    backend_.download(queries + hooks.query_rows[i] * width, width, 1, width, chosen.data() + i * size_t(width), width);
+  }
+  hooks.on_queries(layer, std::move(chosen));
+}
+
+void Prefill::attention(int layer, const Rows& rows, const float* hidden, float* out, const PrefillHooks& hooks) {
+  const ModelSpec& spec = model_.spec();
+  const LayerWeights& w = model_.layers()[size_t(layer)];
+  const int64_t v_width = int64_t(spec.heads) * spec.v_head_dim;
+  const Backend::Scope scope(backend_);
+  const float* q = queries(layer, rows, hidden);
+  if (hooks.on_queries) hand_out(layer, q, hooks);
+  float* heads = backend_.allocate(size_t(rows.count * v_width));
   backend_.attend(PrefillAttention{.kv = &kv_,
                                    .layer = layer,
                                    .heads = spec.heads,

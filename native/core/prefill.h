@@ -21,6 +21,9 @@ struct PrefillItem {
 struct PrefillHooks {
   // The KV of this layer is in the arena for every item.
   std::function<void(int layer)> on_layer;
+  // Gets this layer's queries of query_rows (counted over all items' tokens): [rows][heads * (nope + rope)], rope part rotated.
+  std::function<void(int layer, std::vector<float> queries)> on_queries;
+  std::vector<int32_t> query_rows;
   // Polled once a layer.
   std::function<bool()> cancelled;
 };
@@ -36,7 +39,10 @@ class Prefill {
  private:
   struct Rows;
   void write_latents(int layer, const Rows& rows, const float* hidden);
-  void attention(int layer, const Rows& rows, const float* hidden, float* out);
+  // [rows][heads * (nope + rope)], rope part rotated; lives until the caller's scope ends.
+  float* queries(int layer, const Rows& rows, const float* hidden);
+  void hand_out(int layer, const float* queries, const PrefillHooks& hooks);
+  void attention(int layer, const Rows& rows, const float* hidden, float* out, const PrefillHooks& hooks);
 
   const Model& model_;
   const KvRegion& kv_;

@@ -103,6 +103,10 @@ void Weights::unmap() {
   mappings_.clear();
 }
 
+void Weights::release() const {
+  for (const Mapping& mapping : mappings_) madvise(mapping.data, mapping.size, MADV_DONTNEED);
+}
+
 const Tensor& Weights::get(const std::string& name) const {
   const auto found = tensors_.find(name);
   if (found == tensors_.end()) throw Error("CHECKPOINT_INVALID", "tensor " + name + " is missing from the checkpoint");

@@ -36,6 +36,8 @@ class Weights {
   Weights& operator=(const Weights&) = delete;
 
   size_t bytes() const { return bytes_; }
+  // Gives the mapped pages back to the kernel; they are read again when used.
+  void release() const;
   bool has(const std::string& name) const { return tensors_.count(name) != 0; }
   // Throws CHECKPOINT_INVALID when it is missing.
   const Tensor& get(const std::string& name) const;

@@ -52,3 +52,26 @@ function roundHalfEven(x: number): number {
   const rest = x - floor;
   return rest > 0.5 || (rest === 0.5 && floor % 2 === 1) ? floor + 1 : floor;
 }
+
+/** Largest finite e4m3 value. */
+const E4M3_MAX = 448;
+
+/** Row-major matrix to fp8 with one fp32 scale per block, value = code × scale, as DeepSeek publishes them (`weight_scale_inv`). */
+export function quantizeBlocks(values: Float32Array, rows: number, columns: number, [blockRows, blockColumns]: [number, number]): { codes: Uint8Array; scales: Float32Array } {
+  const perRow = Math.ceil(columns / blockColumns);
+  const scales = new Float32Array(Math.ceil(rows / blockRows) * perRow);
+  for (let i = 0; i < rows; i++) {
+    for (let j = 0; j < columns; j++) {
+      const block = Math.floor(i / blockRows) * perRow + Math.floor(j / blockColumns);
+      scales[block] = Math.max(scales[block]!, Math.abs(values[i * columns + j]!));
+    }
+  }
+  for (let block = 0; block < scales.length; block++) scales[block] = scales[block] === 0 ? 1 : scales[block]! / E4M3_MAX;
+  const codes = new Uint8Array(rows * columns);
+  for (let i = 0; i < rows; i++) {
+    for (let j = 0; j < columns; j++) {
+      codes[i * columns + j] = minifloat(values[i * columns + j]! / scales[Math.floor(i / blockRows) * perRow + Math.floor(j / blockColumns)]!, 4, 3, true);
+    }
+  }
+  return { codes, scales };
+}

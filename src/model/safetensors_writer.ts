@@ -15,59 +15,64 @@ export interface TensorHeader {
  * own name is always whole.
  */
 export class SafetensorsWriter {
-  private readonly fd: number;
-  private readonly partial: string;
-  private readonly sizes: number[];
-  private current = 0;
-  private written = 0;
+  readonly #path: string;
+  readonly #tensors: TensorHeader[];
+  readonly #fd: number;
+  readonly #partial: string;
+  readonly #sizes: number[];
+  #current = 0;
+  #written = 0;
 
-  constructor(
-    private readonly path: string,
-    private readonly tensors: TensorHeader[],
-    metadata: Record<string, string> = {},
-  ) {
-    this.partial = `${path}.partial`;
-    this.sizes = tensors.map(({ dtype, shape }) => shape.reduce((product, size) => product * size, DTYPE_BYTES[dtype]!));
-    this.fd = attempt(path, () => openSync(this.partial, 'w'));
-    this.append(encodeHeader(tensors, this.sizes, metadata));
+  constructor(path: string, tensors: TensorHeader[], metadata: Record<string, string> = {}) {
+    this.#path = path;
+    this.#tensors = tensors;
+    this.#partial = `${path}.partial`;
+    this.#sizes = tensors.map(({ dtype, shape }) => shape.reduce((product, size) => product * size, DTYPE_BYTES[dtype]!));
+    this.#fd = attemptWrite(path, () => openSync(this.#partial, 'w'));
+    try {
+      this.#append(encodeHeader(tensors, this.#sizes, metadata));
+    } catch (error) {
+      this.abort();
+      throw error;
+    }
   }
 
   /** Appends bytes to the current tensor, or starts the next one; they may come in pieces, in header order. */
   write(name: string, bytes: Uint8Array): void {
-    while (this.current < this.tensors.length && this.written === this.sizes[this.current]) this.next();
-    const expected = this.tensors[this.current]?.name;
-    if (expected !== name || this.written + bytes.length > this.sizes[this.current]!) {
-      throw new TplaError('INTERNAL', `${this.path}: wrote ${bytes.length} bytes of ${name} at byte ${this.written} of ${expected}`);
+    while (this.#current < this.#tensors.length && this.#written === this.#sizes[this.#current]) this.#next();
+    const expected = this.#tensors[this.#current]?.name;
+    if (expected !== name || this.#written + bytes.length > this.#sizes[this.#current]!) {
+      throw new TplaError('INTERNAL', `${this.#path}: wrote ${bytes.length} bytes of ${name} at byte ${this.#written} of ${expected}`);
     }
-    this.append(bytes);
-    this.written += bytes.length;
+    this.#append(bytes);
+    this.#written += bytes.length;
   }
 
   finish(): void {
-    while (this.current < this.tensors.length && this.written === this.sizes[this.current]) this.next();
-    if (this.current < this.tensors.length) throw new TplaError('INTERNAL', `${this.path}: tensor ${this.tensors[this.current]!.name} is not complete`);
-    attempt(this.path, () => {
-      fsyncSync(this.fd);
-      closeSync(this.fd);
-      renameSync(this.partial, this.path);
-      syncDirectory(dirname(this.path));
+    while (this.#current < this.#tensors.length && this.#written === this.#sizes[this.#current]) this.#next();
+    if (this.#current < this.#tensors.length) throw new TplaError('INTERNAL', `${this.#path}: tensor ${this.#tensors[this.#current]!.name} is not complete`);
+    attemptWrite(this.#path, () => {
+      fsyncSync(this.#fd);
+      closeSync(this.#fd);
+      renameSync(this.#partial, this.#path);
+      syncDirectory(dirname(this.#path));
     });
   }
 
   /** Gives up: nothing of the file stays behind. */
   abort(): void {
-    closeSync(this.fd);
-    unlinkSync(this.partial);
+    closeSync(this.#fd);
+    unlinkSync(this.#partial);
   }
 
-  private next(): void {
-    this.current++;
-    this.written = 0;
+  #next(): void {
+    this.#current++;
+    this.#written = 0;
   }
 
-  private append(bytes: Uint8Array): void {
-    attempt(this.path, () => {
-      for (let at = 0; at < bytes.length; ) at += writeSync(this.fd, bytes, at, bytes.length - at);
+  #append(bytes: Uint8Array): void {
+    attemptWrite(this.#path, () => {
+      for (let at = 0; at < bytes.length; ) at += writeSync(this.#fd, bytes, at, bytes.length - at);
     });
   }
 }
@@ -101,7 +106,8 @@ function syncDirectory(dir: string): void {
   closeSync(fd);
 }
 
-function attempt<T>(path: string, io: () => T): T {
+/** Runs file operations; a failure becomes IO_FAILED with a reason a person can act on. */
+export function attemptWrite<T>(path: string, io: () => T): T {
   try {
     return io();
   } catch (error) {

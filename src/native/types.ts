@@ -3,6 +3,7 @@
  * Errors carry a `code` of `src/errors.ts`.
  */
 import type { ModelSpec } from '../model/spec.js';
+import type { ReparamModule } from './reparam.js';
 
 export type WeightDType = 'F32' | 'BF16' | 'F16' | 'F8_E4M3';
 export type KvDType = 'f32' | 'bf16' | 'fp8';
@@ -40,6 +41,8 @@ export interface Weights {
   readonly bytes: number;
   /** One tensor, dequantised (block scales applied when `scale` names them) to fp32, row-major. */
   read(name: string, scale?: { name: string; block: [number, number] }): Float32Array;
+  /** Gives the mapped pages back to the kernel; they are read from disk again when used. For passes over checkpoints larger than memory. */
+  release(): void;
   close(): void;
 }
 
@@ -127,6 +130,12 @@ export interface Engine {
    * Result: per item, fp32 logits: empty, [vocab], or [tokens, vocab].
    */
   prefill(items: PrefillItem[], onLayer?: (layer: number) => void, signal?: CancelFlag): Promise<Float32Array[]>;
+  /**
+   * Prefill without logits that also hands out queries: after each layer's KV is in the arena, `onLayer(l, queries)` gets
+   * [rows.length, heads, nope + rope] fp32, rope part rotated, for the rows named (counted over all items' tokens, ascending). The
+   * pass waits for the callback, so that memory stays bounded; what it throws ends the pass.
+   */
+  captureQueries(items: PrefillItem[], rows: Int32Array, onLayer: (layer: number, queries: Float32Array) => void): Promise<void>;
   /**
    * One token per item, absorbed attention in the arena's form. Result: fp32 logits [items, vocab], row by row.
    * Items of one call may be consecutive positions of one sequence: in each layer the KV of all items is written before any attends.
@@ -265,7 +274,7 @@ export interface KvPutResult {
 
 // ---------------------------------------------------------------- module
 
-export interface NativeModule {
+export interface NativeModule extends ReparamModule {
   /** Version of the package it was built from. */
   version: string;
   /** Everything `tpla doctor` wants to know; starts the CUDA driver where there is one. */

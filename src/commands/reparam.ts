@@ -1,0 +1,84 @@
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { Args, Flags } from '@oclif/core';
+import { BaseCommand } from '../cli/base_command.js';
+import { TplaError } from '../errors.js';
+import { convert, type ConversionResult } from '../reparam/convert.js';
+import type { OutputDType } from '../reparam/layer_tensors.js';
+import { METHODS, type Method } from '../reparam/method.js';
+import { consoleProgress, SILENT } from '../report/progress.js';
+import { facts } from '../report/table.js';
+
+export default class Reparam extends BaseCommand {
+  static override summary = 'Reparameterise a checkpoint for TPLA decode';
+  static override description = `Writes a checkpoint whose latent is ordered so that each of --groups decode ranks reads a slice of it. Prefill of the result is exactly the
+model that went in; decode with attention form tpla is an approximation, whose cost \`tpla eval\` measures.
+
+Layers are fitted one at a time and shards copied in pieces, so that memory stays at a few layers whatever the size of the checkpoint. A
+conversion that was interrupted goes on where it stopped when the same command is given again.
+
+--method names a combination; the other flags change parts of it.`;
+  static override examples = [
+    '<%= config.bin %> <%= command.id %> models/demo models/demo-tpla',
+    '<%= config.bin %> <%= command.id %> DeepSeek-V3 DeepSeek-V3-tpla --groups 2 --shared 64 --calibration text.txt',
+    '<%= config.bin %> <%= command.id %> models/demo /tmp/pca --method pca --scale fitted --json',
+  ];
+  static override enableJsonFlag = true;
+  static override args = {
+    model: Args.string({ description: 'checkpoint directory to read', required: true }),
+    out: Args.string({ description: 'checkpoint directory to write; must not exist or be empty, or hold the same conversion unfinished' }),
+  };
+  static override flags = {
+    out: Flags.string({ description: 'the same as OUT' }),
+    method: Flags.string({ options: Object.keys(METHODS), default: 'default', description: 'combination to start from' }),
+    groups: Flags.integer({ default: 2, min: 1, description: 'ranks that share the latent', aliases: ['ranks'] }),
+    shared: Flags.integer({ min: 0, description: 'latent directions replicated on every rank' }),
+    basis: Flags.string({ options: ['identity', 'hadamard', 'pca', 'aware', 'aware-oblique'], description: 'change of basis; aware looks at queries and outputs too' }),
+    scale: Flags.string({ options: ['none', 'printed', 'reciprocal', 'fitted', 'head'], description: 'factor on a rank\'s logits, or on its norm with --norm sliced' }),
+    queries: Flags.string({ options: ['sliced', 'regressed'], description: 'cut W_UK, or regress the whole logit on a rank\'s columns' }),
+    values: Flags.string({ options: ['sliced', 'ridge'], description: 'cut W_UV, or regress the exact head output on the ranks\' outputs' }),
+    refine: Flags.integer({ min: 0, description: 'steps of descent on each layer\'s output error' }),
+    norm: Flags.string({ options: ['exact', 'sliced'], description: 'RMSNorm over the whole latent, or each rank\'s estimate from its slice as published' }),
+    calibration: Flags.string({ description: 'UTF-8 text to fit on; default calibration.txt of the checkpoint' }),
+    'calibration-tokens': Flags.integer({ default: 32768, min: 64, description: 'tokens of it that are used' }),
+    'calibration-context': Flags.integer({ default: 512, min: 16, description: 'tokens per calibration sequence' }),
+    'calibration-queries': Flags.integer({ default: 64, min: 1, description: 'queries sampled per sequence' }),
+    'output-dtype': Flags.string({ options: ['auto', 'f32', 'bf16', 'fp8'], default: 'auto', description: 'format of changed matrices; auto keeps theirs, bf16 in place of fp8' }),
+    seed: Flags.integer({ default: 1, min: 0, description: 'of the Hadamard signs, the sampling and the descent' }),
+    threads: Flags.integer({ default: 0, min: 0, description: 'compute threads; 0 for all cores' }),
+  };
+
+  async run(): Promise<ConversionResult> {
+    const { args, flags } = await this.parse(Reparam);
+    const out = args.out ?? flags.out;
+    if (out === undefined) throw new TplaError('USAGE', 'name the output directory: tpla reparam MODEL OUT');
+    const base = METHODS[flags.method]!;
+    const method: Method = {
+      ...base,
+      shared: flags.shared ?? base.shared,
+      basis: (flags.basis ?? base.basis) as Method['basis'],
+      scale: (flags.scale ?? base.scale) as Method['scale'],
+      queries: (flags.queries ?? base.queries) as Method['queries'],
+      values: (flags.values ?? base.values) as Method['values'],
+      refine: flags.refine ?? base.refine,
+      norm: (flags.norm ?? base.norm) as Method['norm'],
+    };
+    const own = join(args.model, 'calibration.txt');
+    const file = flags.calibration ?? (existsSync(own) ? own : null);
+    const result = await convert({
+      model: args.model, out, methodName: flags.method, method, groups: flags.groups, output: flags['output-dtype'] as OutputDType, seed: flags.seed, threads: flags.threads,
+      calibration: file === null ? null : { file, context: flags['calibration-context'], tokens: flags['calibration-tokens'], queries: flags['calibration-queries'], seed: flags.seed },
+    }, this.jsonEnabled() ? SILENT : consoleProgress());
+    const errors = result.layers.map(({ output_error }) => output_error).filter((error): error is number => error !== null);
+    this.log(facts([
+      ['written', `${result.out} (${(result.bytes_written / 1e9).toFixed(3)} GB)${result.resumed ? ', resumed' : ''}`],
+      ['method', `${result.method}, ${result.groups} groups, ${result.shared} shared`],
+      ['KV values per token, layer and rank', result.kv_values_per_token_per_rank],
+      ...(errors.length > 0 ? [['attention output error, mean over layers', `${((100 * errors.reduce((a, b) => a + b, 0)) / errors.length).toFixed(2)} %`] as [string, string]] : []),
+      ['fingerprint', result.fingerprint],
+      ['peak memory', `${(result.peak_rss_bytes / 1e9).toFixed(2)} GB`],
+      ['time', `${result.seconds.toFixed(1)} s`],
+    ]));
+    return result;
+  }
+}

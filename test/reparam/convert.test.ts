@@ -1,0 +1,209 @@
+/** Conversions of small random checkpoints: prefill stays what it was, decode loads, interruptions and bad input end cleanly. */
+import { spawn } from 'node:child_process';
+import { cpSync, existsSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { suite } from 'uvu';
+import * as assert from 'uvu/assert';
+import { TplaError } from '../../src/errors.js';
+import { Runner } from '../../src/eval/runner.js';
+import { loadCheckpoint } from '../../src/model/checkpoint.js';
+import type { JsonObject } from '../../src/model/config.js';
+import { readSafetensors } from '../../src/model/safetensors.js';
+import { convert, type ConversionOptions } from '../../src/reparam/convert.js';
+import { METHODS, type Method } from '../../src/reparam/method.js';
+import { SILENT } from '../../src/report/progress.js';
+import { TINY_V2, TINY_V3, writeCheckpoint } from '../support/checkpoint.js';
+import { writeTokenizer } from '../support/tokenizer.js';
+
+const test = suite('reparam/convert');
+const root = mkdtempSync(join(tmpdir(), 'tpla-convert-'));
+const source = join(root, 'source');
+const text = join(root, 'text.txt');
+test.before(() => {
+  writeCheckpoint(source, { dtype: 'F32', shards: 3, extra: [{ name: 'model.layers.3.eh_proj.weight', dtype: 'I64', shape: [2], data: Uint8Array.from({ length: 16 }, (_, i) => i) }] });
+  writeTokenizer(source);
+  writeFileSync(text, Array.from({ length: 400 }, (_, i) => `Line ${i} of the inner text: ${(i * 7919) % 1000} there.`).join('\n'));
+});
+test.after(() => rmSync(root, { recursive: true }));
+
+let outs = 0;
+function options(method: Partial<Method> & { name?: string }, change: Partial<ConversionOptions> = {}): ConversionOptions {
+  const { name = 'pca', ...parts } = method;
+  return {
+    model: source, out: join(root, `out-${outs++}`), methodName: name, method: { ...METHODS[name]!, ...parts }, groups: 2,
+    calibration: { file: text, context: 96, tokens: 1536, queries: 24, seed: 1 }, output: 'auto', seed: 1, threads: 2, ...change,
+  };
+}
+
+const TOKENS = Int32Array.from({ length: 70 }, (_, i) => (i * 37) % 250);
+
+async function logits(dir: string, form: 'mla' | 'tpla', phase: 'prefill' | 'decode', ranks = 2): Promise<Float32Array> {
+  const checkpoint = loadCheckpoint(dir);
+  const runner = new Runner(checkpoint, { form, ranks: form === 'tpla' ? ranks : 1, dtype: 'f32', context: 128, batch: 1, threads: 2 });
+  try {
+    if (phase === 'prefill') return (await runner.prefill([TOKENS], 'all'))[0]!.slice(-checkpoint.spec.vocabSize);
+    await runner.prefill([TOKENS.subarray(0, 69)], 'none');
+    await runner.handOver([69]);
+    return await runner.step([{ slot: 0, token: TOKENS[69]!, position: 69 }]);
+  } finally {
+    runner.close();
+  }
+}
+
+function difference(a: Float32Array, b: Float32Array): number {
+  const scale = Math.max(...b.map(Math.abs));
+  return Math.max(...a.map((x, i) => Math.abs(x - b[i]!))) / scale;
+}
+
+for (const [what, method] of [
+  ['identity', { name: 'identity' }], ['hadamard', { name: 'hadamard' }], ['pca with fitted scales', { scale: 'fitted' }],
+  ['aware, regressed, ridge, refined, shared', { name: 'default', shared: 8, refine: 10 }], ['oblique', { basis: 'aware-oblique', queries: 'regressed', values: 'ridge' }],
+] as [string, Partial<Method>][]) {
+  test(`${what}: prefill is the model that went in, decode is near it`, async () => {
+    const plan = options(method);
+    await convert(plan, SILENT);
+    const exact = await logits(source, 'mla', 'prefill');
+    assert.ok(difference(await logits(plan.out, 'mla', 'prefill'), exact) < 2e-4, 'prefill');
+    assert.ok(difference(await logits(plan.out, 'mla', 'decode'), exact) < 2e-4, 'decode, mla');
+    const approximate = difference(await logits(plan.out, 'tpla', 'decode'), exact);
+    assert.ok(approximate > 1e-6 && approximate < 2, `decode, tpla: ${approximate}`);
+  });
+}
+
+test('four groups, without q_lora, bf16', async () => {
+  const v2 = join(root, 'v2');
+  writeCheckpoint(v2, { config: TINY_V2 });
+  writeTokenizer(v2);
+  const plan = options({ name: 'default', shared: 8, refine: 4 }, { model: v2, groups: 4 });
+  const result = await convert(plan, SILENT);
+  assert.is(result.kv_values_per_token_per_rank, 8 + 6 + 8);
+  assert.ok(difference(await logits(plan.out, 'mla', 'prefill'), await logits(v2, 'mla', 'prefill')) < 0.05);
+  assert.ok(Number.isFinite(difference(await logits(plan.out, 'tpla', 'decode', 4), await logits(v2, 'mla', 'prefill'))));
+});
+
+test('fp8 blocks come in; bf16 goes out, or fp8 again', async () => {
+  const config: JsonObject = { ...TINY_V3, kv_lora_rank: 128, hidden_size: 256, qk_nope_head_dim: 32, v_head_dim: 32 };
+  const fp8 = join(root, 'fp8');
+  writeCheckpoint(fp8, { config, dtype: 'F8_E4M3' });
+  const exact = await logits(fp8, 'mla', 'prefill');
+  const dtypes = (dir: string) => loadCheckpoint(dir).tensors.filter(({ name }) => /layers\.1\.self_attn\.(kv_b|o)_proj\.weight$/.test(name)).map(({ dtype }) => dtype);
+  const plain = options({ name: 'hadamard' }, { model: fp8, calibration: null });
+  await convert(plain, SILENT);
+  assert.equal(dtypes(plain.out), ['BF16', 'F8_E4M3']);
+  assert.ok(difference(await logits(plain.out, 'mla', 'prefill'), exact) < 0.05);
+  const again = options({ name: 'hadamard' }, { model: fp8, calibration: null, output: 'fp8' });
+  await convert(again, SILENT);
+  assert.equal(dtypes(again.out), ['F8_E4M3', 'F8_E4M3']);
+  assert.ok(difference(await logits(again.out, 'mla', 'prefill'), exact) < 0.3);
+});
+
+test('what is not touched is copied byte for byte; the manifest tells how it was made', async () => {
+  const plan = options({ name: 'default', refine: 4 });
+  const { fingerprint } = await convert(plan, SILENT);
+  const tensorsOf = (dir: string) => new Map(readdirSync(dir).filter((file) => file.endsWith('.safetensors')).flatMap((file) => {
+    const path = join(dir, file);
+    const bytes = readFileSync(path);
+    return readSafetensors(path).tensors.map(({ name, begin, end }) => [name, bytes.subarray(begin, end)] as const);
+  }));
+  const [before, after] = [tensorsOf(source), tensorsOf(plan.out)];
+  const changed = [...before.keys()].filter((name) => !after.get(name)?.equals(before.get(name)!));
+  assert.ok(changed.every((name) => /self_attn\.(kv_b_proj|kv_a_layernorm)\.weight$/.test(name)), changed.join());
+  assert.is(changed.length, 2 * 3);
+  assert.ok(after.has('model.layers.3.eh_proj.weight'));
+  const manifest = JSON.parse(readFileSync(join(plan.out, 'tpla.json'), 'utf8')) as { fingerprint: string; calibration: { sha256: string }; layers: { variance_shares: { slices: number[] } }[] };
+  assert.is(manifest.fingerprint, fingerprint);
+  assert.is(loadCheckpoint(plan.out).identity.reparam, fingerprint);
+  assert.match(manifest.calibration.sha256, /^[0-9a-f]{64}$/);
+  assert.ok(Math.abs(manifest.layers[0]!.variance_shares.slices.reduce((a, b) => a + b) - 1) < 1e-6);
+  assert.not(existsSync(join(plan.out, '.tpla-reparam')));
+  assert.ok(existsSync(join(plan.out, 'tokenizer.json')));
+});
+
+test('the sliced norm: one scale per layer and rank', async () => {
+  const plan = options({ norm: 'sliced', scale: 'reciprocal' });
+  await convert(plan, SILENT);
+  const { tpla } = loadCheckpoint(plan.out).spec;
+  assert.is(tpla?.norm, 'sliced');
+  assert.is(tpla?.normScale.length, 3);
+  assert.ok(Number.isFinite(difference(await logits(plan.out, 'tpla', 'decode'), await logits(source, 'mla', 'prefill'))));
+});
+
+// ---------------------------------------------------------------- interruptions
+
+const CLI = fileURLToPath(new URL('../../src/reparam/convert.ts', import.meta.url));
+
+test('kill -9 at any moment leaves nothing that loads, and the same command finishes the work', async () => {
+  const plan = options({ name: 'default', refine: 20 });
+  const script = join(root, 'run.mjs');
+  writeFileSync(script, `import { convert } from ${JSON.stringify(CLI)};\nawait convert(${JSON.stringify(plan)}, { start() {}, finish() {}, advance() { console.log('step'); } });\nconsole.log('done');\n`);
+  let kills = 0;
+  for (let steps = 2; ; steps += 3) {
+    const done = await runUntil(script, steps);
+    if (done) break;
+    kills++;
+    assert.not(existsSync(join(plan.out, 'config.json')));
+    assert.throws(() => loadCheckpoint(plan.out), (error: TplaError) => error.code === 'CHECKPOINT_INVALID');
+  }
+  assert.ok(kills >= 3, `${kills} kills`);
+  const straight = options({ name: 'default', refine: 20 });
+  await convert(straight, SILENT);
+  assert.is(loadCheckpoint(plan.out).identity.reparam, loadCheckpoint(straight.out).identity.reparam);
+  assert.not(readdirSync(plan.out).some((name) => name.includes('partial') || name.startsWith('.')));
+});
+
+/** Runs a conversion and kills it after so many steps of progress; true when it ended by itself. */
+function runUntil(script: string, steps: number): Promise<boolean> {
+  return new Promise((resolve, reject) => {
+    const child = spawn(process.execPath, ['--import', 'tsx', script], { cwd: fileURLToPath(new URL('../..', import.meta.url)), stdio: ['ignore', 'pipe', 'pipe'] });
+    let seen = 0;
+    let errors = '';
+    child.stdout.on('data', (data: Buffer) => {
+      seen += data.toString().split('step').length - 1;
+      if (seen >= steps) child.kill('SIGKILL');
+    });
+    child.stderr.on('data', (data: Buffer) => (errors += data.toString()));
+    child.on('close', (code, signal) => (signal === 'SIGKILL' ? resolve(false) : code === 0 ? resolve(true) : reject(new Error(errors))));
+  });
+}
+
+// ---------------------------------------------------------------- refusals
+
+async function refusal(plan: ConversionOptions): Promise<TplaError> {
+  const before = existsSync(plan.out) ? readdirSync(plan.out).sort() : null;
+  try {
+    await convert(plan, SILENT);
+  } catch (error) {
+    assert.instance(error, TplaError, String(error));
+    assert.equal(existsSync(plan.out) ? readdirSync(plan.out).sort() : null, before, 'the refusal left files');
+    return error as TplaError;
+  }
+  throw new Error('the conversion went through');
+}
+
+test('what cannot be done is refused before anything is written', async () => {
+  assert.match((await refusal(options({}, { groups: 5 }))).message, "the latent's 32 less the shared 0 is not divisible by 5 groups");
+  assert.match((await refusal(options({ shared: 32 }))).message, 'leaves nothing');
+  assert.match((await refusal(options({}, { groups: 1 }))).message, '1 group');
+  assert.match((await refusal(options({ norm: 'sliced', shared: 8 }))).message, 'sliced norm needs an orthogonal basis');
+  assert.match((await refusal(options({}, { calibration: null }))).message, 'name one with --calibration');
+  assert.match((await refusal(options({}, { calibration: { file: join(root, 'none.txt'), context: 64, tokens: 1024, queries: 16, seed: 1 } }))).message, 'cannot be read');
+  const short = join(root, 'short.txt');
+  writeFileSync(short, 'Too short to fit anything on. '.repeat(10));
+  assert.match((await refusal(options({}, { calibration: { file: short, context: 64, tokens: 1024, queries: 4, seed: 1 } }))).message, /is too short: \d+ tokens give \d+ queries/);
+  assert.match((await refusal(options({}, { out: source }))).message, 'is the model itself');
+});
+
+test('a checkpoint that is reparameterised already, and an output that holds something else', async () => {
+  const plan = options({ name: 'identity' });
+  await convert(plan, SILENT);
+  assert.match((await refusal(options({ name: 'identity' }, { model: plan.out }))).message, 'is already reparameterised');
+  assert.match((await refusal({ ...plan, methodName: 'hadamard' })).message, 'already holds a checkpoint');
+  const other = join(root, 'other');
+  cpSync(source, other, { recursive: true });
+  rmSync(join(other, 'config.json'));
+  assert.match((await refusal(options({ name: 'identity' }, { out: other }))).message, 'is not empty');
+});
+
+test.run();
