@@ -1,4 +1,3 @@
-// time limit: 300 s
 /** The whole product as processes, with the demo model, through the official client. */
 import { once } from 'node:events';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';

@@ -41,6 +41,7 @@ abstract class FakeWorker {
   readonly state: WorkerState;
   /** Requests whose client went away before the end. */
   cancelled: string[] = [];
+  #polls = 0;
   #server: Server | null = null;
 
   constructor(path: string, role: 'prefill' | 'decode') {
@@ -61,6 +62,12 @@ abstract class FakeWorker {
     return this;
   }
 
+  /** Resolves when route has read a state that it asked for after this call. */
+  async polled(): Promise<void> {
+    // the answer to one poll has been read when the next one comes
+    for (const wanted = this.#polls + 2; this.#polls < wanted; await pause(5));
+  }
+
   async stop(): Promise<void> {
     this.#server?.closeAllConnections();
     this.#server?.close();
@@ -72,7 +79,10 @@ abstract class FakeWorker {
     for await (const chunk of message) chunks.push(chunk as Buffer);
     const text = Buffer.concat(chunks).toString();
     const body: unknown = text === '' ? undefined : JSON.parse(text);
-    if (message.url === '/state') return void json(response, 200, this.state);
+    if (message.url === '/state') {
+      this.#polls++;
+      return void json(response, 200, this.state);
+    }
     await this.answer(message.url ?? '', body, response);
   }
 

@@ -3,6 +3,7 @@ import { connect } from 'node:net';
 import { join } from 'node:path';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
+import { blockIds } from '../../../src/kv/hash.js';
 import { deliver, pause, scriptedGenerate, tokensOf, type FakeDecode, type GenerateScript } from '../../support/fake_workers.js';
 import { RouterStack, sseData, until } from '../../support/router_stack.js';
 
@@ -86,7 +87,7 @@ test('kill -9 of decode under a request that is not streamed: nobody has seen a 
   const child = await withChild('decode', 1, 3);
   const [healthy] = stack.decode;
   healthy!.state.running = 50;
-  await pause(250);
+  await healthy!.polled();
   const response = stack.post('/v1/completions', completion);
   await until(async () => (await stack.state()).workers[0]!.legs === 1, 'it runs on the child');
   await pause(100);
@@ -251,12 +252,11 @@ test('requests with the same beginning go to the worker that has it; others spre
 
 test('blocks that decode reports as cached draw requests to it', async () => {
   stack = await RouterStack.start({ decode: 2 });
-  const { blockIds } = await import('../../../src/kv/hash.js');
   const prompt = [0, ...tokensOf('z'.repeat(640))];
   const target: FakeDecode = stack.decode[1]!;
   target.state.cached_blocks = blockIds(prompt, target.state.model, { dtype: 'bf16', pageTokens: 64, salt: '' });
   stack.decode[0]!.state.cached_blocks = [];
-  await pause(300);
+  await Promise.all(stack.decode.map((decode) => decode.polled()));
   for (let i = 0; i < 3; i++) await stack.post('/v1/completions', { ...completion, prompt: [...prompt, ...tokensOf(String(i))] });
   assert.equal(stack.decode.map(({ requests }) => requests.length), [0, 3]);
 });
