@@ -40,6 +40,9 @@ export { errorBody };
 
 export function sendError(reply: FastifyReply, error: TplaError): FastifyReply {
   reply.log[error.httpStatus >= 500 ? 'warn' : 'debug']({ code: error.code, request: reply.getHeader('x-request-id') }, error.message);
+  // The refusal goes out at once, but closing now would break the pipe of a client that still sends, and it would never read the answer:
+  // the connection stays, and what is under way is read and dropped, within RECEIVE_TIMEOUT_MS.
+  if (error.code === 'REQUEST_TOO_LARGE') void reply.removeHeader('connection');
   if (error.retryAfterSeconds !== null) void reply.header('retry-after', error.retryAfterSeconds);
   return reply.code(error.httpStatus).send(errorBody(error));
 }

@@ -23,6 +23,15 @@ function server(seen: string[] = []) {
 test.after.each(async () => { for (const app of open.splice(0)) await app.close(); });
 test.after(() => rmSync(dir, { recursive: true }));
 
+test('a client that is still sending reads why its body is refused', async () => {
+  const app = server();
+  app.post('/', async () => ({}));
+  const address = await listen(app, 'tcp://127.0.0.1:0');
+  const response = await fetch(address.replace('tcp:', 'http:'), { method: 'POST', headers: { 'content-type': 'application/json' }, body: 'x'.repeat(50_000_000) });
+  assert.is(response.status, 413);
+  assert.is((await response.json() as { error: { code: string } }).error.code, 'REQUEST_TOO_LARGE');
+});
+
 test('whatever a handler throws becomes an error object with its status', async () => {
   const seen: string[] = [];
   const app = server(seen);
