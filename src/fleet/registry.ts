@@ -52,7 +52,7 @@ export class WorkerRegistry {
   /** What a request ran into; a connection that is refused or broken takes the worker out at once. */
   report(worker: Worker, error: TplaError): void {
     if (!isConnectionFailure(error) || worker.health.status === 'down') return;
-    worker.health.broke(error.message);
+    worker.health.broke(reasonOf(error));
     this.#wentDown(worker);
     this.#schedule(worker);
   }
@@ -93,7 +93,7 @@ export class WorkerRegistry {
   #apply(worker: Worker, answer: Answer): void {
     const before = worker.health.status;
     if ('error' in answer) {
-      worker.health.failed(answer.error.message, isTimeout(answer.error));
+      worker.health.failed(reasonOf(answer.error), isTimeout(answer.error));
       if (worker.health.status === 'down' && before !== 'down') this.#wentDown(worker);
       return;
     }
@@ -106,7 +106,7 @@ export class WorkerRegistry {
     }
     worker.update(state, sentAt);
     worker.health.answered(state.draining ? 'draining' : 'up');
-    if (before !== worker.health.status) this.#options.log.info({ worker: worker.address, role: worker.role }, `worker is ${worker.health.status}`);
+    if (before !== worker.health.status) this.#options.log.info({ worker: worker.address, worker_role: worker.role }, `worker is ${worker.health.status}`);
   }
 
   /** Why an answering worker must not be used, or null. */
@@ -129,13 +129,18 @@ export class WorkerRegistry {
 
   #wentDown(worker: Worker): void {
     const reason = worker.health.reason ?? 'no answer';
-    this.#options.log.warn({ worker: worker.address, role: worker.role, running: worker.legs }, `worker is down: ${reason}`);
+    this.#options.log.warn({ worker: worker.address, worker_role: worker.role, running: worker.legs }, `worker is down: ${reason}`);
     worker.failLegs(new TplaError('WORKER_FAILED', `${worker.role} worker ${worker.address} went down: ${reason}`));
     for (const listener of this.#downListeners) listener(worker);
   }
 }
 
 type Answer = { sentAt: number } & ({ state: WorkerState } | { error: TplaError });
+
+/** The system's own words where there are some: the worker is named beside them anyway. */
+function reasonOf({ message, cause }: TplaError): string {
+  return (cause instanceof Error && cause.message) || message;
+}
 
 function sameModel(a: ModelIdentity, b: ModelIdentity): boolean {
   return a.name === b.name && a.fingerprint === b.fingerprint && a.reparam === b.reparam;

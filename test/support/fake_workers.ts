@@ -114,6 +114,8 @@ export class FakeDecode extends FakeWorker {
   reply: (request: GenerateRequest, choice: number) => string | number[] = () => 'Hello world';
   script: GenerateScript = scriptedGenerate;
   cachedTokens = 0;
+  /** Generates on where a choice was to be stopped. */
+  deaf = false;
   /** Milliseconds between tokens. */
   pace = 0;
   readonly #landed = new Map<string, (stats: PrefillStats) => void>();
@@ -175,7 +177,7 @@ export const scriptedGenerate: GenerateScript = async (exchange, worker) => {
     for (const [index, tokens] of choices.entries()) {
       const token = tokens[step];
       if (token === undefined || step >= request.max_tokens) continue;
-      const stopped = worker.stops.some((stop) => stop.id === request.id && stop.index === index);
+      const stopped = !worker.deaf && worker.stops.some((stop) => stop.id === request.id && stop.index === index);
       if (stopped) continue;
       const logprob = request.sampling.logprobs < 0 ? NaN : -0.25 * (step + 1);
       const top = Array.from({ length: alternatives }, (_, i) => ({ token: i === 0 ? token : byteToken(97 + i), logprob: logprob - i }));
@@ -187,7 +189,7 @@ export const scriptedGenerate: GenerateScript = async (exchange, worker) => {
     }
     await pause(worker.pace);
   }
-  for (const stop of worker.stops) if (stop.id === request.id) emit({ event: 'finish', index: stop.index, reason: 'stop' });
+  for (const stop of worker.stops) if (!worker.deaf && stop.id === request.id) emit({ event: 'finish', index: stop.index, reason: 'stop' });
   emit({ event: 'done', decode: { attention: 'tpla', ranks: 2, tokens: total, tpot_ms: 2, kv_bytes_per_token_per_rank: 640, preemptions: 0 } });
   exchange.end();
 };

@@ -2,7 +2,6 @@ import type { Clock } from '../../clock.js';
 import type { WorkerRegistry } from '../../fleet/registry.js';
 import type { Worker } from '../../fleet/worker.js';
 import { blockIds } from '../../kv/hash.js';
-import type { ModelIdentity } from '../../model/spec.js';
 import { Placement, type Candidate } from '../../policy/placement.js';
 import { PrefixMemory, cachedPrefix } from '../../policy/prefix_memory.js';
 
@@ -22,7 +21,7 @@ export class PromptBlocks {
   of(worker: Worker): { ids: string[]; blockTokens: number } {
     const { model, attention: { dtype }, page_tokens: blockTokens = BLOCK_TOKENS } = worker.state!;
     const form = `${dtype}/${blockTokens}`;
-    const ids = this.#byForm.get(form) ?? blockIds(this.#tokens, model satisfies ModelIdentity, { dtype, pageTokens: blockTokens, salt: '' });
+    const ids = this.#byForm.get(form) ?? blockIds(this.#tokens, model, { dtype, pageTokens: blockTokens, salt: '' });
     this.#byForm.set(form, ids);
     return { ids, blockTokens };
   }

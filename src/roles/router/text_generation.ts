@@ -110,15 +110,19 @@ class PromptRun {
         case 'landed':
           this.#prefill = { prefill: event.prefill, transfer: event.transfer };
           break;
-        case 'token':
+        case 'token': {
+          const choice = this.#choice(event.index);
+          // tokens that were on their way when it was stopped
+          if (choice.finished) break;
           this.#noteFirstToken();
           begun = true;
-          yield* this.#choice(event.index).push(event.token, this.#context.clock.now());
-          if (this.#choice(event.index).stopped) {
+          yield* choice.push(event.token, this.#context.clock.now());
+          if (choice.stopped) {
             if (this.#stoppedEarly()) return this.#observe();
             this.#generation.stopChoice(event.index);
           }
           break;
+        }
         case 'finish':
           begun = true;
           yield* this.#choice(event.index).finish(event.reason);

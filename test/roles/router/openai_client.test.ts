@@ -16,7 +16,7 @@ test.before(async () => {
 });
 test.before.each(() => {
   const [decode] = stack.decode;
-  Object.assign(decode!, { script: scriptedGenerate, reply: () => 'Hello world', cachedTokens: 0, pace: 0, requests: [], stops: [], cancelled: [] });
+  Object.assign(decode!, { script: scriptedGenerate, reply: () => 'Hello world', cachedTokens: 0, pace: 0, deaf: false, requests: [], stops: [], cancelled: [] });
 });
 test.after(() => stack.stop());
 
@@ -173,6 +173,16 @@ test('a stop string ends the work at decode: the whole request, or one choice of
   const two = await client.completions.create({ model: 'tiny', prompt: 'x', max_tokens: 100, n: 2, stop: ' END' });
   assert.equal(two.choices.map(({ text }) => text), ['short', 'a somewhat longer answer']);
   assert.equal(decode!.stops, [{ id: decode!.requests[1]!.id, index: 0 }]);
+});
+
+test('a decode worker that is slow to stop a choice is asked once, and what it sends meanwhile is not shown', async () => {
+  const [decode] = stack.decode;
+  decode!.deaf = true;
+  decode!.reply = (_request, choice) => (choice === 0 ? 'short END never seen' : 'a somewhat longer answer');
+  const { choices } = await client.completions.create({ model: 'tiny', prompt: 'x', max_tokens: 100, n: 2, stop: ' END' });
+  assert.equal(choices.map(({ text }) => text), ['short', 'a somewhat longer answer']);
+  await until(() => decode!.stops.length === 1, 'decode is asked');
+  assert.is(decode!.stops.length, 1);
 });
 
 test('logprobs of a completion', async () => {
