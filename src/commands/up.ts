@@ -31,12 +31,12 @@ Ctrl-C drains and stops everything; a second one ends it at once.`;
     await withStack(stack, {
       where: flags.config,
       onEvent: (event) => console.handle(event),
-      onStopping: () => console.stopping(),
+      onStopping: () => console.busy('stopping'),
     }, async ({ stopping }) => {
       console.started();
       this.log('Ctrl-C stops everything.');
       if (!stopping.aborted) await once(stopping, 'abort');
-    }).finally(() => console.stopped());
+    }).finally(() => console.done());
     return undefined;
   }
 }

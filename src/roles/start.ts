@@ -1,15 +1,16 @@
 import type { RoleConfigs, RoleName } from '../config/types.js';
 import type { StartRole } from './run.js';
 
-const ENTRY: Record<RoleName, { module: string; start: string }> = {
-  prefill: { module: './prefill/index.js', start: 'startPrefill' },
-  decode: { module: './decode/index.js', start: 'startDecode' },
-  pool: { module: './pool/index.js', start: 'startPool' },
-  route: { module: './router/index.js', start: 'startRouter' },
+type Loaders = { [R in RoleName]: () => Promise<StartRole<RoleConfigs[R]>> };
+
+/** Each role's code is loaded by the command that serves it, and by no other. */
+const LOADERS: Loaders = {
+  prefill: async () => (await import('./prefill/index.js')).startPrefill,
+  decode: async () => (await import('./decode/index.js')).startDecode,
+  pool: async () => (await import('./pool/index.js')).startPool,
+  route: async () => (await import('./router/index.js')).startRouter,
 };
 
-/** Loads a role's code, which only a command that serves it needs. */
-export async function loadRole<R extends RoleName>(role: R): Promise<StartRole<RoleConfigs[R]>> {
-  const { module, start } = ENTRY[role];
-  return ((await import(module)) as Record<string, StartRole<RoleConfigs[R]>>)[start] as StartRole<RoleConfigs[R]>;
+export function loadRole<R extends RoleName>(role: R): Promise<StartRole<RoleConfigs[R]>> {
+  return LOADERS[role]();
 }

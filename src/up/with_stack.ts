@@ -22,35 +22,35 @@ export interface StackOptions {
 
 const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
 
+/** Makes a stack's configuration once signals are caught, and heeds them; `directory` is the stack's own and goes away with it. */
+export type PrepareStack = (directory: string, stopping: AbortSignal) => Promise<UpConfig>;
+
 /**
  * Runs `body` beside a stack of its own; afterwards, however it ends, no process, socket or file of the stack is left. A first signal aborts
  * `stopping` and drains; a second ends everything at once with status 130. Throws CANCELLED when a signal came before everything was ready.
  */
-export async function withStack<T>(config: UpConfig, options: StackOptions, body: (stack: RunningStack) => Promise<T>): Promise<T> {
+export async function withStack<T>(config: UpConfig | PrepareStack, options: StackOptions, body: (stack: RunningStack) => Promise<T>): Promise<T> {
   await sweepRuntimeDirs();
   const directory = makeRuntimeDir();
-  const removeDirectory = () => rmSync(directory, { recursive: true, force: true });
-  let supervisor: Supervisor;
-  try {
-    const services = planServices(config, directory, options.where);
-    supervisor = new Supervisor({ services, directory, startTimeoutMs: config.start_timeout_ms, restart: config.restart, clock: systemClock, onEvent: options.onEvent });
-  } catch (error) {
-    removeDirectory();
-    throw error;
-  }
+  let supervisor: Supervisor | null = null;
   const abandon = () => {
-    supervisor.kill();
-    removeDirectory();
+    supervisor?.kill();
+    rmSync(directory, { recursive: true, force: true });
   };
   const signals = catchSignals(abandon);
   process.once('exit', abandon);
   try {
-    await untilAborted(supervisor.start(), signals.first);
-    return await body({ addressesOf: (name) => supervisor.addressesOf(name), stopping: signals.first });
+    const stack = typeof config === 'function' ? await config(directory, signals.first) : config;
+    const running = supervisor = new Supervisor({
+      services: planServices(stack, directory, options.where), directory,
+      startTimeoutMs: stack.start_timeout_ms, restart: stack.restart, clock: systemClock, onEvent: options.onEvent,
+    });
+    await untilAborted(running.start(), signals.first);
+    return await body({ addressesOf: (name) => running.addressesOf(name), stopping: signals.first });
   } finally {
     options.onStopping?.();
-    await supervisor.stop();
-    removeDirectory();
+    await supervisor?.stop();
+    abandon();
     process.removeListener('exit', abandon);
     signals.release();
   }
@@ -70,9 +70,9 @@ function catchSignals(onSecond: () => void): { first: AbortSignal; release(): vo
   return { first: first.signal, release: () => { for (const signal of SIGNALS) process.removeListener(signal, onSignal); } };
 }
 
-async function untilAborted(starting: Promise<void>, signal: AbortSignal): Promise<void> {
-  starting.catch(() => undefined);
+async function untilAborted<T>(pending: Promise<T>, signal: AbortSignal): Promise<T> {
+  pending.catch(() => undefined); // it may fail after the signal, when nobody waits any more
   const cancelled = () => new TplaError('CANCELLED', 'stopped before everything was ready');
   if (signal.aborted) throw cancelled();
-  await Promise.race([starting, new Promise<never>((_, reject) => signal.addEventListener('abort', () => reject(cancelled()), { once: true }))]);
+  return Promise.race([pending, new Promise<never>((_, reject) => signal.addEventListener('abort', () => reject(cancelled()), { once: true }))]);
 }
