@@ -63,6 +63,11 @@ export type GenerateEvent =
   /** The prompt's KV has landed and is verified. */
   | { event: 'landed'; transfer: TransferReport; prefill: PrefillStats }
   | { event: 'token'; index: number; token: SampledToken; }
+  /**
+   * KV of a preempted choice was lost together with the pool: route sends `tokens` and `ticket` to a prefill worker once more, with n = 1 and the
+   * request's other fields. The first token that comes with it is not used. Without an answer within the lease decode computes it by itself.
+   */
+  | { event: 'recompute'; index: number; tokens: number[]; ticket: HandoffTicket }
   | { event: 'finish'; index: number; reason: 'stop' | 'length' | 'cancelled' }
   | { event: 'done'; decode: DecodeReport }
   | { event: 'error'; error: ErrorBody['error']; retryable: boolean };

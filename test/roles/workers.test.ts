@@ -86,7 +86,7 @@ pair('choices draw different streams from one seed, the same ones every time', a
 });
 
 pair('a prompt seen before is not sent again', async () => {
-  const prompt = promptOf(400, 3);
+  const prompt = promptOf(400, 103);
   const cold = await run(prompt);
   const warm = await run(prompt);
   assert.is(cold.cachedTokens, 0);
@@ -94,7 +94,7 @@ pair('a prompt seen before is not sent again', async () => {
   assert.is(warm.prefill!.computedTokens, 16);
   assert.equal(warm.text, cold.text);
   assert.ok(warm.transfer!.bytes < cold.transfer!.bytes / 10);
-  const whole = promptOf(320, 4);
+  const whole = promptOf(320, 104);
   await run(whole);
   const again = await run(whole);
   assert.is(again.cachedTokens, 320);
@@ -178,63 +178,67 @@ forms.run();
 // ---------------------------------------------------------------- too few pages
 
 const scarce = suite('too few pages');
-scarce.after.each(() => stack.stopAll());
 
-/** Texts of eight prompts that run together on a decode worker of so many pages per rank. */
-async function crowd(source: RoleProcess, worker: RoleProcess, during?: () => Promise<void>): Promise<Generated[]> {
+/** Texts of eight prompts that run together. */
+async function crowd(worker: RoleProcess, during?: () => Promise<void>): Promise<Generated[]> {
   const running = Promise.all(Array.from({ length: 8 }, (_, i) => generate(source.client, worker.client, promptOf(70 + i * 23, i), { maxTokens: 250 })));
   await during?.();
   return running;
 }
 const textsOf = (results: Generated[]) => results.map(({ text }) => text);
+const fewPages = (form: KvForm) => ({ dtype: 'f32' as const, page_tokens: 64, pages: form === 'dcp' ? 6 : 12 });
+const metric = async (process: RoleProcess, name: string) => Number(new RegExp(`^${name} (\\S+)`, 'm').exec(await process.client.text('/metrics'))![1]);
 
-for (const [form, ranks] of [['tpla', 2], ['mla', 1], ['dcp', 2], ['dp', 2]] as [KvForm, number][]) {
-  scarce(`${form}: preempted to the pool or kept waiting without one, the text is that of ample pages`, async () => {
-    const attention = { form, ranks };
-    const [pool, source] = await Promise.all([stack.start('pool', stack.poolConfig()), stack.start('prefill', stack.prefillConfig())]);
-    const ample = await stack.start('decode', stack.decodeConfig({ attention }));
-    const expected = textsOf(await crowd(source, ample));
+let source: RoleProcess;
+let pool: RoleProcess;
+/** By form, with ample pages; exact forms share one. */
+const expected = new Map<string, number[][][]>();
+scarce.before(async () => {
+  pool = await stack.start('pool', stack.poolConfig());
+  source = await stack.start('prefill', stack.prefillConfig({ pool: stack.address('pool') }));
+  for (const [form, ranks] of [['mla', 1], ['tpla', 2]] as [KvForm, number][]) {
+    const ample = await stack.start('decode', stack.decodeConfig({ attention: { form, ranks } }));
+    expected.set(form, textsOf(await crowd(ample)));
     await stack.stop(ample);
+  }
+});
 
-    const pages = { dtype: 'f32' as const, page_tokens: 64, pages: form === 'dcp' ? 6 : 12 };
-    const pooled = await stack.start('decode', stack.decodeConfig({ attention, kv: pages, pool: stack.address('pool') }));
-    const preempted = await crowd(source, pooled);
-    assert.equal(textsOf(preempted), expected);
-    assert.ok(preempted.some(({ report }) => report.preemptions > 0), 'there were too few pages for all');
-    assert.match(await pooled.client.text('/metrics'), 'tpla_decode_recomputed_tokens_total 0');
-    await atRest(source, pooled, pool);
-    await stack.stop(pooled);
-
-    const alone = await stack.start('decode', stack.decodeConfig({ attention, kv: pages }));
-    const waited = await crowd(source, alone);
-    assert.equal(textsOf(waited), expected);
-    assert.ok(waited.every(({ report }) => report.preemptions === 0));
-    await atRest(source, alone);
-    await stack.stop(alone, source, pool);
+for (const [form, ranks] of [['mla', 1], ['tpla', 2], ['dcp', 2], ['dp', 2]] as [KvForm, number][]) {
+  scarce(`${form}: preempted to the pool and resumed, the text is that of ample pages`, async () => {
+    const worker = await stack.start('decode', stack.decodeConfig({ attention: { form, ranks }, kv: fewPages(form), pool: stack.address('pool') }));
+    const results = await crowd(worker);
+    assert.equal(textsOf(results), expected.get(form === 'tpla' ? 'tpla' : 'mla'));
+    assert.ok(results.some(({ report }) => report.preemptions > 0), 'there were too few pages for all');
+    assert.is(await metric(worker, 'tpla_decode_relanded_tokens_total') + await metric(worker, 'tpla_decode_recomputed_tokens_total'), 0);
+    await atRest(source, worker, pool);
+    await stack.stop(worker);
   });
 }
 
-scarce('kill -9 of the pool while sequences are parked in it fails nobody', async () => {
-  const attention = { form: 'mla' as const, ranks: 1 };
-  const [pool, source, ample] = await Promise.all([
-    stack.start('pool', stack.poolConfig()), stack.start('prefill', stack.prefillConfig({ pool: stack.address('pool') })), stack.start('decode', stack.decodeConfig({ attention })),
-  ]);
-  const expected = textsOf(await crowd(source, ample));
-  await stack.stop(ample);
-  const worker = await stack.start('decode', stack.decodeConfig({ attention, kv: { dtype: 'f32', page_tokens: 64, pages: 12 }, pool: stack.address('pool') }));
-  const results = await crowd(source, worker, async () => {
-    await eventually(async () => /preemptions_total [1-9]/.test(await worker.client.text('/metrics')), 'a preemption');
-    await stack.stop(pool);
-  });
-  assert.equal(textsOf(results), expected);
+scarce('without a pool they wait instead, and the text is the same', async () => {
+  const worker = await stack.start('decode', stack.decodeConfig({ kv: fewPages('tpla') }));
+  const results = await crowd(worker);
+  assert.equal(textsOf(results), expected.get('tpla'));
+  assert.ok(results.every(({ report }) => report.preemptions === 0));
   await atRest(source, worker);
-  const again = await stack.start('pool', stack.poolConfig());
-  await eventually(async () => (await again.state<PoolState>()).clients === 2, 'both workers to come back');
-  assert.equal(textsOf(await crowd(source, worker)), expected);
-  await atRest(source, worker, again);
-  await stack.stop(again, source, worker);
+  await stack.stop(worker);
 });
 
+scarce('kill -9 of the pool while sequences are parked in it fails nobody', async () => {
+  const worker = await stack.start('decode', stack.decodeConfig({ attention: { form: 'mla', ranks: 1 }, kv: fewPages('mla'), pool: stack.address('pool') }));
+  const results = await crowd(worker, async () => {
+    await eventually(async () => await metric(worker, 'tpla_decode_preemptions_total') > 0, 'a preemption');
+    await stack.stop(pool);
+  });
+  assert.equal(textsOf(results), expected.get('mla'));
+  await atRest(source, worker);
+  pool = await stack.start('pool', stack.poolConfig());
+  await eventually(async () => (await pool.state<PoolState>()).clients === 2, 'both workers to come back');
+  assert.equal(textsOf(await crowd(worker)), expected.get('mla'));
+  await atRest(source, worker, pool);
+});
+
+scarce.after(() => stack.stopAll());
 scarce.run();
 
 // ---------------------------------------------------------------- the pool as a cache
@@ -243,29 +247,24 @@ const shared = suite('a pool between workers');
 shared.after.each(() => stack.stopAll());
 
 shared('what one prefill worker computed, the next takes from the pool', async () => {
-  const pool = await stack.start('pool', stack.poolConfig());
-  const worker = await stack.start('decode', stack.decodeConfig());
+  const cache = await stack.start('pool', stack.poolConfig());
   const config = stack.prefillConfig({ pool: stack.address('pool') });
+  const mla = stack.decodeConfig({ attention: { form: 'mla', ranks: 1 } });
   const prompt = promptOf(700, 9);
-  let source = await stack.start('prefill', config);
-  const cold = await generate(source.client, worker.client, prompt);
+  const [first, target] = await Promise.all([stack.start('prefill', config), stack.start('decode', mla)]);
+  const cold = await generate(first.client, target.client, prompt);
   assert.is(cold.prefill!.pooledTokens, 0);
-  await atRest(source, worker, pool);
-  assert.is((await pool.state<PoolState>()).pages.cached, 10);
-  await stack.stop(source, worker);
+  await atRest(first, target, cache);
+  assert.is((await cache.state<PoolState>()).pages.cached, 10);
+  await stack.stop(first, target);
 
-  source = await stack.start('prefill', config);
-  const other = await stack.start('decode', stack.decodeConfig({ attention: { form: 'mla', ranks: 1 } }));
-  const reference = await generate(source.client, other.client, prompt);
-  assert.is(reference.prefill!.pooledTokens, 640);
-  assert.is(reference.prefill!.computedTokens, 60);
-  assert.is(reference.transfer!.bytes, 700 * LAYERS * 40 * 4, 'decode had nothing: all is pushed, the pooled prefix too');
-  await stack.stop(source, other);
-
-  source = await stack.start('prefill', stack.prefillConfig());
-  const fresh = await stack.start('decode', stack.decodeConfig({ attention: { form: 'mla', ranks: 1 } }));
-  assert.equal((await generate(source.client, fresh.client, prompt)).text, reference.text);
-  await stack.stop(source, fresh, pool);
+  const [second, fresh] = await Promise.all([stack.start('prefill', config), stack.start('decode', mla)]);
+  const warm = await generate(second.client, fresh.client, prompt);
+  assert.is(warm.prefill!.pooledTokens, 640);
+  assert.is(warm.prefill!.computedTokens, 60);
+  assert.is(warm.transfer!.bytes, 700 * LAYERS * 40 * 4, 'decode had nothing: all is pushed, the pooled prefix too');
+  assert.equal(warm.text, cold.text);
+  await atRest(second, fresh, cache);
 });
 
 shared.run();

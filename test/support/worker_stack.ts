@@ -115,6 +115,7 @@ export async function generate(prefill: WorkerClient, decode: WorkerClient, toke
           result.cachedTokens = event.cached_tokens;
           if (event.ticket) runPrefill(prefill, { ...base, ticket: event.ticket }, both).catch((error: unknown) => { prefillError = error; if (!landed) legs.abort(); });
           break;
+        case 'recompute': runPrefill(prefill, { ...base, tokens: event.tokens, n: 1, ticket: event.ticket }, both).catch(() => {}); break;
         case 'landed': landed = true; result.prefill = event.prefill; result.transfer = event.transfer; break;
         case 'token': result.text[event.index]!.push(event.token.token); result.tokens[event.index]!.push(event.token); break;
         case 'finish': result.reasons[event.index] = event.reason; break;

@@ -8,7 +8,7 @@ import type { Job } from './job.js';
  * - running: holds pages and takes part in steps
  * - leaving: preempted, its KV is being copied to the pool; still holds its pages
  * - parked: holds no pages
- * - returning: holds pages into which its KV is being copied back
+ * - returning: holds pages into which its KV is being copied back, or pushed anew by a prefill worker
  * - finished: holds nothing
  */
 export type ChoicePhase = 'running' | 'leaving' | 'parked' | 'returning' | 'finished';
@@ -22,7 +22,11 @@ export class Choice {
   /** Positions 0..computed-1 have their KV in `table`, or in `lease` while parked. */
   computed: number;
   table: PageTable;
+  /** Leading blocks of the prompt whose KV is what prefill computes, so that it may be shared under their ids. */
+  exactBlocks: number;
   lease: BlockLease | null = null;
+  /** The hand-off of KV that was lost while it was parked. */
+  session: string | null = null;
   phase: ChoicePhase = 'running';
   stopRequested = false;
   /** When its first and its last token came. */
@@ -36,6 +40,7 @@ export class Choice {
     this.tokens = [...job.request.tokens];
     this.table = table;
     this.computed = computed;
+    this.exactBlocks = job.ids.length;
   }
 
   get generated(): number {
@@ -50,6 +55,10 @@ export class Choice {
   /** Tokens this choice can come to. */
   get maxLength(): number {
     return this.job.maxLength;
+  }
+
+  get exactIds(): readonly string[] {
+    return this.job.ids.slice(0, this.exactBlocks);
   }
 
   get live(): boolean {

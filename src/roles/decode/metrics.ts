@@ -15,6 +15,7 @@ export function decodeMetrics(worker: DecodeWorker, space: PageSpace, pool: Pool
   counter('tpla_decode_tokens_total', 'Tokens generated', () => worker.counters.tokens);
   counter('tpla_decode_landed_bytes_total', 'KV bytes that prefill workers pushed here', () => worker.counters.landedBytes);
   counter('tpla_decode_preemptions_total', 'Sequences moved out to make room', () => worker.counters.preemptions);
+  counter('tpla_decode_relanded_tokens_total', 'Tokens whose KV was lost with kv-pool and pushed anew by a prefill worker', () => worker.counters.relandedTokens);
   counter('tpla_decode_recomputed_tokens_total', 'Tokens whose KV was lost with kv-pool and computed again by decode steps', () => worker.counters.recomputedTokens);
   const seconds = histogram(registry, 'tpla_decode_step_seconds', 'Time of one decode step', STEP_SECONDS);
   const rows = histogram(registry, 'tpla_decode_step_sequences', 'Sequences in one decode step', BATCH_ROWS);

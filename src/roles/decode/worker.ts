@@ -47,14 +47,15 @@ export interface DecodeCounters {
   failed: number;
   cancelled: number;
   preemptions: number;
-  /** Tokens whose KV was lost with the pool and computed again by decode steps. */
+  /** Tokens whose KV was lost with the pool: pushed anew by a prefill worker, or computed again by decode steps. */
+  relandedTokens: number;
   recomputedTokens: number;
   landedBytes: number;
   accountingErrors: number;
 }
 
 export class DecodeWorker {
-  readonly counters: DecodeCounters = { steps: 0, tokens: 0, requests: 0, failed: 0, cancelled: 0, preemptions: 0, recomputedTokens: 0, landedBytes: 0, accountingErrors: 0 };
+  readonly counters: DecodeCounters = { steps: 0, tokens: 0, requests: 0, failed: 0, cancelled: 0, preemptions: 0, relandedTokens: 0, recomputedTokens: 0, landedBytes: 0, accountingErrors: 0 };
   /** Called with what a step took, in milliseconds. */
   onStep: (ms: number, rows: number) => void = () => {};
   readonly #parts: DecodeParts;
@@ -168,6 +169,7 @@ export class DecodeWorker {
       this.#tell(job, error);
       this.#parts.receiver.cancel(job.session);
     }
+    for (const { session } of job.choices) if (session !== null) this.#parts.receiver.cancel(session);
     this.#poke();
   }
 
@@ -255,6 +257,12 @@ export class DecodeWorker {
     return this.#parts.store?.connected ? 'preempt' : 'avoid';
   }
 
+  /** Whether decode steps compute other KV than prefill: the attention of sliced latents is approximate. */
+  get #isApproximate(): boolean {
+    const { form, ranks } = this.#parts.arena.layout;
+    return form === 'tpla' && ranks > 1;
+  }
+
   #phase(phase: Choice['phase']): Choice[] {
     return [...this.#choices].filter((choice) => choice.phase === phase);
   }
@@ -326,7 +334,7 @@ export class DecodeWorker {
   /** The whole prompt is in this worker's cache: nothing is pushed, and the first token is drawn after a decode step over the last prompt token. */
   #startCached(job: Job): void {
     job.emit({ event: 'reserved', ticket: null, cached_tokens: job.cachedTokens });
-    this.#fork(job, job.request.tokens.length - 1);
+    for (const choice of this.#fork(job, job.request.tokens.length - 1)) this.#approximates(choice);
   }
 
   /** The choices of a request, over the prompt's pages. */
@@ -405,14 +413,13 @@ export class DecodeWorker {
   }
 
   /**
-   * What decode computed is as good as what prefill would have computed, except with tpla over several ranks, whose attention is approximate:
-   * there only prompts are shared, so that a prompt's KV is always exact.
+   * What decode computed is as good as what prefill would have computed, except where its attention is approximate: there only prompts are shared,
+   * so that a prompt's KV is always exact.
    */
   #publishGenerated({ table, tokens, computed, job }: Choice): void {
     const { identity, arena, space } = this.#parts;
-    const { form, ranks, dtype } = arena.layout;
-    if (form === 'tpla' && ranks > 1) return;
-    const chain = new BlockChain(identity, { dtype, pageTokens: space.pageTokens, salt: '' });
+    if (this.#isApproximate) return;
+    const chain = new BlockChain(identity, { dtype: arena.layout.dtype, pageTokens: space.pageTokens, salt: '' });
     const ids = chain.append(tokens.slice(0, computed));
     for (let index = job.ids.length; index < ids.length; index++) table.publish(index, ids[index]!);
   }
@@ -444,7 +451,7 @@ export class DecodeWorker {
     choice.job.preemptions++;
     this.counters.preemptions++;
     const { store } = this.#parts;
-    const parked: Promise<BlockLease | null> = store ? store.park(choice.job.ids, choice.computed, this.#sequence(choice)) : Promise.resolve(null);
+    const parked: Promise<BlockLease | null> = store ? store.park(choice.exactIds, choice.computed, this.#sequence(choice)) : Promise.resolve(null);
     parked.then((lease) => {
       choice.lease = lease;
       choice.table.release();
@@ -469,19 +476,66 @@ export class DecodeWorker {
 
   /** `parked`: tokens whose KV went to the pool; `choice.computed`: those that are here already. */
   async #return(choice: Choice, parked: number): Promise<void> {
-    const { store, space, log } = this.#parts;
+    const { store, space } = this.#parts;
     const { lease, job } = choice;
     const here = choice.computed / space.pageTokens;
     const loaded = lease && store ? await store.load(lease, here, lease.blocks, this.#sequence(choice)) : here;
     lease?.release();
     choice.lease = null;
-    for (let index = here; index < Math.min(loaded, job.ids.length); index++) choice.table.publish(index, job.ids[index]!);
-    // The newest token is always fed again: its step draws the next.
-    choice.computed = Math.min(Math.max(loaded, here) * space.pageTokens, parked, choice.tokens.length - 1);
-    const lost = parked - choice.computed;
-    if (lost === 0) return;
-    this.counters.recomputedTokens += lost;
-    log.warn({ request: job.request.id, choice: choice.index, tokens: lost }, 'KV of a preempted sequence was lost with the pool; computing it again by decode steps');
+    this.#publishPrompt(choice, here, loaded);
+    choice.computed = Math.min(Math.max(loaded, here) * space.pageTokens, parked);
+    if (choice.computed < parked && !job.cancelled) await this.#restore(choice, parked);
+  }
+
+  /**
+   * KV that the pool has lost: a prompt's is computed by prefill again, so that it is exact in every form, and so is anything long; a few
+   * generated tokens, or what no prefill worker delivers, are fed through decode steps.
+   */
+  async #restore(choice: Choice, end: number): Promise<void> {
+    const { log } = this.#parts;
+    const { job, index, computed } = choice;
+    log.warn({ request: job.request.id, choice: index, tokens: end - computed }, 'KV of a preempted sequence was lost with the pool; computing it again');
+    if (computed < job.request.tokens.length || end - computed > this.#settings.maxBatch) {
+      try {
+        await this.#reland(choice, end);
+        this.counters.relandedTokens += end - computed;
+        return;
+      } catch (error) {
+        if (job.cancelled) return;
+        log.warn({ request: job.request.id, choice: index, reason: (error as Error).message }, 'no prefill worker delivered lost KV; decode computes it by itself');
+      }
+    }
+    this.counters.recomputedTokens += end - computed;
+    this.#approximates(choice);
+  }
+
+  /** From here on `choice` computes KV by decode steps, with tpla not exactly as prefill would. */
+  #approximates(choice: Choice): void {
+    if (this.#isApproximate) choice.exactBlocks = Math.min(choice.exactBlocks, Math.floor(choice.computed / this.#parts.space.pageTokens));
+  }
+
+  async #reland(choice: Choice, end: number): Promise<void> {
+    const { receiver, space } = this.#parts;
+    const { table, computed, index, job } = choice;
+    const { ticket, committed } = receiver.open({
+      tokens: [computed, end], pages: table.tables(), leaseMs: this.#settings.leaseMs, ...(table.rank === undefined ? {} : { rank: table.rank }),
+    });
+    choice.session = ticket.session;
+    try {
+      job.emit({ event: 'recompute', index, tokens: choice.tokens.slice(0, end), ticket });
+      const { bytes } = await committed;
+      this.counters.landedBytes += bytes;
+      choice.computed = end;
+      choice.exactBlocks = job.ids.length;
+      this.#publishPrompt(choice, Math.ceil(computed / space.pageTokens), Math.floor(end / space.pageTokens));
+    } finally {
+      choice.session = null;
+    }
+  }
+
+  /** Names the prompt's blocks among logical pages [begin, end), so that others can share them. */
+  #publishPrompt({ table, job, exactBlocks }: Choice, begin: number, end: number): void {
+    for (let index = begin; index < Math.min(end, exactBlocks); index++) table.publish(index, job.ids[index]!);
   }
 
   #sequence({ table }: Choice): KvSequence {

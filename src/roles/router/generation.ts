@@ -125,6 +125,12 @@ export class Generation {
             yield { event: 'cached', tokens: event.prefill.promptTokens - event.prefill.computedTokens };
             yield { event: 'landed', transfer: event.transfer, prefill: this.#timings(event.prefill) };
             break;
+          case 'recompute':
+            // Without success decode computes it by itself.
+            this.#runPrefill(event.ticket, abort.controller.signal, { tokens: event.tokens, n: 1 }).catch((failure: unknown) => {
+              this.#context.log.debug({ request: this.#request.id, index: event.index }, `could not compute lost KV again: ${(failure as Error).message}`);
+            });
+            break;
           case 'finish':
             if (event.reason === 'cancelled') throw new AttemptFailure(new TplaError('WORKER_FAILED', `worker ${decode.address} cancelled the request`), decode);
             yield { event: 'finish', index: event.index, reason: event.reason };
@@ -151,9 +157,9 @@ export class Generation {
   }
 
   /** Runs the prefill leg to its end. A worker that refuses leaves the ticket unused, so the next may have it. */
-  async #runPrefill(ticket: HandoffTicket, signal: AbortSignal): Promise<void> {
+  async #runPrefill(ticket: HandoffTicket, signal: AbortSignal, fields: Partial<Pick<PrefillRequest, 'tokens' | 'n'>> = {}): Promise<void> {
     const { id: _, max_tokens, stop_token_ids, ...rest } = this.#request;
-    const request: PrefillRequest = { ...rest, id: this.#attemptId(), ticket };
+    const request: PrefillRequest = { ...rest, ...fields, id: this.#attemptId(), ticket };
     for (;;) {
       const worker = this.#prefill = this.#pick('prefill');
       try {

@@ -39,15 +39,16 @@ class FakeEngine {
 
 export class FakeReceiver implements HandoffReceiver {
   readonly address = 'unix:/nowhere';
-  readonly open_ = new Map<string, { grant: HandoffGrant; settle: { resolve(commit: HandoffCommit): void; reject(error: Error): void } }>();
+  readonly open_ = new Map<string, { grant: HandoffGrant; failing: AbortController; settle: { resolve(commit: HandoffCommit): void; reject(error: Error): void } }>();
   #serial = 0;
 
   constructor(readonly memory: FakeMemory) {}
 
   open(grant: HandoffGrant): { ticket: HandoffTicket; committed: Promise<HandoffCommit>; failing: AbortSignal } {
     const session = `session ${this.#serial++}`;
-    const committed = new Promise<HandoffCommit>((resolve, reject) => this.open_.set(session, { grant, settle: { resolve, reject } }));
-    return { ticket: { address: this.address, session, tokens: grant.tokens }, committed, failing: new AbortController().signal };
+    const failing = new AbortController();
+    const committed = new Promise<HandoffCommit>((resolve, reject) => this.open_.set(session, { grant, failing, settle: { resolve, reject } }));
+    return { ticket: { address: this.address, session, tokens: grant.tokens }, committed, failing: failing.signal };
   }
 
   /** What a prefill worker does: writes the granted tokens, and commits. */
@@ -83,6 +84,8 @@ export class FakeStore implements BlockStore {
   connected = true;
   pinned = 0;
   parks = 0;
+  /** Per park, how many blocks were stored under shareable names. */
+  readonly named: number[] = [];
 
   constructor(readonly memory: FakeMemory, readonly capacity = Infinity) {}
 
@@ -92,8 +95,9 @@ export class FakeStore implements BlockStore {
 
   async offer(): Promise<void> {}
 
-  async park(_ids: readonly string[], tokens: number, source: KvSequence): Promise<BlockLease> {
+  async park(ids: readonly string[], tokens: number, source: KvSequence): Promise<BlockLease> {
     this.parks++;
+    this.named.push(ids.length);
     const rows = Array.from({ length: tokens }, (_, p) => this.memory.read(source.pages, p, source.rank));
     await nextTurn();
     const blocks = this.connected ? Math.min(Math.ceil(tokens / PAGE), this.capacity - this.pinned) : 0;
@@ -175,8 +179,8 @@ export class Client {
   readonly ended: Promise<void>;
   job: Job | undefined;
 
-  constructor(readonly rig: Rig, readonly request: GenerateRequest, { land = true, landAfterMs = 0 } = {}) {
-    this.ended = this.#run(land, landAfterMs);
+  constructor(readonly rig: Rig, readonly request: GenerateRequest, { land = true, landAfterMs = 0, reland = true } = {}) {
+    this.ended = this.#run(land, landAfterMs, reland);
   }
 
   text(index = 0): number[] {
@@ -187,12 +191,16 @@ export class Client {
     return this.events.find((event) => event.event === name) as never;
   }
 
-  async #run(land: boolean, landAfterMs: number): Promise<void> {
+  async #run(land: boolean, landAfterMs: number, reland: boolean): Promise<void> {
     this.job = await this.rig.worker.accept(this.request, this.gone.signal);
     await new Promise<void>((resolve) => {
       this.job!.attach({
         write: (event) => {
           this.events.push(event);
+          if (event.event === 'recompute') {
+            if (reland) this.rig.receiver.land(event.ticket, event.tokens, 1);
+            else this.rig.receiver.fail(event.ticket.session, new TplaError('LEASE_EXPIRED', 'no prefill worker came'));
+          }
           if (event.event !== 'reserved' || event.ticket === null || !land) return;
           const { ticket } = event;
           const arrive = () => { if (this.rig.receiver.open_.has(ticket.session)) this.rig.receiver.land(ticket, this.request.tokens, this.request.n); };

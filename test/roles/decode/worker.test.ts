@@ -204,6 +204,22 @@ test('pages of a cancelled hand-off stay reserved until the receiver says that n
   await rig.worker.close();
 });
 
+test('a client hears of a failed hand-off before its pages are safe', async () => {
+  const rig = createRig({ pages: 4 });
+  const client = new Client(rig, request(promptOf(100)), { land: false });
+  await sleep(2);
+  const { session } = client.find('reserved')!.ticket!;
+  rig.receiver.open_.get(session)!.failing.abort(new TplaError('LEASE_EXPIRED', 'prefill was silent'));
+  await client.ended;
+  assert.is(client.find('error')!.error.code, 'LEASE_EXPIRED');
+  assert.is(rig.space.counts.used, 2);
+  rig.receiver.fail(session, new TplaError('LEASE_EXPIRED', 'prefill was silent'));
+  await rig.worker.drain();
+  atRest(rig);
+  assert.is(rig.worker.counters.failed, 1);
+  await rig.worker.close();
+});
+
 test('an engine that fails ends the step\'s requests; the next run', async () => {
   const rig = createRig({ pages: 8 });
   rig.engine.failNext = true;
@@ -261,16 +277,39 @@ for (const [form, ranks] of FORMS) {
   });
 }
 
-test('what the pool loses is computed again, and no request fails', async () => {
-  const rig = createRig({ form: 'tpla', ranks: 2, pages: 12, store: (memory) => new FakeStore(memory) });
-  const clients = Array.from({ length: 8 }, (_, i) => new Client(rig, request(promptOf(90 + i * 11, i), { max_tokens: 300 })));
-  while (rig.store!.parks < 2) await sleep(1);
-  rig.store!.connected = false;
-  await Promise.all(clients.map(({ ended }) => ended));
-  for (const client of clients) assert.equal(client.text(), expectedText(client.request.tokens, 300));
-  assert.ok(rig.worker.counters.recomputedTokens > 0);
-  atRest(rig);
-  await rig.worker.close();
+for (const reland of [true, false]) {
+  test(`what the pool loses is computed again by ${reland ? 'a prefill worker' : 'decode itself'}, and no request fails`, async () => {
+    for (const [form, ranks] of FORMS) {
+      const rig = createRig({ form, ranks, pages: 12 / (form === 'dcp' ? ranks : 1), store: (memory) => new FakeStore(memory) });
+      const clients = Array.from({ length: 8 }, (_, i) => new Client(rig, request(promptOf(90 + i * 11, i), { max_tokens: 300 }), { reland }));
+      while (rig.store!.parks < 2) await sleep(1);
+      rig.store!.connected = false;
+      await Promise.all(clients.map(({ ended }) => ended));
+      for (const client of clients) assert.equal(client.text(), expectedText(client.request.tokens, 300));
+      const { relandedTokens, recomputedTokens } = rig.worker.counters;
+      assert.ok(reland ? relandedTokens > 0 && recomputedTokens === 0 : relandedTokens === 0 && recomputedTokens > 0, `${relandedTokens} relanded, ${recomputedTokens} recomputed`);
+      atRest(rig);
+      await rig.worker.close();
+    }
+  });
+}
+
+test('blocks into which decode has written are not passed off as what prefill computes', async () => {
+  for (const [form, ranks, shareable] of [['mla', 1, 2], ['tpla', 2, 1]] as [KvForm, number, number][]) {
+    const rig = createRig({ form, ranks, pages: 12, store: (memory) => new FakeStore(memory) });
+    const prompt = promptOf(128);
+    await new Client(rig, request(prompt, { max_tokens: 1 })).ended;
+    const clients = Array.from({ length: 6 }, () => new Client(rig, request(prompt, { max_tokens: 300 })));
+    await Promise.all(clients.map(({ ended }) => ended));
+    for (const client of clients) {
+      assert.is(client.find('reserved')!.ticket, null, 'its last token goes through a decode step, into a copy of the last block');
+      assert.equal(client.text(), expectedText(prompt, 300));
+    }
+    assert.ok(rig.store!.named.length > 0);
+    for (const named of rig.store!.named) assert.is(named, shareable);
+    atRest(rig);
+    await rig.worker.close();
+  }
 });
 
 test('a pool with room for little is filled, and the rest computed again', async () => {
@@ -278,7 +317,7 @@ test('a pool with room for little is filled, and the rest computed again', async
   const clients = Array.from({ length: 8 }, (_, i) => new Client(rig, request(promptOf(90 + i * 11, i), { max_tokens: 300 })));
   await Promise.all(clients.map(({ ended }) => ended));
   for (const client of clients) assert.equal(client.text(), expectedText(client.request.tokens, 300));
-  assert.ok(rig.worker.counters.recomputedTokens > 0);
+  assert.ok(rig.worker.counters.relandedTokens > 0);
   atRest(rig);
   await rig.worker.close();
 });
