@@ -1,0 +1,771 @@
+#include "kv_transfer.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "core/kv_row.h"
+#include "transfer/kv_checksum.h"
+#include "transfer/reshard.h"
+
+namespace tpla::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+// A unit of work: tokens that start at a multiple of 16 and so lie in one page on both sides.
+constexpr int kUnitTokens = 16;
+constexpr int kOctet = 8;
+constexpr int kGroupLanes = kFp8ScaleGroup / kOctet;
+// Rows are built in shared memory, two batches a warp: one leaves while the next is made. This is about what one batch takes.
+constexpr size_t kBatchBytes = 5632;
+// Shared memory holds, beside the batches, a key for each word of a row and a source for each of its chunks.
+constexpr size_t kMaxRowBytes = 8 * 1024;
+// What a small launch carries in its parameters; a large one takes the 32 KiB of CUDA 12.1.
+constexpr int kSmallTables = 800;
+
+// Where a chunk of a destination row comes from: byte offset in a row of a source memory; kHolder is the memory of the token's page.
+// For octets of fp8 latents `scale` is the offset of their scale.
+struct Source {
+  int32_t memory;
+  int32_t offset;
+  int32_t scale;
+};
+
+struct Side {
+  std::byte* base[64];
+  uint64_t page_stride;   // bytes of a page of one layer
+  uint64_t layer_stride;  // bytes of all pages of one layer
+  uint32_t row_bytes;
+  uint32_t page_tokens;
+  uint32_t ranks;
+  KvForm form;
+  KvDType dtype;
+};
+
+// Of one route, in device memory.
+struct Plan {
+  Side src;
+  Side dst;
+  uint32_t row_words;
+  uint32_t chunks;         // of a destination row, or octets where values convert
+  uint32_t latent_octets;  // conversions only
+  uint32_t octet_slots;    // octets of a row, rounded up so that a scale group never spans two rows
+  uint32_t scales_offset;  // in the destination row
+  uint32_t rope_offset;
+  uint32_t batch_rows;
+  uint32_t batch_stride;   // bytes of one batch in shared memory
+  const uint64_t* keys;     // [row_words]
+  const Source* sources;    // [copies][chunks]
+};
+
+template <int kTables>
+struct Launch {
+  const Plan* plan;
+  uint64_t* checksums;
+  uint32_t first_layer;
+  uint32_t layers;
+  uint32_t begin;
+  uint32_t end;
+  uint32_t first_src_page;
+  uint32_t first_dst_page;
+  uint32_t src_rank;
+  uint32_t dst_rank;
+  uint32_t copies;
+  uint32_t dst_table;  // where the destination's page ids begin
+  // Page ids of the touched logical pages, in order: the source's, then the destination's.
+  int32_t tables[kTables];
+};
+
+struct Place {
+  uint32_t memory;
+  uint64_t offset;  // of the unit's first row
+};
+
+template <int kTables>
+__device__ Place place_of(const Side& side, const Launch<kTables>& launch, uint32_t table, uint32_t first_page, uint32_t rank, uint32_t layer, uint32_t token) {
+  const uint32_t page = token / side.page_tokens;
+  Place place;
+  place.memory = side.form == KvForm::dcp ? page % side.ranks : side.form == KvForm::dp ? rank : 0;
+  const uint32_t id = launch.tables[table + page - first_page];
+  place.offset = layer * side.layer_stride + id * side.page_stride + uint64_t(token - page * side.page_tokens) * side.row_bytes;
+  return place;
+}
+
+__device__ uint64_t add_over_lanes(uint64_t value, int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+template <int kBytes>
+struct Chunk;
+template <>
+struct Chunk<16> {
+  using Type = uint4;
+};
+template <>
+struct Chunk<8> {
+  using Type = uint2;
+};
+template <>
+struct Chunk<4> {
+  using Type = uint32_t;
+};
+
+__device__ uint64_t term(uint64_t key, uint32_t word) { return key * word; }
+__device__ uint64_t hash(const uint64_t* keys, uint4 v) { return term(keys[0], v.x) + term(keys[1], v.y) + term(keys[2], v.z) + term(keys[3], v.w); }
+__device__ uint64_t hash(const uint64_t* keys, uint2 v) { return term(keys[0], v.x) + term(keys[1], v.y); }
+__device__ uint64_t hash(const uint64_t* keys, uint32_t v) { return term(keys[0], v); }
+
+// Work of one warp: the rows of a unit for one copy.
+struct Unit {
+  uint32_t layer;
+  uint32_t begin;
+  uint32_t end;
+};
+
+template <int kTables>
+__device__ Unit unit_of(const Launch<kTables>& launch, uint32_t index, uint32_t units_per_layer) {
+  const uint32_t layer = index / units_per_layer;
+  const uint32_t start = (launch.begin / kUnitTokens + index - layer * units_per_layer) * kUnitTokens;
+  return {launch.first_layer + layer, max(launch.begin, start), min(launch.end, start + kUnitTokens)};
+}
+
+struct Shared {
+  std::byte* batches;  // of this warp, two
+  uint64_t* keys;
+  Source* sources;
+};
+
+__device__ Shared load_shared(const Plan& plan, uint32_t copy, bool builds) {
+  extern __shared__ __align__(128) std::byte shared[];
+  Shared views;
+  views.batches = shared + threadIdx.x / 32 * 2 * plan.batch_stride;
+  views.keys = reinterpret_cast<uint64_t*>(shared + (builds ? kWarps * 2 * plan.batch_stride : 0));
+  views.sources = reinterpret_cast<Source*>(views.keys + plan.row_words);
+  for (uint32_t i = threadIdx.x; i < plan.row_words; i += kThreads) views.keys[i] = plan.keys[i];
+  for (uint32_t i = threadIdx.x; i < plan.chunks; i += kThreads) views.sources[i] = plan.sources[copy * plan.chunks + i];
+  __syncthreads();
+  return views;
+}
+
+// First destination row of a unit, for the memory that holds this copy. A copy past the hashed ones is a replica of mla.
+__device__ std::byte* dst_base(const Side& dst, uint32_t copy, const Place& place) {
+  const bool is_ranked = dst.form == KvForm::tpla || dst.form == KvForm::mla;
+  return dst.base[is_ranked ? copy : place.memory] + place.offset;
+}
+
+__device__ uint32_t checksum_copy(const Side& dst, uint32_t copy) { return dst.form == KvForm::tpla ? copy : 0; }
+
+template <int kTables>
+__device__ void add_checksum(const Launch<kTables>& launch, const Side& dst, const Unit& unit, uint32_t copy, uint64_t sum, int lane) {
+  if (lane != 0 || copy >= launch.copies) return;
+  const uint32_t page = unit.begin / dst.page_tokens - launch.first_dst_page;
+  atomicAdd(reinterpret_cast<unsigned long long*>(launch.checksums + page * launch.copies + copy), static_cast<unsigned long long>(sum));
+}
+
+// What leaves a warp: whole batches of rows that stand together at the destination, by the bulk copy engine where there is one (a few
+// multiprocessors then fill a link), else by wide stores.
+class Outbox {
+ public:
+  __device__ Outbox(std::byte* batches, uint32_t stride, int lane) : batches_(batches), stride_(stride), lane_(lane) {}
+
+  // The batch to build next; what left it before has been read.
+  __device__ std::byte* next() {
+#if __CUDA_ARCH__ >= 900
+    if (lane_ == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+#endif
+    __syncwarp();
+    turn_ ^= 1;
+    return batches_ + turn_ * stride_;
+  }
+
+  // Sends the batch just built by all lanes. It may be read on, and not written before next() has come to it again.
+  __device__ void send(const std::byte* batch, std::byte* to, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    if ((reinterpret_cast<uintptr_t>(to) | bytes) % 16 == 0) {
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      __syncwarp();
+      if (lane_ == 0) {
+        const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(batch));
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      }
+      return;
+    }
+#endif
+    __syncwarp();
+    const uintptr_t alignment = reinterpret_cast<uintptr_t>(to) | bytes;
+    if (alignment % 16 == 0) store<uint4>(batch, to, bytes);
+    else if (alignment % 8 == 0) store<uint2>(batch, to, bytes);
+    else store<uint32_t>(batch, to, bytes);
+#if __CUDA_ARCH__ >= 900
+    // An empty group keeps next() counting batches.
+    if (lane_ == 0) asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
+  }
+
+  __device__ void finish() {
+#if __CUDA_ARCH__ >= 900
+    if (lane_ == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#endif
+  }
+
+ private:
+  template <class Word>
+  __device__ void store(const std::byte* from, std::byte* to, uint32_t bytes) const {
+    for (uint32_t at = lane_ * sizeof(Word); at < bytes; at += 32 * sizeof(Word)) *reinterpret_cast<Word*>(to + at) = *reinterpret_cast<const Word*>(from + at);
+  }
+
+  std::byte* const batches_;
+  const uint32_t stride_;
+  const int lane_;
+  uint32_t turn_ = 1;
+};
+
+// Lanes over rows: 128 bytes of a row at a time by 128 / kBytes lanes, the 32 lanes over several rows.
+template <int kBytes>
+struct RowLanes {
+  static constexpr int kPerRow = 128 / kBytes;
+  static constexpr int kRows = 32 / kPerRow;
+  uint32_t row;
+  uint32_t chunk;
+  __device__ explicit RowLanes(int lane) : row(lane / kPerRow), chunk(lane % kPerRow) {}
+};
+
+// No value changes. Without kStores the rows are hashed where they are.
+template <int kBytes, bool kStores, int kTables>
+__global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ Launch<kTables> launch) {
+  using Word = typename Chunk<kBytes>::Type;
+  using Lanes = RowLanes<kBytes>;
+  constexpr int kInFlight = 5;
+  const Plan& plan = *launch.plan;
+  const uint32_t copy = blockIdx.y;
+  const Shared shared = load_shared(plan, copy, kStores);
+  const int lane = threadIdx.x % 32;
+  const Lanes lanes(lane);
+  Outbox outbox(shared.batches, plan.batch_stride, lane);
+  const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
+
+  for (uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32; index < launch.layers * units_per_layer; index += gridDim.x * kWarps) {
+    const Unit unit = unit_of(launch, index, units_per_layer);
+    const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.layer, unit.begin);
+    const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.layer, unit.begin);
+    std::byte* const dst_rows = dst_base(plan.dst, copy, to);
+    const uint32_t rows = unit.end - unit.begin;
+    uint64_t sum = 0;
+    for (uint32_t batch = 0; batch < rows; batch += plan.batch_rows) {
+      const uint32_t count = min(plan.batch_rows, rows - batch);
+      std::byte* const built = kStores ? outbox.next() : nullptr;
+      // All lanes of the warp take every turn: the hash is added up across them.
+      for (uint32_t first = 0; first < count; first += Lanes::kRows) {
+        const uint32_t row = first + lanes.row;
+        const bool is_live = row < count;
+        uint64_t row_hash = 0;
+        if (is_live) {
+          const uint64_t src_row = from.offset + uint64_t(batch + row) * plan.src.row_bytes;
+          for (uint32_t chunk = lanes.chunk; chunk < plan.chunks; chunk += kInFlight * Lanes::kPerRow) {
+            Word data[kInFlight];
+#pragma unroll
+            for (int i = 0; i < kInFlight; i++) {
+              const uint32_t at = chunk + i * Lanes::kPerRow;
+              if (at >= plan.chunks) break;
+              const Source source = shared.sources[at];
+              const std::byte* base = plan.src.base[source.memory == kHolder ? from.memory : source.memory];
+              data[i] = __ldcs(reinterpret_cast<const Word*>(base + src_row + source.offset));
+            }
+#pragma unroll
+            for (int i = 0; i < kInFlight; i++) {
+              const uint32_t at = chunk + i * Lanes::kPerRow;
+              if (at >= plan.chunks) break;
+              if (kStores) *reinterpret_cast<Word*>(built + row * plan.dst.row_bytes + at * kBytes) = data[i];
+              row_hash += hash(shared.keys + at * (kBytes / 4), data[i]);
+            }
+          }
+        }
+        row_hash = add_over_lanes(row_hash, Lanes::kPerRow);
+        if (is_live && lanes.chunk == 0) sum += row_value(row_hash, checksum_copy(plan.dst, copy), unit.layer, unit.begin + batch + row);
+      }
+      if (kStores) outbox.send(built, dst_rows + uint64_t(batch) * plan.dst.row_bytes, count * plan.dst.row_bytes);
+    }
+    add_checksum(launch, plan.dst, unit, copy, add_over_lanes(sum, 32), lane);
+  }
+  if (kStores) outbox.finish();
+}
+
+// Checksum of rows that stand together in shared memory; this lane's share.
+template <int kBytes>
+__device__ uint64_t hash_batch(const std::byte* batch, uint32_t rows, const Plan& plan, const uint64_t* keys, uint32_t copy, uint32_t layer, uint32_t token, int lane) {
+  using Word = typename Chunk<kBytes>::Type;
+  using Lanes = RowLanes<kBytes>;
+  const Lanes lanes(lane);
+  uint64_t sum = 0;
+  for (uint32_t first = 0; first < rows; first += Lanes::kRows) {
+    const uint32_t row = first + lanes.row;
+    const bool is_live = row < rows;
+    uint64_t row_hash = 0;
+    if (is_live) {
+      for (uint32_t chunk = lanes.chunk; chunk < plan.dst.row_bytes / kBytes; chunk += Lanes::kPerRow) {
+        row_hash += hash(keys + chunk * (kBytes / 4), *reinterpret_cast<const Word*>(batch + row * plan.dst.row_bytes + chunk * kBytes));
+      }
+    }
+    row_hash = add_over_lanes(row_hash, Lanes::kPerRow);
+    if (is_live && lanes.chunk == 0) sum += row_value(row_hash, checksum_copy(plan.dst, copy), layer, token + row);
+  }
+  return sum;
+}
+
+// Consecutive words at an alignment known at compile time.
+template <int kAlign, int kCount>
+__device__ void load_words(const std::byte* from, uint32_t (&words)[kCount]) {
+  using Word = typename Chunk<kAlign>::Type;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kAlign / 4) *reinterpret_cast<Word*>(&words[i]) = __ldcs(reinterpret_cast<const Word*>(from + i * 4));
+}
+
+template <int kAlign, KvDType kDType>
+__device__ void decode_octet(const std::byte* row, const Source& source, bool is_rope, float (&values)[kOctet]) {
+  const std::byte* from = row + source.offset;
+  if constexpr (kDType == KvDType::f32) {
+    uint32_t __align__(8) words[8];
+    load_words<kAlign>(from, words);
+#pragma unroll
+    for (int i = 0; i < kOctet; i++) values[i] = __uint_as_float(words[i]);
+  } else if (kDType == KvDType::bf16 || is_rope) {
+    uint32_t __align__(8) words[4];
+    load_words<kAlign>(from, words);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      values[2 * i] = __uint_as_float(words[i] << 16);
+      values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else {
+    uint32_t __align__(8) words[2];
+    load_words<kAlign>(from, words);
+    const float scale = __ldg(reinterpret_cast<const float*>(row + source.scale));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (i % 2 * 16)), __NV_E4M3);
+      const float2 pair = __half22float2(__half2(halves));
+      values[2 * i] = pair.x * scale;
+      values[2 * i + 1] = pair.y * scale;
+    }
+  }
+}
+
+__device__ uint32_t bf16_pair(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Largest magnitude of the scale group that 16 lanes hold together; NaN counts for nothing.
+__device__ float group_amax(const float (&values)[kOctet], bool counts) {
+  float amax = 0;
+  if (counts) {
+#pragma unroll
+    for (int i = 0; i < kOctet; i++) amax = fmaxf(amax, fabsf(values[i]));
+  }
+#pragma unroll
+  for (int step = kGroupLanes / 2; step > 0; step /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, step));
+  return amax;
+}
+
+// core/numeric.h: smallest power of two s with amax / s <= 448.
+__device__ float e4m3_scale_of(float amax) {
+  if (!(amax > 0)) return 1.0f;
+  const uint32_t bits = __float_as_uint(amax);
+  const int exponent = int(bits >> 23) - 8 + ((bits & 0x7fffffu) > 0x600000u ? 1 : 0);
+  return __uint_as_float(uint32_t(min(max(exponent, 1), 254)) << 23);
+}
+
+// Eight values into the row that is being built, where they stand in the destination's dtype.
+template <KvDType kTo>
+__device__ void encode_octet(const Plan& plan, std::byte* row, uint32_t octet, bool is_live, const float (&values)[kOctet]) {
+  constexpr int kValueBytes = kTo == KvDType::f32 ? 4 : 2;
+  const bool is_rope = octet >= plan.latent_octets;
+  if constexpr (kTo == KvDType::fp8) {
+    const float scale = e4m3_scale_of(group_amax(values, is_live && !is_rope));
+    if (is_live && !is_rope) {
+      const float inverse = 1.0f / scale;
+      uint32_t codes[2] = {};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float2 pair = make_float2(values[2 * i] * inverse, values[2 * i + 1] * inverse);
+        codes[i / 2] |= uint32_t(__nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3)) << (i % 2 * 16);
+      }
+      auto* at = reinterpret_cast<uint32_t*>(row + octet * kOctet);
+      at[0] = codes[0];
+      at[1] = codes[1];
+      if (octet % kGroupLanes == 0) *reinterpret_cast<float*>(row + plan.scales_offset + octet / kGroupLanes * 4) = scale;
+      return;
+    }
+  }
+  if (!is_live) return;
+  const uint32_t offset = is_rope ? plan.rope_offset + (octet - plan.latent_octets) * kOctet * kValueBytes : octet * kOctet * kValueBytes;
+  auto* at = reinterpret_cast<uint32_t*>(row + offset);
+#pragma unroll
+  for (int i = 0; i < kOctet * kValueBytes / 4; i++) {
+    if constexpr (kTo == KvDType::f32) at[i] = __float_as_uint(values[i]);
+    else at[i] = bf16_pair(values[2 * i], values[2 * i + 1]);
+  }
+}
+
+// Which octet of which row of a batch a lane works on.
+struct Slot {
+  uint32_t row;
+  uint32_t octet;
+  __device__ Slot(const Plan& plan, uint32_t slot) : row(slot / plan.octet_slots), octet(slot - row * plan.octet_slots) {}
+};
+
+// Values change: eight a lane. kLoad is the alignment of the source's octets.
+template <int kLoad, KvDType kFrom, KvDType kTo, int kTables>
+__global__ void __launch_bounds__(kThreads) convert_rows(const __grid_constant__ Launch<kTables> launch) {
+  const Plan& plan = *launch.plan;
+  const uint32_t copy = blockIdx.y;
+  const Shared shared = load_shared(plan, copy, true);
+  const int lane = threadIdx.x % 32;
+  constexpr int kAhead = 4;
+  Outbox outbox(shared.batches, plan.batch_stride, lane);
+  const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
+
+  for (uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32; index < launch.layers * units_per_layer; index += gridDim.x * kWarps) {
+    const Unit unit = unit_of(launch, index, units_per_layer);
+    const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.layer, unit.begin);
+    const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.layer, unit.begin);
+    std::byte* const dst_rows = dst_base(plan.dst, copy, to);
+    const uint32_t rows = unit.end - unit.begin;
+    uint64_t sum = 0;
+    for (uint32_t batch = 0; batch < rows; batch += plan.batch_rows) {
+      const uint32_t count = min(plan.batch_rows, rows - batch);
+      std::byte* const built = outbox.next();
+      const uint32_t slots = (count * plan.octet_slots + 31) / 32 * 32;
+      for (uint32_t first = lane; first < slots; first += 32 * kAhead) {
+        // All loads of a turn are under way before the first value is used.
+        float values[kAhead][kOctet] = {};
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+          const Slot slot(plan, first + i * 32);
+          if (slot.row >= count || slot.octet >= plan.chunks) continue;
+          const Source source = shared.sources[slot.octet];
+          const std::byte* base = plan.src.base[source.memory == kHolder ? from.memory : source.memory];
+          decode_octet<kLoad, kFrom>(base + from.offset + uint64_t(batch + slot.row) * plan.src.row_bytes, source, slot.octet >= plan.latent_octets, values[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+          if (first - lane + i * 32 >= slots) break;
+          const Slot slot(plan, first + i * 32);
+          encode_octet<kTo>(plan, built + slot.row * plan.dst.row_bytes, slot.octet, slot.row < count && slot.octet < plan.chunks, values[i]);
+        }
+      }
+      __syncwarp();
+      outbox.send(built, dst_rows + uint64_t(batch) * plan.dst.row_bytes, count * plan.dst.row_bytes);
+      const uint32_t token = unit.begin + batch;
+      if (plan.dst.row_bytes % 16 == 0) sum += hash_batch<16>(built, count, plan, shared.keys, copy, unit.layer, token, lane);
+      else if (plan.dst.row_bytes % 8 == 0) sum += hash_batch<8>(built, count, plan, shared.keys, copy, unit.layer, token, lane);
+      else sum += hash_batch<4>(built, count, plan, shared.keys, copy, unit.layer, token, lane);
+    }
+    add_checksum(launch, plan.dst, unit, copy, add_over_lanes(sum, 32), lane);
+  }
+  outbox.finish();
+}
+
+void check(cudaError_t status, const char* call) {
+  if (status == cudaSuccess) return;
+  throw Error(status == cudaErrorMemoryAllocation ? "OUT_OF_MEMORY" : "INTERNAL", std::string(call) + ": " + cudaGetErrorString(status));
+}
+
+[[noreturn]] void refuse(const std::string& message) { throw Error("REQUEST_INVALID", "KV transfer on GPU: " + message); }
+
+// Calls run on `device`, whatever the thread's current one is.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+int bases_of(const KvLayout& layout, int replicas) { return layout.form == KvForm::mla ? replicas : layout.ranks; }
+
+Side side_of(const KvRegion& region, int replicas) {
+  Side side{};
+  std::copy_n(region.base, bases_of(region.layout, replicas), side.base);
+  side.page_stride = region.layout.page_bytes();
+  side.layer_stride = side.page_stride * region.pages;
+  side.row_bytes = static_cast<uint32_t>(region.layout.row_bytes());
+  side.page_tokens = region.layout.page_tokens;
+  side.ranks = region.layout.ranks;
+  side.form = region.layout.form;
+  side.dtype = region.layout.dtype;
+  return side;
+}
+
+// Largest of 16, 8 and 4 that divides all of it; 0 where not even 4 does.
+class Alignment {
+ public:
+  void take(size_t value) { divisor_ = std::gcd(divisor_, value); }
+  void take(const Side& side, int bases) {
+    take(side.row_bytes);
+    for (int i = 0; i < bases; i++) take(reinterpret_cast<uintptr_t>(side.base[i]));
+  }
+  int bytes() const { return divisor_ >= 4 ? static_cast<int>(divisor_) : 0; }
+
+ private:
+  size_t divisor_ = 16;
+};
+
+// Which segment a byte of the destination row comes from.
+std::vector<Source> chunk_sources(const RowPlan& plan, uint32_t chunks, int chunk_bytes) {
+  std::vector<Source> sources(chunks);
+  for (const ByteSegment& segment : plan.segments) {
+    for (size_t at = 0; at < segment.bytes; at += chunk_bytes) {
+      sources[(segment.dst_offset + at) / chunk_bytes] = {segment.src_memory, static_cast<int32_t>(segment.src_offset + at), 0};
+    }
+  }
+  return sources;
+}
+
+std::vector<Source> octet_sources(const RowPlan& plan, const KvLayout& src, uint32_t latent_octets, uint32_t rope_octets) {
+  std::vector<Source> sources(latent_octets + rope_octets);
+  const int value_bytes = src.dtype == KvDType::f32 ? 4 : src.dtype == KvDType::bf16 ? 2 : 1;
+  for (const LatentPiece& piece : plan.pieces) {
+    for (int column = 0; column < piece.columns; column += kOctet) {
+      const int from = piece.src_column + column;
+      const int scale = src.dtype == KvDType::fp8 ? static_cast<int>(fp8_scales_offset(src.width())) + from / kFp8ScaleGroup * 4 : 0;
+      sources[(piece.dst_column + column) / kOctet] = {piece.src_memory, from * value_bytes, scale};
+    }
+  }
+  const int rope_value_bytes = src.dtype == KvDType::f32 ? 4 : 2;
+  for (uint32_t octet = 0; octet < rope_octets; octet++) {
+    sources[latent_octets + octet] = {plan.rope_memory, static_cast<int32_t>(rope_offset(src) + octet * kOctet * rope_value_bytes), 0};
+  }
+  return sources;
+}
+
+template <class T>
+T* upload(const std::vector<T>& host) {
+  T* device = nullptr;
+  check(cudaMalloc(&device, host.size() * sizeof(T)), "cudaMalloc");
+  check(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  return device;
+}
+
+}  // namespace
+
+struct KvRoute::State {
+  int device = 0;
+  int multiprocessors = 0;
+  KvLayout src;
+  KvLayout dst;
+  int copies = 1;    // hashed
+  int replicas = 1;  // of an mla page, written
+  int chunk_bytes = 16;  // where no value changes
+  int load_bytes = 8;    // of an octet's parts, where values convert
+  bool is_copy = true;
+  bool is_checksum = false;
+  size_t shared_bytes = 0;
+  Plan* plan = nullptr;
+  uint64_t* keys = nullptr;
+  Source* sources = nullptr;
+
+  ~State() {
+    const OnDevice on(device);
+    cudaFree(plan);
+    cudaFree(keys);
+    cudaFree(sources);
+  }
+
+  void build(const KvRegion& from, const KvRegion& to, const std::vector<RowPlan>& rows);
+  void plan_chunks(Plan& host, const std::vector<RowPlan>& rows);
+  void plan_octets(Plan& host, const std::vector<RowPlan>& rows);
+  template <int kTables>
+  const void* kernel() const;
+  template <int kTables>
+  void launch(Launch<kTables>& parameters, int blocks, CUstream_st* stream) const;
+};
+
+void KvRoute::State::build(const KvRegion& from, const KvRegion& to, const std::vector<RowPlan>& rows) {
+  const OnDevice on(device);
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  src = from.layout;
+  dst = to.layout;
+  copies = static_cast<int>(rows.size());
+  is_copy = std::all_of(rows.begin(), rows.end(), [](const RowPlan& row) { return row.is_copy; });
+  const size_t longest = std::max(src.row_bytes(), dst.row_bytes());
+  if (longest > kMaxRowBytes) refuse("a row takes " + std::to_string(longest) + " bytes, at most " + std::to_string(kMaxRowBytes) + " are supported");
+
+  Plan host{};
+  host.src = side_of(from, 1);
+  host.dst = side_of(to, replicas);
+  host.row_words = static_cast<uint32_t>(dst.row_bytes() / 4);
+  if (src.dtype == dst.dtype && src.dtype != KvDType::fp8 && !is_copy) refuse("columns are cut within 32-bit words; this one needs the CPU path");
+  if (is_copy) plan_chunks(host, rows);
+  else plan_octets(host, rows);
+  host.batch_rows = kUnitTokens;
+  while (host.batch_rows > 1 && host.batch_rows * dst.row_bytes() > kBatchBytes) host.batch_rows /= 2;
+  host.batch_stride = static_cast<uint32_t>((host.batch_rows * dst.row_bytes() + 127) / 128 * 128);
+
+  std::vector<Source> table;
+  for (const RowPlan& row : rows) {
+    const std::vector<Source> one = is_copy ? chunk_sources(row, host.chunks, chunk_bytes) : octet_sources(row, src, host.latent_octets, host.chunks - host.latent_octets);
+    for (int replica = 0; replica < replicas; replica++) table.insert(table.end(), one.begin(), one.end());
+  }
+  std::vector<uint64_t> key_table(host.row_words);
+  for (uint32_t word = 0; word < host.row_words; word++) key_table[word] = checksum_key(word);
+  shared_bytes = (is_checksum ? 0 : kWarps * 2 * host.batch_stride) + key_table.size() * sizeof(uint64_t) + host.chunks * sizeof(Source);
+  host.keys = keys = upload(key_table);
+  host.sources = sources = upload(table);
+  plan = upload(std::vector<Plan>{host});
+}
+
+void KvRoute::State::plan_chunks(Plan& host, const std::vector<RowPlan>& rows) {
+  Alignment alignment;
+  alignment.take(host.src, bases_of(src, 1));
+  alignment.take(host.dst, bases_of(dst, replicas));
+  for (const RowPlan& row : rows) {
+    for (const ByteSegment& segment : row.segments) {
+      for (const size_t offset : {segment.src_offset, segment.dst_offset, segment.bytes}) alignment.take(offset);
+    }
+  }
+  chunk_bytes = alignment.bytes();
+  if (chunk_bytes == 0) refuse("rows or memories are not aligned to 4 bytes");
+  host.chunks = host.row_words * 4 / chunk_bytes;
+}
+
+void KvRoute::State::plan_octets(Plan& host, const std::vector<RowPlan>& rows) {
+  for (const RowPlan& row : rows) {
+    for (const LatentPiece& piece : row.pieces) {
+      for (const int columns : {piece.src_column, piece.dst_column, piece.columns, src.rope}) {
+        if (columns % kOctet == 0) continue;
+        refuse("a conversion takes latent widths, slices, shared columns and rope in multiples of " + std::to_string(kOctet) + "; this one needs the CPU path");
+      }
+    }
+  }
+  Alignment loads;
+  loads.take(kOctet);
+  loads.take(host.src, bases_of(src, 1));
+  loads.take(rope_offset(src));
+  Alignment stores;
+  stores.take(host.dst, bases_of(dst, replicas));
+  load_bytes = loads.bytes();
+  if (load_bytes == 0 || stores.bytes() == 0) refuse("rows or memories are not aligned to 4 bytes");
+  host.latent_octets = dst.width() / kOctet;
+  host.chunks = host.latent_octets + dst.rope / kOctet;
+  host.octet_slots = (host.chunks + kGroupLanes - 1) / kGroupLanes * kGroupLanes;
+  host.scales_offset = static_cast<uint32_t>(fp8_scales_offset(dst.width()));
+  host.rope_offset = static_cast<uint32_t>(rope_offset(dst));
+}
+
+template <int kTables, KvDType kFrom, KvDType kTo>
+const void* convert_kernel(int load_bytes) {
+  return load_bytes == 8 ? reinterpret_cast<const void*>(&convert_rows<8, kFrom, kTo, kTables>) : reinterpret_cast<const void*>(&convert_rows<4, kFrom, kTo, kTables>);
+}
+
+template <int kTables, bool kStores>
+const void* copy_kernel(int chunk_bytes) {
+  switch (chunk_bytes) {
+    case 16: return reinterpret_cast<const void*>(&copy_rows<16, kStores, kTables>);
+    case 8: return reinterpret_cast<const void*>(&copy_rows<8, kStores, kTables>);
+    default: return reinterpret_cast<const void*>(&copy_rows<4, kStores, kTables>);
+  }
+}
+
+template <int kTables>
+const void* KvRoute::State::kernel() const {
+  if (is_checksum) return copy_kernel<kTables, false>(chunk_bytes);
+  if (is_copy) return copy_kernel<kTables, true>(chunk_bytes);
+  constexpr KvDType f32 = KvDType::f32, bf16 = KvDType::bf16, fp8 = KvDType::fp8;
+  if (src.dtype == f32) return dst.dtype == bf16 ? convert_kernel<kTables, f32, bf16>(load_bytes) : convert_kernel<kTables, f32, fp8>(load_bytes);
+  if (src.dtype == bf16) return dst.dtype == f32 ? convert_kernel<kTables, bf16, f32>(load_bytes) : convert_kernel<kTables, bf16, fp8>(load_bytes);
+  if (dst.dtype == f32) return convert_kernel<kTables, fp8, f32>(load_bytes);
+  return dst.dtype == bf16 ? convert_kernel<kTables, fp8, bf16>(load_bytes) : convert_kernel<kTables, fp8, fp8>(load_bytes);
+}
+
+template <int kTables>
+void KvRoute::State::launch(Launch<kTables>& parameters, int blocks, CUstream_st* stream) const {
+  void* arguments[] = {&parameters};
+  const uint32_t units = parameters.layers * ((parameters.end + kUnitTokens - 1) / kUnitTokens - parameters.begin / kUnitTokens);
+  // Measured on H200: copies fill the link from one block a multiprocessor on, conversions from two; hashing is bound by memory alone.
+  const int wanted = blocks > 0 ? blocks : multiprocessors * (is_checksum ? 4 : is_copy ? 1 : 2);
+  const dim3 grid(std::min<uint32_t>(wanted, (units + kWarps - 1) / kWarps), copies * replicas);
+  const void* function = kernel<kTables>();
+  if (shared_bytes > 48 * 1024) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), "cudaFuncSetAttribute");
+  check(cudaLaunchKernel(function, grid, dim3(kThreads), arguments, shared_bytes, stream), "launching a KV transfer");
+}
+
+KvRoute::KvRoute(std::unique_ptr<State> state) : state_(std::move(state)) {}
+KvRoute::KvRoute(KvRoute&&) noexcept = default;
+KvRoute::~KvRoute() = default;
+
+KvRoute::KvRoute(int device, const KvRegion& src, const KvRegion& dst, int replicas) : state_(std::make_unique<State>()) {
+  if (replicas != 1 && dst.layout.form != KvForm::mla) refuse("only mla keeps replicas of a page");
+  state_->device = device;
+  state_->replicas = replicas;
+  state_->build(src, dst, plan_reshard(src.layout, dst.layout));
+}
+
+KvRoute KvRoute::checksum(int device, const KvRegion& region) {
+  auto state = std::make_unique<State>();
+  state->device = device;
+  state->is_checksum = true;
+  std::vector<RowPlan> rows;
+  for (int copy = 0; copy < copies_per_page(region.layout); copy++) {
+    RowPlan row;
+    row.is_copy = true;
+    const int memory = region.layout.form == KvForm::tpla ? copy : region.layout.form == KvForm::mla ? 0 : kHolder;
+    row.segments = {{memory, 0, 0, region.layout.row_bytes()}};
+    rows.push_back(row);
+  }
+  state->build(region, region, rows);
+  return KvRoute(std::move(state));
+}
+
+int KvRoute::copies() const { return state_->copies; }
+
+void KvRoute::put(Range layers, Range tokens, const PageTables& src_pages, const PageTables& dst_pages, uint64_t* checksums, CUstream_st* stream, int blocks) const {
+  const OnDevice on(state_->device);
+  const Range from = pages_of(state_->src, tokens);
+  const Range to = pages_of(state_->dst, tokens);
+  const int entries = from.size() + to.size();
+  if (entries > kMaxPages) refuse(std::to_string(entries) + " pages in one launch, at most " + std::to_string(kMaxPages) + " fit; put fewer tokens at a time");
+  const auto fill = [&](auto& parameters) {
+    parameters.plan = state_->plan;
+    parameters.checksums = checksums;
+    parameters.first_layer = layers.begin;
+    parameters.layers = layers.size();
+    parameters.begin = tokens.begin;
+    parameters.end = tokens.end;
+    parameters.first_src_page = from.begin;
+    parameters.first_dst_page = to.begin;
+    parameters.src_rank = src_pages.rank;
+    parameters.dst_rank = dst_pages.rank;
+    parameters.copies = state_->copies;
+    parameters.dst_table = from.size();
+    int32_t* id = parameters.tables;
+    for (int page = from.begin; page < from.end; page++) *id++ = place_of(state_->src, src_pages, page).page;
+    for (int page = to.begin; page < to.end; page++) *id++ = place_of(state_->dst, dst_pages, page).page;
+    check(cudaMemsetAsync(checksums, 0, size_t(to.size()) * state_->copies * sizeof(uint64_t), stream), "cudaMemsetAsync");
+    state_->launch(parameters, blocks, stream);
+  };
+  if (entries <= kSmallTables) {
+    Launch<kSmallTables> parameters;
+    fill(parameters);
+  } else {
+    auto parameters = std::make_unique<Launch<kMaxPages>>();
+    fill(*parameters);
+  }
+}
+
+}  // namespace tpla::cuda
