@@ -48,8 +48,10 @@ export async function withStack<T>(config: UpConfig | PrepareStack, options: Sta
     await untilAborted(running.start(), signals.first);
     return await body({ addressesOf: (name) => running.addressesOf(name), stopping: signals.first });
   } finally {
-    options.onStopping?.();
-    await supervisor?.stop();
+    if (supervisor) {
+      options.onStopping?.();
+      await supervisor.stop();
+    }
     abandon();
     process.removeListener('exit', abandon);
     signals.release();

@@ -18,8 +18,13 @@ test.after(() => {
   rmSync(runtime, { recursive: true });
 });
 test.after.each(async () => {
-  await noneLeft(runtime);
-  assert.equal(readdirSync(runtime), []);
+  try {
+    await noneLeft(runtime);
+    assert.equal(readdirSync(runtime), []);
+  } finally {
+    for (const pid of processesWith(runtime)) process.kill(pid, 'SIGKILL');
+    for (const name of readdirSync(runtime)) rmSync(join(runtime, name), { recursive: true });
+  }
 });
 
 interface Demo {
