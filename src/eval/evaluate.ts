@@ -69,16 +69,28 @@ function scorePrefill(windows: Window[], own: Float32Array[], exact: Float32Arra
   });
 }
 
+/** Positions of one sequence that go into one decode call; each still attends through the decode kernels, to KV that decode wrote. */
+const POSITIONS_PER_CALL = 16;
+
 async function scoreDecode(runner: Runner, windows: Window[], exact: Float32Array[], vocab: number, tokenizer: Tokenizer, score: Score): Promise<void> {
-  await runner.handOver(windows.map(({ prefix }) => prefix));
-  const longest = Math.max(...windows.map(({ tokens, prefix }) => tokens.length - prefix));
-  for (let step = 0; step + 1 < longest; step++) {
-    const active = windows.flatMap(({ tokens, prefix }, slot) => (prefix + step + 1 < tokens.length ? [{ slot, token: tokens[prefix + step]!, position: prefix + step }] : []));
-    const logits = await runner.step(active);
-    active.forEach(({ slot, position }, i) => {
-      const next = windows[slot]!.tokens[position + 1]!;
-      score.add(row(logits, i, vocab), row(exact[slot]!, position, vocab), next, tokenizer.tokenBytes(next).length);
+  await decodeText(runner, windows, vocab, (slot, position, logits) => {
+    const next = windows[slot]!.tokens[position + 1]!;
+    score.add(logits, row(exact[slot]!, position, vocab), next, tokenizer.tokenBytes(next).length);
+  });
+}
+
+/** Hands the prefilled prefixes over and decodes the rest of each sequence, fed with its own tokens; `onLogits` hears of every position but the last. */
+async function decodeText(runner: Runner, sequences: { tokens: Int32Array; prefix: number }[], vocab: number, onLogits: (slot: number, position: number, logits: Float32Array) => void): Promise<void> {
+  await runner.handOver(sequences.map(({ prefix }) => prefix));
+  const longest = Math.max(...sequences.map(({ tokens, prefix }) => tokens.length - prefix));
+  for (let from = 0; from + 1 < longest; from += POSITIONS_PER_CALL) {
+    const items = sequences.flatMap(({ tokens, prefix }, slot) => {
+      const begin = prefix + from;
+      const end = Math.min(begin + POSITIONS_PER_CALL, tokens.length - 1);
+      return Array.from({ length: Math.max(0, end - begin) }, (_, i) => ({ slot, token: tokens[begin + i]!, position: begin + i }));
     });
+    const logits = await runner.step(items);
+    items.forEach(({ slot, position }, i) => onLogits(slot, position, row(logits, i, vocab)));
   }
 }
 
@@ -105,17 +117,11 @@ export async function evaluateRecall(checkpoint: Checkpoint, prompts: RecallProm
     for (let at = 0; at < order.length; at += batch) {
       const group = order.slice(at, at + batch);
       await runner.prefill(group.map(({ tokens, prefix }) => tokens.subarray(0, prefix)), 'none');
-      await runner.handOver(group.map(({ prefix }) => prefix));
       const hits = group.map(() => true);
-      const longest = Math.max(...group.map(({ tokens, prefix }) => tokens.length - prefix));
-      for (let step = 0; step + 1 < longest; step++) {
-        const active = group.flatMap(({ tokens, prefix }, slot) => (prefix + step + 1 < tokens.length ? [{ slot, token: tokens[prefix + step]!, position: prefix + step }] : []));
-        const logits = await runner.step(active);
-        active.forEach(({ slot, position }, i) => {
-          const { tokens, answer } = group[slot]!;
-          if (position + 1 >= answer && argmax(row(logits, i, vocabSize)) !== tokens[position + 1]) hits[slot] = false;
-        });
-      }
+      await decodeText(runner, group, vocabSize, (slot, position, logits) => {
+        const { tokens, answer } = group[slot]!;
+        if (position + 1 >= answer && argmax(logits) !== tokens[position + 1]) hits[slot] = false;
+      });
       group.forEach(({ context, depth }, slot) => {
         const key = `${context} ${depth}`;
         const cell = cells.get(key) ?? { context, depth, prompts: 0, correct: 0 };
