@@ -5,7 +5,10 @@ import { BaseCommand } from '../cli/base_command.js';
 import { TplaError } from '../errors.js';
 import { convert, type ConversionResult } from '../reparam/convert.js';
 import type { OutputDType } from '../reparam/layer_tensors.js';
+import type { KvDType } from '../native/types.js';
 import { METHODS, type Method } from '../reparam/method.js';
+import { report, type Report } from '../reparam/report.js';
+import { printReport } from '../reparam/report_table.js';
 import { consoleProgress, SILENT } from '../report/progress.js';
 import { facts } from '../report/table.js';
 
@@ -22,8 +25,10 @@ conversion that was interrupted goes on where it stopped when the same command i
     '<%= config.bin %> <%= command.id %> models/demo models/demo-tpla',
     '<%= config.bin %> <%= command.id %> DeepSeek-V3 DeepSeek-V3-tpla --groups 2 --shared 64 --calibration text.txt',
     '<%= config.bin %> <%= command.id %> models/demo /tmp/pca --method pca --scale fitted --json',
+    '<%= config.bin %> <%= command.id %> models/demo --report --picture tpla.svg',
   ];
   static override enableJsonFlag = true;
+
   static override args = {
     model: Args.string({ description: 'checkpoint directory to read', required: true }),
     out: Args.string({ description: 'checkpoint directory to write; must not exist or be empty, or hold the same conversion unfinished' }),
@@ -46,10 +51,34 @@ conversion that was interrupted goes on where it stopped when the same command i
     'output-dtype': Flags.string({ options: ['auto', 'f32', 'bf16', 'fp8'], default: 'auto', description: 'format of changed matrices; auto keeps theirs, bf16 in place of fp8' }),
     seed: Flags.integer({ default: 1, min: 0, description: 'of the Hadamard signs, the sampling and the descent' }),
     threads: Flags.integer({ default: 0, min: 0, description: 'compute threads; 0 for all cores' }),
+    report: Flags.boolean({ helpGroup: 'REPORT', description: 'write no checkpoint: measure every method through the decode path, beside mla and dcp' }),
+    only: Flags.string({ helpGroup: 'REPORT', multiple: true, description: 'report only methods whose name contains this; repeatable' }),
+    text: Flags.string({ helpGroup: 'REPORT', description: 'UTF-8 text to score; default heldout.txt of the checkpoint' }),
+    recall: Flags.string({ helpGroup: 'REPORT', description: 'recall prompts as JSON lines; default recall.jsonl of the checkpoint, else facts are planted into the text' }),
+    'recall-prompts': Flags.integer({ helpGroup: 'REPORT', default: 100, min: 0, description: 'how many of them; 0 leaves recall out' }),
+    context: Flags.integer({ helpGroup: 'REPORT', default: 1024, min: 8, description: 'tokens per window; the first half is prefilled, the rest decoded' }),
+    tokens: Flags.integer({ helpGroup: 'REPORT', default: 4096, min: 1, description: 'scored tokens per method' }),
+    'kv-dtype': Flags.string({ helpGroup: 'REPORT', options: ['f32', 'bf16', 'fp8'], default: 'bf16', description: 'what caches hold' }),
+    picture: Flags.string({ helpGroup: 'REPORT', description: 'SVG of KL against bytes to write' }),
   };
 
-  async run(): Promise<ConversionResult> {
+  async run(): Promise<ConversionResult | Report> {
     const { args, flags } = await this.parse(Reparam);
+    const own = (name: string) => (existsSync(join(args.model, name)) ? join(args.model, name) : null);
+    const file = flags.calibration ?? own('calibration.txt');
+    const calibration = file === null ? null : { file, context: flags['calibration-context'], tokens: flags['calibration-tokens'], queries: flags['calibration-queries'], seed: flags.seed };
+    const progress = this.jsonEnabled() ? SILENT : consoleProgress();
+    if (flags.report) {
+      const text = flags.text ?? own('heldout.txt');
+      if (calibration === null) throw new TplaError('USAGE', `${args.model} has no calibration.txt; name a text with --calibration FILE`);
+      if (text === null || !existsSync(text)) throw new TplaError('USAGE', text === null ? `${args.model} has no heldout.txt; name a text with --text FILE` : `text ${text}: no such file`);
+      const found = await report({
+        model: args.model, groups: flags.groups, only: flags.only ?? [], calibration, text, recall: flags.recall ?? own('recall.jsonl'), recallPrompts: flags['recall-prompts'], context: flags.context,
+        tokens: flags.tokens, seed: flags.seed, dtype: flags['kv-dtype'] as KvDType, threads: flags.threads, picture: flags.picture ?? null,
+      }, progress);
+      this.log(printReport(found));
+      return found;
+    }
     const out = args.out ?? flags.out;
     if (out === undefined) throw new TplaError('USAGE', 'name the output directory: tpla reparam MODEL OUT');
     const base = METHODS[flags.method]!;
@@ -63,12 +92,10 @@ conversion that was interrupted goes on where it stopped when the same command i
       refine: flags.refine ?? base.refine,
       norm: (flags.norm ?? base.norm) as Method['norm'],
     };
-    const own = join(args.model, 'calibration.txt');
-    const file = flags.calibration ?? (existsSync(own) ? own : null);
     const result = await convert({
       model: args.model, out, methodName: flags.method, method, groups: flags.groups, output: flags['output-dtype'] as OutputDType, seed: flags.seed, threads: flags.threads,
-      calibration: file === null ? null : { file, context: flags['calibration-context'], tokens: flags['calibration-tokens'], queries: flags['calibration-queries'], seed: flags.seed },
-    }, this.jsonEnabled() ? SILENT : consoleProgress());
+      calibration,
+    }, progress);
     const errors = result.layers.map(({ output_error }) => output_error).filter((error): error is number => error !== null);
     this.log(facts([
       ['written', `${result.out} (${(result.bytes_written / 1e9).toFixed(3)} GB)${result.resumed ? ', resumed' : ''}`],

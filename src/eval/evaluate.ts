@@ -12,6 +12,8 @@ export interface EvaluationOptions {
   ranks: number;
   dtype: KvDType;
   threads: number;
+  /** tpla: gather logits before the softmax, which leaves only the norm approximate. */
+  exactSoftmax?: boolean;
   /** Whose prefill is exact MLA; default the checkpoint's own, which reparameterisation leaves exact. */
   reference?: Checkpoint;
   onProgress?: (done: number, total: number) => void;
@@ -35,7 +37,7 @@ export async function evaluate(checkpoint: Checkpoint, tokenizer: Tokenizer, win
   const { form, ranks, dtype, threads } = options;
   const context = Math.max(...windows.map(({ tokens }) => tokens.length));
   const batch = Math.max(1, Math.min(16, windows.length, Math.floor(LOGIT_BYTES / (context * checkpoint.spec.vocabSize * 4))));
-  const runner = new Runner(checkpoint, { form, ranks, dtype, threads, context, batch });
+  const runner = new Runner(checkpoint, { form, ranks, dtype, threads, context, batch, exactSoftmax: options.exactSoftmax });
   const reference = options.reference ? new Runner(options.reference, { form: 'mla', ranks: 1, dtype, threads, context, batch }) : null;
   const score = new Score();
   try {
@@ -109,7 +111,7 @@ export async function evaluateRecall(checkpoint: Checkpoint, prompts: RecallProm
   const { form, ranks, dtype, threads } = options;
   const order = [...prompts].sort((a, b) => a.tokens.length - b.tokens.length);
   const batch = Math.min(8, order.length);
-  const runner = new Runner(checkpoint, { form, ranks, dtype, threads, context: order[order.length - 1]!.tokens.length, batch });
+  const runner = new Runner(checkpoint, { form, ranks, dtype, threads, context: order[order.length - 1]!.tokens.length, batch, exactSoftmax: options.exactSoftmax });
   const { vocabSize } = checkpoint.spec;
   const cells = new Map<string, RecallResult['cells'][number]>();
   let correct = 0;

@@ -11,6 +11,8 @@ export interface RunnerOptions {
   context: number;
   batch: number;
   threads: number;
+  /** Test and report only; see EngineOptions. */
+  exactSoftmax?: boolean;
 }
 
 const PAGE_TOKENS = 64;
@@ -49,7 +51,7 @@ export class Runner {
     this.#canonical = new addon.KvArena(layout('mla', 1), this.#pages * options.batch);
     this.#arena = new addon.KvArena(layout(options.form, options.ranks), this.#pages * options.batch);
     this.#prefill = new addon.Engine({ spec, weights: this.#weights, arena: this.#canonical, threads: options.threads });
-    this.#decode = new addon.Engine({ spec, weights: this.#weights, arena: this.#arena, threads: options.threads });
+    this.#decode = new addon.Engine({ spec, weights: this.#weights, arena: this.#arena, threads: options.threads, exactSoftmax: options.exactSoftmax });
   }
 
   get bytesPerTokenPerRank(): number {

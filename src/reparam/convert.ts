@@ -7,11 +7,12 @@ import { readSafetensors } from '../model/safetensors.js';
 import { attemptWrite, writeSafetensors } from '../model/safetensors_writer.js';
 import { Tokenizer } from '../model/tokenizer.js';
 import { native } from '../native/loader.js';
+import type { LayerSample } from '../native/reparam.js';
 import type { Weights } from '../native/types.js';
 import { captureLayers, loadSample, readCalibrationText, type CalibrationOptions, type CalibrationText } from './calibration.js';
 import { Journal } from './journal.js';
 import { designLayer, type LayerDesign } from './layer.js';
-import { fitWeights, layerShape, layerTensors, readSourceLayer, type OutputDType } from './layer_tensors.js';
+import { fitWeights, layerShape, layerTensors, readSourceLayer, type OutputDType, type StoredTensor } from './layer_tensors.js';
 import { writeManifest, type LayerRecord } from './manifest.js';
 import { hasRankWeights, hasTransform, needsCalibration, rankWidth, validateMethod, type Method } from './method.js';
 import type { Progress } from '../report/progress.js';
@@ -148,27 +149,35 @@ async function convertLayers(source: Checkpoint, text: CalibrationText | null, o
 }
 
 async function convertLayer(source: Checkpoint, weights: Weights, layer: number, calibrated: boolean, options: ConversionOptions, journal: Journal): Promise<void> {
-  const { method, groups, seed, threads } = options;
-  const published = readSourceLayer(source, weights, layer);
-  const input = {
-    shape: layerShape(source),
-    weights: fitWeights(source, weights, layer, published),
-    sample: calibrated ? loadSample(journal.path(captureName(layer))) : null,
-  };
-  const design = await designLayer(input, method, { groups, seed: seed + layer, threads });
-  const tensors = await layerTensors(source, layer, published, design, { transform: hasTransform(method), output: options.output, threads });
+  const sample = calibrated ? loadSample(journal.path(captureName(layer))) : null;
+  const { tensors, record } = await reparameteriseLayer(source, weights, layer, sample, options);
   writeSafetensors(journal.path(`${layerName(layer)}.safetensors`), tensors);
+  journal.writeJson(`${layerName(layer)}.json`, record);
+  rmSync(journal.path(captureName(layer)), { force: true });
+}
+
+/** New tensors of one layer, and what the manifest says of them. */
+export async function reparameteriseLayer(
+  source: Checkpoint,
+  weights: Weights,
+  layer: number,
+  sample: LayerSample | null,
+  { method, groups, seed, threads, output }: Pick<ConversionOptions, 'method' | 'groups' | 'seed' | 'threads' | 'output'>,
+): Promise<{ tensors: StoredTensor[]; record: LayerRecord }> {
+  const published = readSourceLayer(source, weights, layer);
+  const input = { shape: layerShape(source), weights: fitWeights(source, weights, layer, published), sample };
+  const design = await designLayer(input, method, { groups, seed: seed + layer, threads });
+  const tensors = await layerTensors(source, layer, published, design, { transform: hasTransform(method), output, threads });
   const hash = createHash('sha256');
   for (const { name, dtype, shape, data } of tensors) hash.update(`${name} ${dtype} ${shape.join('x')}\n`).update(data);
-  journal.writeJson(`${layerName(layer)}.json`, recordOf(layer, design, hash.digest('hex')));
-  rmSync(journal.path(captureName(layer)), { force: true });
+  return { tensors, record: recordOf(layer, design, hash.digest('hex')) };
 }
 
 function recordOf(layer: number, { shares, normScale, error }: LayerDesign, hash: string): LayerRecord {
   return { layer, hash, variance_shares: shares, norm_scale: normScale, output_error: error };
 }
 
-function fingerprintOf({ groups, method }: ConversionOptions, layers: LayerRecord[]): string {
+export function fingerprintOf({ groups, method }: Pick<ConversionOptions, 'groups' | 'method'>, layers: LayerRecord[]): string {
   const hash = createHash('sha256').update(`tpla 1 groups ${groups} shared ${method.shared} norm ${method.norm}\n`);
   for (const layer of layers) hash.update(`${layer.hash} ${layer.norm_scale?.join(',') ?? ''}\n`);
   return hash.digest('hex').slice(0, 32);
@@ -200,16 +209,16 @@ function finish(source: Checkpoint, journal: Journal, { fingerprint, layers, tex
     attemptWrite(join(journal.dir, entry.name), () => copyFileSync(join(source.dir, entry.name), join(journal.dir, entry.name)));
   }
   writeManifest(journal, { source, text, fingerprint, layers, method, methodName: options.methodName, groups, calibration: options.calibration });
-  const config = {
-    ...source.config,
-    tpla: {
-      groups, shared: method.shared, norm: method.norm,
-      ...(method.norm === 'sliced' ? { norm_scale: layers.map(({ norm_scale }) => norm_scale) } : {}),
-      transform: hasTransform(method), rank_weights: layers.length > 0 && hasRankWeights(method) && !(method.norm === 'sliced' && (method.scale === 'printed' || method.scale === 'reciprocal')),
-      fingerprint,
-    },
-  };
+  const config = { ...source.config, tpla: tplaSection(options, layers, fingerprint) };
   journal.writeText('config.json', `${JSON.stringify(config, null, 2)}\n`);
   journal.close();
 }
 
+/** The `tpla` section of config.json. */
+export function tplaSection({ groups, method }: Pick<ConversionOptions, 'groups' | 'method'>, layers: LayerRecord[], fingerprint: string): object {
+  return {
+    groups, shared: method.shared, norm: method.norm, transform: hasTransform(method), rank_weights: hasRankWeights(method),
+    ...(method.norm === 'sliced' ? { norm_scale: layers.map(({ norm_scale }) => norm_scale) } : {}),
+    fingerprint,
+  };
+}

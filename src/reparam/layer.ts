@@ -2,7 +2,7 @@ import { Matrix } from 'ml-matrix';
 import { native } from '../native/loader.js';
 import type { FitStep, LayerFit, LayerSample, LayerShape, LayerWeights, RankDesign, Sensitivity } from '../native/reparam.js';
 import { awareBasis, freeBasis, hadamardBasis, identityBasis, matrixOf, pcaBasis, rowsOf, square, varianceShares, type Basis } from './basis.js';
-import { hasRankWeights, rankWidth, type Method } from './method.js';
+import { hasRankWeights, isPublishedScale, rankWidth, type Method } from './method.js';
 
 /** What decode uses of one layer after reparameterisation. */
 export interface LayerDesign {
@@ -56,13 +56,12 @@ export async function designWith(input: LayerInput, method: Method, options: Fit
   let basis = chooseBasis(method, latent, options.seed, sensitivity, covariance);
   const shares = covariance === null ? null : varianceShares(basis, covariance, options.groups, method.shared);
   const normScale = method.norm === 'sliced' ? shares!.slices.map((share) => Math.sqrt(alpha(share, method.scale) / options.groups)) : null;
-  const published = method.scale === 'printed' || method.scale === 'reciprocal';
-  const start = await cutRanks(input, basis, method, options, published && normScale === null ? shares!.slices.map((share) => alpha(share, method.scale)) : null);
+  const start = await cutRanks(input, basis, method, options, isPublishedScale(method) && normScale === null ? shares!.slices.map((share) => alpha(share, method.scale)) : null);
   if (fit === null) return { basis, ranks: hasRankWeights(method) ? start : null, normScale, shares, error: null };
 
   const { design, testError } = await fit.run(start, fitSteps(method, options.seed));
   if (method.refine > 0) basis = movedBasis(design, method.shared, latent);
-  return { basis, ranks: hasRankWeights(method) && !(published && normScale !== null) ? design : null, normScale, shares, error: testError };
+  return { basis, ranks: hasRankWeights(method) ? design : null, normScale, shares, error: testError };
 }
 
 /** The published formula prints slice over total; the estimate it is meant for, RMS(c) ≈ sqrt(α/g)·RMS(c_i), needs total over slice. */

@@ -37,9 +37,15 @@ export function needsCalibration(method: Method): boolean {
     || method.queries === 'regressed' || method.values === 'ridge' || method.refine > 0 || method.norm === 'sliced';
 }
 
-/** Ranks keep weights of their own wherever they are more than the columns of kv_b_proj. */
+/** Ranks keep weights of their own wherever they are more than the columns of kv_b_proj. With a sliced norm, α is the norm's. */
 export function hasRankWeights(method: Method): boolean {
-  return method.scale !== 'none' || method.queries !== 'sliced' || method.values !== 'sliced' || method.refine > 0 || method.ranks === 'first';
+  const scaled = method.scale !== 'none' && !(method.norm === 'sliced' && isPublishedScale(method));
+  return scaled || method.queries !== 'sliced' || method.values !== 'sliced' || method.refine > 0 || method.ranks === 'first';
+}
+
+/** α of the paper, or its reciprocal. */
+export function isPublishedScale(method: Method): boolean {
+  return method.scale === 'printed' || method.scale === 'reciprocal';
 }
 
 /** Descent moves the basis, which is then no longer orthogonal. */
