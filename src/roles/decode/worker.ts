@@ -10,7 +10,7 @@ import type { DecodeReport, GenerateRequest } from '../../fleet/protocol.js';
 import { BlockChain, blockIds } from '../../kv/hash.js';
 import type { PageSpace } from '../../kv/page_space.js';
 import type { PageCopy } from '../../kv/page_table.js';
-import type { BlockLease, BlockStore, KvSequence } from '../../kv/pool_client.js';
+import type { BlockStore } from '../../kv/pool_client.js';
 import type { ModelIdentity } from '../../model/spec.js';
 import type { DecodeItem, Engine, KvArena, SampledToken, Sampler, SamplingParams } from '../../native/types.js';
 import type { HandoffCommit, HandoffReceiver } from '../../transfer/types.js';
@@ -20,6 +20,7 @@ import { admitPrompt, readmit, type AdmissionInput } from './admission.js';
 import { planBatch, type BatchRow, type PagePolicy } from './batch.js';
 import { Choice } from './choice.js';
 import { comparePriority, Job } from './job.js';
+import { decodesApproximately, noteDecoded, Parking, type ParkingCounters } from './parking.js';
 import { checkGenerate, effectiveContext, type DecodeLimits } from './request.js';
 
 export interface DecodeParts {
@@ -40,17 +41,13 @@ export interface DecodeSettings extends DecodeLimits {
   leaseMs: number;
 }
 
-export interface DecodeCounters {
+export interface DecodeCounters extends ParkingCounters {
   steps: number;
   tokens: number;
   requests: number;
   failed: number;
   cancelled: number;
   preemptions: number;
-  /** Tokens whose KV was lost with the pool: pushed anew by a prefill worker, or computed again by decode steps. */
-  relandedTokens: number;
-  recomputedTokens: number;
-  landedBytes: number;
   accountingErrors: number;
 }
 
@@ -60,6 +57,7 @@ export class DecodeWorker {
   onStep: (ms: number, rows: number) => void = () => {};
   readonly #parts: DecodeParts;
   readonly #settings: DecodeSettings;
+  readonly #parking: Parking;
   readonly #jobs = new Map<string, Job>();
   readonly #choices = new Set<Choice>();
   #serial = 0;
@@ -75,6 +73,7 @@ export class DecodeWorker {
   constructor(parts: DecodeParts, settings: DecodeSettings) {
     this.#parts = parts;
     this.#settings = settings;
+    this.#parking = new Parking(parts, settings, this.counters);
     this.#loop = this.#run();
   }
 
@@ -257,12 +256,6 @@ export class DecodeWorker {
     return this.#parts.store?.connected ? 'preempt' : 'avoid';
   }
 
-  /** Whether decode steps compute other KV than prefill: the attention of sliced latents is approximate. */
-  get #isApproximate(): boolean {
-    const { form, ranks } = this.#parts.arena.layout;
-    return form === 'tpla' && ranks > 1;
-  }
-
   #phase(phase: Choice['phase']): Choice[] {
     return [...this.#choices].filter((choice) => choice.phase === phase);
   }
@@ -334,7 +327,7 @@ export class DecodeWorker {
   /** The whole prompt is in this worker's cache: nothing is pushed, and the first token is drawn after a decode step over the last prompt token. */
   #startCached(job: Job): void {
     job.emit({ event: 'reserved', ticket: null, cached_tokens: job.cachedTokens });
-    for (const choice of this.#fork(job, job.request.tokens.length - 1)) this.#approximates(choice);
+    for (const choice of this.#fork(job, job.request.tokens.length - 1)) noteDecoded(choice, this.#parts.arena.layout);
   }
 
   /** The choices of a request, over the prompt's pages. */
@@ -418,7 +411,7 @@ export class DecodeWorker {
    */
   #publishGenerated({ table, tokens, computed, job }: Choice): void {
     const { identity, arena, space } = this.#parts;
-    if (this.#isApproximate) return;
+    if (decodesApproximately(arena.layout)) return;
     const chain = new BlockChain(identity, { dtype: arena.layout.dtype, pageTokens: space.pageTokens, salt: '' });
     const ids = chain.append(tokens.slice(0, computed));
     for (let index = job.ids.length; index < ids.length; index++) table.publish(index, ids[index]!);
@@ -445,18 +438,13 @@ export class DecodeWorker {
 
   // ---------------------------------------------------------------- preemption
 
-  /** Copies a sequence's KV to the pool and gives its pages back. Where the pool takes less than all, the rest is computed again later. */
   #park(choice: Choice): void {
     choice.phase = 'leaving';
     choice.job.preemptions++;
     this.counters.preemptions++;
-    const { store } = this.#parts;
-    const parked: Promise<BlockLease | null> = store ? store.park(choice.exactIds, choice.computed, this.#sequence(choice)) : Promise.resolve(null);
-    parked.then((lease) => {
-      choice.lease = lease;
+    this.#parking.park(choice).then(() => {
       choice.table.release();
       choice.phase = 'parked';
-      this.#parts.log.info({ request: choice.job.request.id, choice: choice.index, blocks: lease?.blocks ?? 0, tokens: choice.computed }, 'preempted');
       this.#poke();
     });
   }
@@ -467,79 +455,11 @@ export class DecodeWorker {
       const parked = choice.computed;
       if (!readmit(choice, this.#admissionInput())) return;
       choice.phase = 'returning';
-      this.#return(choice, parked).then(() => {
+      this.#parking.bringBack(choice, parked).then(() => {
         choice.phase = 'running';
         this.#poke();
       });
     }
-  }
-
-  /** `parked`: tokens whose KV went to the pool; `choice.computed`: those that are here already. */
-  async #return(choice: Choice, parked: number): Promise<void> {
-    const { store, space } = this.#parts;
-    const { lease, job } = choice;
-    const here = choice.computed / space.pageTokens;
-    const loaded = lease && store ? await store.load(lease, here, lease.blocks, this.#sequence(choice)) : here;
-    lease?.release();
-    choice.lease = null;
-    this.#publishPrompt(choice, here, loaded);
-    choice.computed = Math.min(Math.max(loaded, here) * space.pageTokens, parked);
-    if (choice.computed < parked && !job.cancelled) await this.#restore(choice, parked);
-  }
-
-  /**
-   * KV that the pool has lost: a prompt's is computed by prefill again, so that it is exact in every form, and so is anything long; a few
-   * generated tokens, or what no prefill worker delivers, are fed through decode steps.
-   */
-  async #restore(choice: Choice, end: number): Promise<void> {
-    const { log } = this.#parts;
-    const { job, index, computed } = choice;
-    log.warn({ request: job.request.id, choice: index, tokens: end - computed }, 'KV of a preempted sequence was lost with the pool; computing it again');
-    if (computed < job.request.tokens.length || end - computed > this.#settings.maxBatch) {
-      try {
-        await this.#reland(choice, end);
-        this.counters.relandedTokens += end - computed;
-        return;
-      } catch (error) {
-        if (job.cancelled) return;
-        log.warn({ request: job.request.id, choice: index, reason: (error as Error).message }, 'no prefill worker delivered lost KV; decode computes it by itself');
-      }
-    }
-    this.counters.recomputedTokens += end - computed;
-    this.#approximates(choice);
-  }
-
-  /** From here on `choice` computes KV by decode steps, with tpla not exactly as prefill would. */
-  #approximates(choice: Choice): void {
-    if (this.#isApproximate) choice.exactBlocks = Math.min(choice.exactBlocks, Math.floor(choice.computed / this.#parts.space.pageTokens));
-  }
-
-  async #reland(choice: Choice, end: number): Promise<void> {
-    const { receiver, space } = this.#parts;
-    const { table, computed, index, job } = choice;
-    const { ticket, committed } = receiver.open({
-      tokens: [computed, end], pages: table.tables(), leaseMs: this.#settings.leaseMs, ...(table.rank === undefined ? {} : { rank: table.rank }),
-    });
-    choice.session = ticket.session;
-    try {
-      job.emit({ event: 'recompute', index, tokens: choice.tokens.slice(0, end), ticket });
-      const { bytes } = await committed;
-      this.counters.landedBytes += bytes;
-      choice.computed = end;
-      choice.exactBlocks = job.ids.length;
-      this.#publishPrompt(choice, Math.ceil(computed / space.pageTokens), Math.floor(end / space.pageTokens));
-    } finally {
-      choice.session = null;
-    }
-  }
-
-  /** Names the prompt's blocks among logical pages [begin, end), so that others can share them. */
-  #publishPrompt({ table, job, exactBlocks }: Choice, begin: number, end: number): void {
-    for (let index = begin; index < Math.min(end, exactBlocks); index++) table.publish(index, job.ids[index]!);
-  }
-
-  #sequence({ table }: Choice): KvSequence {
-    return { arena: this.#parts.arena, pages: table.tables(), rank: table.rank };
   }
 }
 
