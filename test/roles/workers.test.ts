@@ -55,7 +55,7 @@ pair('/state, /health and /metrics say what is there', async () => {
   assert.equal(state.attention, { form: 'tpla', ranks: 2, dtype: 'f32', kv_bytes_per_token_per_rank: LAYERS * 24 * 4 });
   assert.is((await prefill.state<WorkerState>()).model.fingerprint, state.model.fingerprint);
   assert.equal(await decode.client.json('GET', '/health'), { status: 'ok' });
-  for (const name of ['tpla_decode_tokens_total', 'tpla_decode_pages_used 0', 'tpla_decode_step_seconds_count']) assert.match(await decode.client.text('/metrics'), name);
+  for (const name of ['tpla_decode_tokens_total', 'tpla_decode_pages_used 0', 'tpla_decode_step_seconds_count', 'tpla_decode_landed_bytes_total{path="shm"}', 'tpla_decode_handoffs_open 0']) assert.match(await decode.client.text('/metrics'), name);
   for (const name of ['tpla_prefill_computed_tokens_total', 'tpla_prefill_step_seconds_count']) assert.match(await prefill.client.text('/metrics'), name);
 });
 

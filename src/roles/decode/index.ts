@@ -39,7 +39,7 @@ async function loadDecode(config: DecodeConfig, { log, clock }: RoleContext, add
   return {
     worker,
     addresses: [receiver.address],
-    metrics: decodeMetrics(worker, space, store),
+    metrics: decodeMetrics(worker, space, store, receiver),
     state: () => workerState('decode', config.id, identity, arena, space, worker),
     async close() {
       await worker.close();

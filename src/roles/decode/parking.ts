@@ -3,7 +3,7 @@ import type { Logger } from 'pino';
 import type { PageSpace } from '../../kv/page_space.js';
 import type { BlockStore, KvSequence } from '../../kv/pool_client.js';
 import type { KvArena, KvLayout } from '../../native/types.js';
-import type { HandoffReceiver } from '../../transfer/types.js';
+import type { HandoffCommit, HandoffReceiver } from '../../transfer/types.js';
 import type { Choice } from './choice.js';
 
 export interface ParkingParts {
@@ -24,7 +24,6 @@ export interface ParkingCounters {
   /** Tokens whose KV was lost with the pool: pushed anew by a prefill worker, or computed again by decode steps. */
   relandedTokens: number;
   recomputedTokens: number;
-  landedBytes: number;
 }
 
 /** Whether decode steps compute other KV than prefill: the attention of sliced latents is approximate. */
@@ -41,11 +40,13 @@ export class Parking {
   readonly #parts: ParkingParts;
   readonly #settings: ParkingSettings;
   readonly #counters: ParkingCounters;
+  readonly #onLanded: (commit: HandoffCommit) => void;
 
-  constructor(parts: ParkingParts, settings: ParkingSettings, counters: ParkingCounters) {
+  constructor(parts: ParkingParts, settings: ParkingSettings, counters: ParkingCounters, onLanded: (commit: HandoffCommit) => void) {
     this.#parts = parts;
     this.#settings = settings;
     this.#counters = counters;
+    this.#onLanded = onLanded;
   }
 
   /** Copies a sequence's KV to the pool; `choice.lease` names what is there. Where the pool takes less than all, the rest is computed again later. */
@@ -101,8 +102,7 @@ export class Parking {
     choice.session = ticket.session;
     try {
       job.emit({ event: 'recompute', index, tokens: choice.tokens.slice(0, end), ticket });
-      const { bytes } = await committed;
-      this.#counters.landedBytes += bytes;
+      this.#onLanded(await committed);
       choice.computed = end;
       if (choice.exactBlocks * space.pageTokens >= computed) choice.exactBlocks = job.ids.length;
       publishPrompt(choice, Math.ceil(computed / space.pageTokens), Math.floor(end / space.pageTokens));

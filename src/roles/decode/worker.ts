@@ -52,9 +52,11 @@ export interface DecodeCounters extends ParkingCounters {
 }
 
 export class DecodeWorker {
-  readonly counters: DecodeCounters = { steps: 0, tokens: 0, requests: 0, failed: 0, cancelled: 0, preemptions: 0, relandedTokens: 0, recomputedTokens: 0, landedBytes: 0, accountingErrors: 0 };
+  readonly counters: DecodeCounters = { steps: 0, tokens: 0, requests: 0, failed: 0, cancelled: 0, preemptions: 0, relandedTokens: 0, recomputedTokens: 0, accountingErrors: 0 };
   /** Called with what a step took, in milliseconds. */
   onStep: (ms: number, rows: number) => void = () => {};
+  /** Called with every hand-off that has been taken in. */
+  onLanded: (commit: HandoffCommit) => void = () => {};
   readonly #parts: DecodeParts;
   readonly #settings: DecodeSettings;
   readonly #parking: Parking;
@@ -73,7 +75,7 @@ export class DecodeWorker {
   constructor(parts: DecodeParts, settings: DecodeSettings) {
     this.#parts = parts;
     this.#settings = settings;
-    this.#parking = new Parking(parts, settings, this.counters);
+    this.#parking = new Parking(parts, settings, this.counters, (commit) => this.onLanded(commit));
     this.#loop = this.#run();
   }
 
@@ -311,13 +313,14 @@ export class DecodeWorker {
     this.#fail(job, job.cancelled ? toTplaError(job.cancelled) : error);
   }
 
-  #landed(job: Job, { firstTokens, path, bytes, transferMs, prefill }: HandoffCommit): void {
+  #landed(job: Job, commit: HandoffCommit): void {
+    const { firstTokens, path, bytes, transferMs, prefill } = commit;
     if (job.cancelled) return this.#notLanded(job, toTplaError(job.cancelled));
     if (firstTokens.length !== job.request.n) {
       return this.#notLanded(job, new TplaError('PROTOCOL', `prefill sent ${firstTokens.length} first tokens for ${job.request.n} choices`));
     }
     job.session = null;
-    this.counters.landedBytes += bytes;
+    this.onLanded(commit);
     job.ids.forEach((id, index) => job.table!.publish(index, id));
     job.emit({ event: 'landed', transfer: { path, bytes, ms: transferMs }, prefill });
     const choices = this.#fork(job, job.request.tokens.length);
