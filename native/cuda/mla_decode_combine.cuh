@@ -26,12 +26,12 @@ __device__ __forceinline__ void publish_part(int* arrivals) {
 
 // Reduces this block's share of one split sequence: kThreads threads, numbered `thread`, that meet at `barrier()`.
 // scratch: shared memory, 16-byte aligned, (kBlockRows + 2 · participants + 2) · 8 + kThreads · 16 bytes.
-template <int kLatent, int kBlockRows, int kOverhead, int kThreads, class Barrier>
+template <int kLatent, int kThreads, int kBlockRows, int kOverhead, class Barrier>
 __device__ void combine_parts(const MlaDecodeArgs& args, const DecodeSchedule<kBlockRows, kOverhead>& schedule, const DecodePiece& piece,
                               void* scratch, int thread, Barrier barrier) {
   const int parts = piece.participants;
   const int row0 = schedule.row_tile * kBlockRows;
-  const int rows = min(piece.rows - row0, kBlockRows);
+  const int rows = max(0, min(piece.rows - row0, kBlockRows));
   constexpr int kVectorsPerRow = kLatent / 4;
   const int vectors = rows * kVectorsPerRow;
   const int begin = static_cast<int>(static_cast<int64_t>(vectors) * piece.participant / parts);

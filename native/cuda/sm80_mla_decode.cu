@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
 
   const auto barrier = [] { __syncthreads(); };
   for (int i = 0; i < splits; ++i) {
-    combine_parts<kLatent, kRows, kOverhead, kThreads>(args, schedule, split[i], shared, thread, barrier);
+    combine_parts<kLatent, kThreads>(args, schedule, split[i], shared, thread, barrier);
   }
 }
 

@@ -22,7 +22,8 @@ struct TileBoxes {
 
 class PageWalk {
  public:
-  __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece) : args_(args), piece_(piece), boxes_per_tile_(kTokenTile / args.box_tokens) {}
+  __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece)
+      : args_(args), piece_(piece), boxes_per_tile_(kTokenTile / args.box_tokens) {}
 
   // Tiles in ascending order, each once, by a whole warp.
   __device__ TileBoxes boxes(int tile) {
@@ -36,7 +37,7 @@ class PageWalk {
     }
     TileBoxes result;
 #pragma unroll
-    for (int box = 0; box < 4; ++box) {
+    for (int box = 0; box < kBoxes; ++box) {
       result.pages[box] = __shfl_sync(~0u, page_, (next_ + box) & 31);
       result.offsets[box] = __shfl_sync(~0u, offset_, (next_ + box) & 31);
     }
@@ -44,29 +45,30 @@ class PageWalk {
     return result;
   }
 
-  // Asks L2 for the tile: by one thread.
+  // Asks L2 for a tile: by one thread.
   __device__ void prefetch(const TileBoxes& boxes) const {
-    const int row_bytes = args_.row_bytes;
 #pragma unroll
-    for (int box = 0; box < 4; ++box) {
+    for (int box = 0; box < kBoxes; ++box) {
       if (box < boxes_per_tile_ && boxes.pages[box] < args_.num_pages) {
-        const uint8_t* first = static_cast<const uint8_t*>(args_.kv) + boxes.pages[box] * args_.page_stride + boxes.offsets[box] * row_bytes;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(args_.box_tokens * row_bytes) : "memory");
+        const uint8_t* first = static_cast<const uint8_t*>(args_.kv) + boxes.pages[box] * args_.page_stride + boxes.offsets[box] * args_.row_bytes;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(args_.box_tokens * args_.row_bytes) : "memory");
       }
     }
   }
 
   // 64 tokens of one chunk of columns.
-  __device__ void load(const CUtensorMap& map, const TileBoxes& boxes, int column, uint32_t destination, uint32_t barrier) const {
+  __device__ void load(const CUtensorMap& map, const TileBoxes& boxes, int column, uint32_t chunk, uint32_t barrier) const {
 #pragma unroll
-    for (int box = 0; box < 4; ++box) {
+    for (int box = 0; box < kBoxes; ++box) {
       if (box < boxes_per_tile_) {
-        tma_load_4d(destination + box * args_.box_tokens * 128, map, barrier, 0, boxes.offsets[box], column, boxes.pages[box]);
+        tma_load_4d(chunk + box * args_.box_tokens * 128, map, barrier, 0, boxes.offsets[box], column, boxes.pages[box]);
       }
     }
   }
 
  private:
+  static constexpr int kBoxes = kTokenTile / 16;
+
   const MlaDecodeArgs& args_;
   const DecodePiece& piece_;
   int boxes_per_tile_;
@@ -83,7 +85,7 @@ struct ChunkRing {
 
   __device__ uint32_t chunk(int slot) const { return data + slot * kChunkBytes; }
   __device__ void wait_full(int slot, int phase) const { mbarrier_wait(full + slot * 8, phase); }
-  __device__ void release(int slot) const { mbarrier_arrive(empty + slot * 8); }
+  __device__ void release(int slot) const { mbarrier_arrive(empty + slot * 8); }  // by one thread of each warp that has read the slot
 
   __device__ void init(int consumer_arrivals) const {
     for (int i = 0; i < kSlots; ++i) {
@@ -101,15 +103,9 @@ struct ChunkRing {
   }
 
   // One warp feeds all tiles of a piece. `count` numbers the block's chunks from 0 across pieces.
-  // kAhead: tiles that L2 is asked for before they are loaded, so that a freed slot is refilled at L2 latency; 0: none.
-  template <int kAhead>
   __device__ void feed(const CUtensorMap& map, const MlaDecodeArgs& args, const DecodePiece& piece, int& count) const {
-    PageWalk walk(args, piece), ahead(args, piece);
+    PageWalk walk(args, piece);
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
-      if (kAhead > 0 && tile + kAhead < piece.tile_end) {
-        const TileBoxes boxes = ahead.boxes(tile + kAhead);
-        if (threadIdx.x % 32 == 0) ahead.prefetch(boxes);
-      }
       const TileBoxes boxes = walk.boxes(tile);
       if (threadIdx.x % 32 == 0) {
 #pragma unroll 1

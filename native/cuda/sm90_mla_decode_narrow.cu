@@ -63,13 +63,13 @@ __global__ void __launch_bounds__(384, 1)
     registers_shrink<24>();
     if (threadIdx.x < 32) {
       int count = 0;
-      while (schedule.next(share, piece)) ring.template feed<0>(kv_map, args, piece, count);
+      while (schedule.next(share, piece)) ring.feed(kv_map, args, piece, count);
     }
   } else {
   registers_grow<240>();
 
   const int thread = threadIdx.x - 128;
-  const int group = thread / 128, in_group = thread % 128;
+  const int group = warp_uniform(thread / 128), in_group = thread % 128;
   const int warp = in_group / 32, lane = in_group % 32;
   const int group_barrier = 1 + group;
   constexpr int kConsumerBarrier = 3, kConsumers = 256;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(384, 1)
 
     for (int t = group; t < tiles; t += 2) {
       const int number = count + t * kChunks;
-      const int first_slot = number % kSlots;
+      const int first_slot = warp_uniform(number % kSlots);
       const int first_use = number / kSlots;
       const auto slot_of = [&](int position) { return first_slot + position >= kSlots ? first_slot + position - kSlots : first_slot + position; };
       const auto phase_of = [&](int position) { return (first_slot + position >= kSlots ? first_use + 1 : first_use) & 1; };
@@ -114,12 +114,12 @@ __global__ void __launch_bounds__(384, 1)
       for (int position = 0; position < kChunks; ++position) {
         const int slot = slot_of(position);
         const int column = position == 0 ? kLatentChunks : position - 1;
+        const uint32_t keys_low = descriptor_low(ring.chunk(slot)), query_low = descriptor_low(query_address + column * (kRows * 128));
         ring.wait_full(slot, phase_of(position));
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          Mma::template ss<0, 0>(logits, matrix_descriptor(ring.chunk(slot) + k * 32, 16, 1024),
-                                 matrix_descriptor(query_address + column * (kRows * 128) + k * 32, 16, 1024));
+          Mma::template ss<0, 0>(logits, descriptor(keys_low + k * 2), descriptor(query_low + k * 2));
         }
       }
       wgmma_commit();
@@ -222,11 +222,10 @@ __global__ void __launch_bounds__(384, 1)
       wgmma_fence();
 #pragma unroll
       for (int c = 0; c < kLatentChunks; ++c) {
-        const uint32_t chunk = ring.chunk(slot_of(1 + c));
+        const uint32_t values_low = descriptor_low(ring.chunk(slot_of(1 + c)), kChunkBytes), probs_low = descriptor_low(probs_address);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          Mma::template ss<1, 0>(out[c], matrix_descriptor(chunk + k * 2048, kChunkBytes, 1024),
-                                 matrix_descriptor(probs_address + k * 32, 16, 1024));
+          Mma::template ss<1, 0>(out[c], descriptor(values_low + k * (2048 / 16)), descriptor(probs_low + k * 2));
         }
         wgmma_commit();
       }
@@ -332,7 +331,7 @@ __global__ void __launch_bounds__(384, 1)
 
   const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
   for (int i = 0; i < splits; ++i) {
-    combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
+    combine_parts<kLatent, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
   }
   }
 }

@@ -10,6 +10,8 @@
 // The reference of the exponent passes along the tiles (a, then b, then the next a); it moves rarely, see kReferenceSlack.
 // Two tile buffers hold 144 KiB; each half of a tile is refilled as soon as its warpgroup is through with it, so every tile
 // is loaded in the order in which its next reader wants it.
+#include <type_traits>
+
 #include "mla_decode_combine.cuh"
 #include "mla_decode_kernel.h"
 #include "sm90_mla_decode.cuh"
@@ -84,9 +86,15 @@ __global__ void __launch_bounds__(384, 1)
     const bool brings_rope = half != buffer;
     int use = 0;
     while (schedule.next(share, piece)) {
-      PageWalk walk(args, piece);
+      PageWalk walk(args, piece), ahead(args, piece);
       for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
         const TileBoxes boxes = walk.boxes(tile);
+        // Compute-bound (several row tiles read the same tokens): what is loaded next should be in L2 by then. The row tiles take turns at
+        // asking. Where memory is the limit this only adds traffic.
+        if (args.row_tiles > 1 && half == 0 && tile + 1 < piece.tile_end) {
+          const TileBoxes next = ahead.boxes(tile + 1);
+          if (threadIdx.x % 32 == 0 && ((tile - piece.tile_begin) & 1) == buffer && tile / 2 % args.row_tiles == schedule.row_tile) ahead.prefetch(next);
+        }
         if (((tile - piece.tile_begin) & 1) != buffer) continue;
         if (threadIdx.x % 32 == 0) {
           const int slot0 = buffer * kChunks;
@@ -102,14 +110,15 @@ __global__ void __launch_bounds__(384, 1)
     registers_grow<232>();
 
     const int thread = threadIdx.x - 128;
-    const int group = thread / 128, in_group = thread % 128;
+    const int group = warp_uniform(thread / 128), in_group = thread % 128;
     const int warp = in_group / 32, lane = in_group % 32;
     const int group_barrier = 1 + group;
-    constexpr int kConsumerBarrier = 3, kReferenceReady = 4, kProbsReady = 5, kConsumers = 256;  // kProbsReady + tile
+    constexpr int kConsumerBarrier = 3, kReferenceReady = 4, kProbsReady = 5, kFirstTaken = 7, kConsumers = 256;  // kProbsReady + tile
     const int thread_row = warp * 16 + lane / 4;
     const uint32_t probs_tile[2] = {smem_address(probs_shared), smem_address(probs_shared) + Shape::kProbBytes};
     const int half_position = 1 + group * 4;  // first chunk of this warpgroup's half
 
+    if (group == 1) named_barrier_arrive(kFirstTaken, kConsumers);  // what tile a left in shared memory may be overwritten
     int splits = 0;
     int uses[2] = {0, 0};  // of each tile buffer
 
@@ -128,26 +137,27 @@ __global__ void __launch_bounds__(384, 1)
       const int unmasked_tokens = schedule.limit(piece, row0);
       const int limits[2] = {schedule.limit(piece, row0 + thread_row), schedule.limit(piece, row0 + thread_row + 8)};
 
-      const auto multiply_logits = [&](float(&logits)[32], int phase) {
-        uint32_t query_rows = smem_address(query);
-        asm volatile("" : "+r"(query_rows));  // keeps descriptors out of loop-invariant registers
+      const auto multiply_logits = [&](auto of_group, float(&logits)[32], int phase) {
+        constexpr int kGroup = decltype(of_group)::value;  // compile-time positions: descriptors need one addition each
+        uint32_t query_low = descriptor_low(smem_address(query)), keys_low = descriptor_low(ring.chunk(kGroup * kChunks));
+        asm volatile("" : "+r"(query_low), "+r"(keys_low));  // keeps descriptors out of loop-invariant registers
 #pragma unroll
         for (int i = 0; i < 32; ++i) logits[i] = 0.0f;
         wgmma_pin(logits);
-        const int slot0 = group * kChunks;
+        constexpr int slot0 = kGroup * kChunks;
         // Own half first, then rope, then the other half.
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
-          const int position = i == 4 ? 0 : ((i < 4 ? i : i - 1) + group * 4) % 8 + 1;
+          const int position = i == 4 ? 0 : ((i < 4 ? i : i - 1) ^ (kGroup * 4)) + 1;
           ring.wait_full(slot0 + position, phase);
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const uint64_t keys = matrix_descriptor(ring.chunk(slot0 + position) + k * 32, 16, 1024);
+            const uint64_t keys = descriptor(keys_low + position * (kChunkBytes / 16) + k * 2);
             if (i == 4) {
               Wgmma<64>::rs<0>(logits, rope_query[k], keys);
             } else {
-              Wgmma<64>::ss<0, 0>(logits, matrix_descriptor(query_rows + (position - 1) * kChunkBytes + k * 32, 16, 1024), keys);
+              Wgmma<64>::ss<0, 0>(logits, descriptor(query_low + (position - 1) * (kChunkBytes / 16) + k * 2), keys);
             }
           }
         }
@@ -174,10 +184,11 @@ __global__ void __launch_bounds__(384, 1)
           fence_async_proxy();
           named_barrier_sync(group_barrier, 128);
         }
+        const uint32_t low = descriptor_low(values, kChunkBytes);
         wgmma_pin(out);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) Wgmma<256>::rs<1>(out, probs[k], matrix_descriptor(values + k * 2048, kChunkBytes, 1024));
+        for (int k = 0; k < 4; ++k) Wgmma<256>::rs<1>(out, probs[k], descriptor(low + k * (2048 / 16)));
         wgmma_commit();
       };
       const auto release_half = [&](int buffer) {
@@ -216,9 +227,10 @@ __global__ void __launch_bounds__(384, 1)
         float logits[32], factor[2];
         uint32_t own[4][4], other[4][4];
         if (group == 0) {
-          multiply_logits(logits, (uses[0] + pair) & 1);
+          multiply_logits(std::integral_constant<int, 0>{}, logits, (uses[0] + pair) & 1);
           mask(logits, a);
           const bool moved = softmax.update(logits, args.softmax_scale_log2, factor);
+          named_barrier_sync(kFirstTaken, kConsumers);
           publish_references(0);
           named_barrier_arrive(kReferenceReady, kConsumers);
           softmax.exponentiate(logits, args.softmax_scale_log2);
@@ -247,7 +259,7 @@ __global__ void __launch_bounds__(384, 1)
         } else {
           float adopted[2];
           if (has_b) {
-            multiply_logits(logits, (uses[1] + pair) & 1);
+            multiply_logits(std::integral_constant<int, 1>{}, logits, (uses[1] + pair) & 1);
             mask(logits, b);
             named_barrier_sync(kReferenceReady, kConsumers);
             const bool moved = adopt_references(0, adopted);
@@ -265,6 +277,7 @@ __global__ void __launch_bounds__(384, 1)
             multiply_half(own, 1, b);
             named_barrier_sync(kProbsReady, kConsumers);
             load_probs(other, 0);
+            named_barrier_arrive(kFirstTaken, kConsumers);
             if (moved_on) scale_packed(other, factor);
             wgmma_wait<0>();
             wgmma_pin(out);
@@ -274,6 +287,7 @@ __global__ void __launch_bounds__(384, 1)
             if (adopt_references(0, adopted)) scale_rows(out, adopted);
             named_barrier_sync(kProbsReady, kConsumers);
             load_probs(other, 0);
+            named_barrier_arrive(kFirstTaken, kConsumers);
           }
           multiply_half(other, 0, a);
           wgmma_wait<0>();
@@ -330,7 +344,7 @@ __global__ void __launch_bounds__(384, 1)
 
     const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
     for (int i = 0; i < splits; ++i) {
-      combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
+      combine_parts<kLatent, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
     }
   }
 }

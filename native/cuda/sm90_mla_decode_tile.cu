@@ -31,14 +31,15 @@ struct TileShape {
 template <int kLatent>
 __device__ __forceinline__ void multiply_values(float (&out)[kLatent / 2], const uint32_t (&probs)[4][4], uint32_t values) {
   constexpr int kMain = kLatent < 256 ? kLatent : 256;
+  const uint32_t low = descriptor_low(values, kChunkBytes);
   float(&main)[kMain / 2] = reinterpret_cast<float(&)[kMain / 2]>(out);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) Wgmma<kMain>::template rs<1>(main, probs[k], matrix_descriptor(values + k * 2048, kChunkBytes, 1024));
+  for (int k = 0; k < 4; ++k) Wgmma<kMain>::template rs<1>(main, probs[k], descriptor(low + k * (2048 / 16)));
   if constexpr (kLatent > kMain) {
     float(&rest)[(kLatent - kMain) / 2] = reinterpret_cast<float(&)[(kLatent - kMain) / 2]>(out[kMain / 2]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      Wgmma<kLatent - kMain>::template rs<1>(rest, probs[k], matrix_descriptor(values + (kMain / 64) * kChunkBytes + k * 2048, kChunkBytes, 1024));
+      Wgmma<kLatent - kMain>::template rs<1>(rest, probs[k], descriptor(low + ((kMain / 64) * kChunkBytes + k * 2048) / 16));
     }
   }
 }
@@ -79,13 +80,13 @@ __global__ void __launch_bounds__(384, 1)
     registers_shrink<24>();
     if (threadIdx.x < 32) {
       int count = 0;
-      while (schedule.next(share, piece)) ring.template feed<0>(kv_map, args, piece, count);
+      while (schedule.next(share, piece)) ring.feed(kv_map, args, piece, count);
     }
   } else {
   registers_grow<240>();
 
   const int thread = threadIdx.x - 128;
-  const int group = thread / 128, in_group = thread % 128;
+  const int group = warp_uniform(thread / 128), in_group = thread % 128;
   const int warp = in_group / 32, lane = in_group % 32;
   const int group_barrier = 1 + group;
   constexpr int kConsumerBarrier = 3, kTurn = 4, kConsumers = 256;  // kTurn + warpgroup: its turn at the tensor cores
@@ -116,12 +117,13 @@ __global__ void __launch_bounds__(384, 1)
     const int unmasked_tokens = schedule.limit(piece, group_row0);
     const int limits[2] = {schedule.limit(piece, group_row0 + thread_row), schedule.limit(piece, group_row0 + thread_row + 8)};
 
-    const auto stage_of = [&](int t) { return (stage_count + t) % Shape::kStages; };
+    const auto stage_of = [&](int t) { return warp_uniform((stage_count + t) % Shape::kStages); };
     const auto phase_of = [&](int t) { return (stage_count + t) / Shape::kStages & 1; };
     const auto multiply_logits = [&](int t) {
       const int slot = stage_of(t) * kChunks, phase = phase_of(t);
-      uint32_t query_rows = query_address;
-      asm volatile("" : "+r"(query_rows));  // else 4 · kChunks descriptors are kept in registers across the loop
+      uint32_t query_low = descriptor_low(query_address);
+      asm volatile("" : "+r"(query_low));  // else 4 · kChunks descriptors are kept in registers across the loop
+      const uint32_t keys_low = descriptor_low(ring.chunk(slot));
 #pragma unroll
       for (int i = 0; i < 32; ++i) logits[i] = 0.0f;
       wgmma_pin(logits);
@@ -132,11 +134,11 @@ __global__ void __launch_bounds__(384, 1)
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const uint64_t keys = matrix_descriptor(ring.chunk(slot + position) + k * 32, 16, 1024);
+          const uint64_t keys = descriptor(keys_low + (position * kChunkBytes + k * 32) / 16);
           if (Shape::kRopeInRegisters && position == 0) {
             Wgmma<64>::template rs<0>(logits, rope_query[k], keys);
           } else {
-            Wgmma<64>::template ss<0, 0>(logits, matrix_descriptor(query_rows + column * (kRows * 128) + k * 32, 16, 1024), keys);
+            Wgmma<64>::template ss<0, 0>(logits, descriptor(query_low + (column * (kRows * 128) + k * 32) / 16), keys);
           }
         }
       }
@@ -152,16 +154,20 @@ __global__ void __launch_bounds__(384, 1)
       }
     };
     const auto release = [&](int t) {
-      if (lane < kChunks) ring.release(stage_of(t) * kChunks + lane);
+      const int stage = stage_of(t);  // by the whole warp
+      if (lane < kChunks) ring.release(stage * kChunks + lane);
     };
 
     // Tokens past the end of the sequence, in its last tile: 0 · garbage must not become NaN.
     const auto clear_tail = [&](int t) {
       const int valid = piece.kv_len - (piece.tile_begin + t) * kTokenTile;
       if (valid >= kTokenTile) return;
-      for (int c = 0; c < kChunks - 1; ++c) zero_chunk_tail<128>(ring.chunk(stage_of(t) * kChunks + 1 + c), valid, in_group);
+      // Split rows: both warpgroups read the tile, each clears a part of it.
+      constexpr int kClearing = kSplitRows ? kConsumers : 128;
+      const int stage = stage_of(t);
+      for (int c = 0; c < kChunks - 1; ++c) zero_chunk_tail<kClearing>(ring.chunk(stage * kChunks + 1 + c), valid, kSplitRows ? thread : in_group);
       fence_async_proxy();
-      named_barrier_sync(group_barrier, 128);
+      named_barrier_sync(kSplitRows ? kConsumerBarrier : group_barrier, kClearing);
     };
     const auto multiply = [&](int t) {
       wgmma_pin(out);
@@ -313,7 +319,7 @@ __global__ void __launch_bounds__(384, 1)
 
   const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
   for (int i = 0; i < splits; ++i) {
-    combine_parts<kLatent, kRows, Shape::kOverhead, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
+    combine_parts<kLatent, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
   }
   }
 }

@@ -159,10 +159,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     registers_grow<240>();
     const int thread = threadIdx.x - 128;
-    const int group = thread / 128, in_group = thread % 128;
+    const int group = warp_uniform(thread / 128), in_group = thread % 128;
     const int warp = in_group / 32, lane = in_group % 32;
     const int group_barrier = 1 + group;
-    constexpr int kTurn = 3;  // + warpgroup: its turn at the tensor cores
+    constexpr int kTurn = 3, kTailCleared = 5;  // kTurn + warpgroup: its turn at the tensor cores
     const int thread_row = group * 64 + warp * 16 + lane / 4;
     const uint32_t query_rows = s.query + group * 64 * 128;
     int keys_used = 0, values_used = 0;
@@ -189,23 +189,25 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int unmasked_keys = args.causal ? min(tile.kv_len, offset + tile.row0 + group * 64) : tile.kv_len;
 
       const auto multiply_logits = [&](int stage) {
-        uint32_t rows = query_rows;
-        asm volatile("" : "+r"(rows));  // keeps descriptors out of loop-invariant registers
+        uint32_t query_low = descriptor_low(query_rows);
+        asm volatile("" : "+r"(query_low));  // keeps descriptors out of loop-invariant registers
+        const uint32_t keys_low = descriptor_low(s.keys + stage * kKeyBytes);
 #pragma unroll
         for (int i = 0; i < kBlockKeys / 2; ++i) logits[i] = 0.0f;
         wgmma_pin(logits);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kKeyDim / 16; ++k) {
-          const uint32_t at = (k / 4) * kBlockBytes + (k % 4) * 32;
-          Wgmma<kBlockKeys>::ss<0, 0>(logits, matrix_descriptor(rows + at, 16, 1024), matrix_descriptor(s.keys + stage * kKeyBytes + at, 16, 1024));
+          const uint32_t at = ((k / 4) * kBlockBytes + (k % 4) * 32) / 16;
+          Wgmma<kBlockKeys>::ss<0, 0>(logits, descriptor(query_low + at), descriptor(keys_low + at));
         }
         wgmma_commit();
       };
       const auto multiply_values = [&](int stage) {
+        const uint32_t values_low = descriptor_low(s.values + stage * kValueBytes, kBlockBytes);
 #pragma unroll
         for (int k = 0; k < kBlockKeys / 16; ++k) {
-          Wgmma<kValueDim>::rs<1>(out, probs[k], matrix_descriptor(s.values + stage * kValueBytes + k * 2048, kBlockBytes, 1024));
+          Wgmma<kValueDim>::rs<1>(out, probs[k], descriptor(values_low + k * (2048 / 16)));
         }
         wgmma_commit();
       };
@@ -223,12 +225,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int valid = tile.kv_len - block * kBlockKeys;
         if (valid >= kBlockKeys) return;
         for (int c = 0; c < 2; ++c) {
-          for (int i = valid * 8 + in_group; i < kBlockKeys * 8; i += 128) {
+          for (int i = valid * 8 + thread; i < kBlockKeys * 8; i += 256) {  // both warpgroups read the block, each clears a part of it
             asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(s.values + stage * kValueBytes + c * kBlockBytes + i * 16), "r"(0) : "memory");
           }
         }
         fence_async_proxy();
-        named_barrier_sync(group_barrier, 128);
+        named_barrier_sync(kTailCleared, 256);
       };
       const auto release = [&](uint32_t barrier) {
         if (lane == 0) mbarrier_arrive(barrier);
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_wait(s.query_full, drawn & 1);
       if (tile.key_blocks > 0) {
         int block = tile.key_blocks - 1;
-        int stage = keys_used % kStages;
+        int stage = warp_uniform(keys_used % kStages);
         mbarrier_wait(s.keys_full + stage * 8, keys_used / kStages & 1);
         multiply_logits(stage);
         wgmma_wait<0>();
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         softmax.exponentiate(logits, args.scale_log2);
         pack_fragment(logits, probs);
         for (; block > 0; --block) {
-          const int key_stage = keys_used % kStages, value_stage = values_used % kStages;
+          const int key_stage = warp_uniform(keys_used % kStages), value_stage = warp_uniform(values_used % kStages);
           mbarrier_wait(s.keys_full + key_stage * 8, keys_used / kStages & 1);
           mbarrier_wait(s.values_full + value_stage * 8, values_used / kStages & 1);
           clear_tail(block, value_stage);

@@ -71,13 +71,19 @@ __device__ __forceinline__ void wgmma_pin(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// Shared-memory matrix descriptor, 128-byte swizzle. Byte distances:
-//   K-major:  stride = between groups of 8 rows (1024 where rows of 128 B are dense); leading is ignored.
-//   MN-major: stride = between groups of 8 k (1024); leading = between blocks of 64 elements along M or N.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (static_cast<uint64_t>(leading >> 4) << 16) |
-         (static_cast<uint64_t>(stride >> 4) << 32) | (uint64_t{1} << 62);
+// Shared-memory matrix descriptors, 128-byte swizzle, rows of 128 B, groups of 8 rows 1024 B apart. The upper word is the same for all.
+// The lower word holds the address in units of 16 B, so that a step of n bytes adds n / 16: kernels compute it once per tile, since
+// issuing a wgmma must not wait for address arithmetic. `leading` matters for MN-major operands only: the distance between blocks of
+// 64 elements along M or N.
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t address, uint32_t leading = 16) { return ((address & 0x3FFFF) >> 4) | ((leading >> 4) << 16); }
+
+__device__ __forceinline__ uint64_t descriptor(uint32_t low) {
+  constexpr uint32_t kHigh = (1024 >> 4) | (1u << 30);
+  return static_cast<uint64_t>(kHigh) << 32 | low;
 }
+
+// The same value in every lane, said in a way that lets the compiler keep it in uniform registers.
+__device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
 // ---------------------------------------------------------------- synchronisation
 

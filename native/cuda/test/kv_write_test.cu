@@ -5,7 +5,7 @@
 #include <string>
 
 #include "attention.h"
-#include "support.cuh"
+#include "bench_support.cuh"
 
 using namespace tpla::cuda;
 

@@ -1,4 +1,4 @@
-// What the GPU tests share: checked calls, device buffers, deterministic random tensors, a watchdog, timing by graph replay.
+// What benchmarks and GPU tests share: device buffers, deterministic random tensors, a watchdog, timing by graph replay.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,34 +8,25 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 #include <vector>
 
-#define CUDA(call)                                                                                    \
-  do {                                                                                                \
-    const cudaError_t status_ = (call);                                                               \
-    if (status_ != cudaSuccess) {                                                                     \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(status_)); \
-      std::exit(1);                                                                                   \
-    }                                                                                                 \
-  } while (0)
+#include "attention.h"
+#include "device.h"
 
-// A kernel that hangs must not cost more than this.
-void finish(const char* what) {
+#define CUDA(call) ::tpla::cuda::check((call), #call)
+
+namespace tpla::cuda {
+
+// Waits for the device, but not for ever: a kernel that hangs must end in an error.
+inline void finish(const std::string& what) {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
   cudaEvent_t done;
   CUDA(cudaEventCreate(&done));
   CUDA(cudaEventRecord(done, nullptr));
   for (cudaError_t status; (status = cudaEventQuery(done)) != cudaSuccess;) {
-    if (status != cudaErrorNotReady) {
-      std::printf("FAIL %s | %s\n", cudaGetErrorString(status), what);
-      std::fflush(stdout);
-      std::_Exit(1);
-    }
-    if (std::chrono::steady_clock::now() > deadline) {
-      std::printf("FAIL does not end | %s\n", what);
-      std::fflush(stdout);
-      std::_Exit(1);
-    }
+    if (status != cudaErrorNotReady) throw AttentionError(what + ": " + cudaGetErrorString(status));
+    if (std::chrono::steady_clock::now() > deadline) throw AttentionError(what + ": the kernel has not ended after 10 s");
   }
   CUDA(cudaEventDestroy(done));
 }
@@ -56,7 +47,7 @@ struct Buffer {
   void poison() { CUDA(cudaMemset(data, 0xFF, count * sizeof(T))); }
 };
 
-__device__ uint32_t hash(uint64_t x) {
+__device__ inline uint32_t hash(uint64_t x) {
   x ^= x >> 33;
   x *= 0xff51afd7ed558ccdULL;
   x ^= x >> 33;
@@ -65,13 +56,13 @@ __device__ uint32_t hash(uint64_t x) {
   return static_cast<uint32_t>(x);
 }
 
-__device__ float normal(uint64_t index, uint64_t seed) {
+__device__ inline float normal(uint64_t index, uint64_t seed) {
   const float u = (hash(index * 2 + seed * 0x9E3779B97F4A7C15ULL) + 1.0f) * 2.3283064e-10f;
   const float v = hash(index * 2 + 1 + seed * 0x9E3779B97F4A7C15ULL) * 2.3283064e-10f;
   return sqrtf(-2.0f * logf(fminf(u, 1.0f))) * cospif(2.0f * v);
 }
 
-__global__ void fill_normal(__nv_bfloat16* data, size_t count, float scale, uint64_t seed) {
+static __global__ void fill_normal(__nv_bfloat16* data, size_t count, float scale, uint64_t seed) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) data[i] = __float2bfloat16(scale * normal(i, seed));
 }
 
@@ -107,3 +98,5 @@ double time_replay(int launches, Enqueue enqueue) {
   CUDA(cudaEventDestroy(end));
   return times[times.size() / 2];
 }
+
+}  // namespace tpla::cuda
