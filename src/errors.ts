@@ -16,6 +16,7 @@ export const ERRORS = {
   CHECKPOINT_INVALID: { http: 500, exit: 65, type: 'server_error' },
   // this machine
   ADDON_LOAD_FAILED: { http: 500, exit: 69, type: 'server_error' },
+  GPU_UNAVAILABLE: { http: 503, exit: 69, type: 'server_error' },
   ADDRESS_IN_USE: { http: 500, exit: 73, type: 'server_error' },
   OUT_OF_MEMORY: { http: 503, exit: 71, type: 'server_error' },
   IO_FAILED: { http: 500, exit: 74, type: 'server_error' },

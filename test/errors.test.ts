@@ -15,6 +15,7 @@ test('codes, HTTP statuses and exit statuses are what scripts rely on', () => {
     MODEL_UNSUPPORTED: [500, 65],
     CHECKPOINT_INVALID: [500, 65],
     ADDON_LOAD_FAILED: [500, 69],
+    GPU_UNAVAILABLE: [503, 69],
     ADDRESS_IN_USE: [500, 73],
     OUT_OF_MEMORY: [503, 71],
     IO_FAILED: [500, 74],

@@ -21,6 +21,7 @@ static Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_engine(env, exports);
   export_sampler(env, exports);
   export_reparam(env, exports);
+  export_attention(env, exports);
   return exports;
 }
 

@@ -3,6 +3,7 @@
  * Errors carry a `code` of `src/errors.ts`.
  */
 import type { ModelSpec } from '../model/spec.js';
+import type { AttentionModule } from './attention.js';
 import type { ReparamModule } from './reparam.js';
 
 export type WeightDType = 'F32' | 'BF16' | 'F16' | 'F8_E4M3';
@@ -274,7 +275,7 @@ export interface KvPutResult {
 
 // ---------------------------------------------------------------- module
 
-export interface NativeModule extends ReparamModule {
+export interface NativeModule extends ReparamModule, AttentionModule {
   /** Version of the package it was built from. */
   version: string;
   /** Everything `tpla doctor` wants to know; starts the CUDA driver where there is one. */
