@@ -66,273 +66,273 @@ __global__ void __launch_bounds__(384, 1)
       while (schedule.next(share, piece)) ring.feed(kv_map, args, piece, count);
     }
   } else {
-  registers_grow<240>();
+    registers_grow<240>();
 
-  const int thread = threadIdx.x - 128;
-  const int group = warp_uniform(thread / 128), in_group = thread % 128;
-  const int warp = in_group / 32, lane = in_group % 32;
-  const int group_barrier = 1 + group;
-  constexpr int kConsumerBarrier = 3, kConsumers = 256;
-  const uint32_t query_address = smem_address(query);
-  const uint32_t probs_address = smem_address(probs) + group * kRows * 128;
-  float* group_warp_values = warp_values + group * 4 * kRows;
+    const int thread = threadIdx.x - 128;
+    const int group = warp_uniform(thread / 128), in_group = thread % 128;
+    const int warp = in_group / 32, lane = in_group % 32;
+    const int group_barrier = 1 + group;
+    constexpr int kConsumerBarrier = 3, kConsumers = 256;
+    const uint32_t query_address = smem_address(query);
+    const uint32_t probs_address = smem_address(probs) + group * kRows * 128;
+    float* group_warp_values = warp_values + group * 4 * kRows;
 
-  int splits = 0;
-  int count = 0;
+    int splits = 0;
+    int count = 0;
 
-  while (schedule.next(share, piece)) {
-    load_query<kRows, kLatent, kLatent + 64, kConsumers>(args, row0, piece, query, thread);
-    fence_async_proxy();
-    named_barrier_sync(kConsumerBarrier, kConsumers);
-
-    float out[kLatentChunks][kRows / 2];
-#pragma unroll
-    for (int c = 0; c < kLatentChunks; ++c)
-#pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) out[c][i] = 0.0f;
-    float maximum[kColumnBlocks * 2], sum[kColumnBlocks * 2];
-#pragma unroll
-    for (int i = 0; i < kColumnBlocks * 2; ++i) {
-      maximum[i] = -INFINITY;
-      sum[i] = 0.0f;
-    }
-    const int tiles = piece.tile_end - piece.tile_begin;
-    const int unmasked_tokens = schedule.limit(piece, row0);  // row0 sees the fewest
-
-    for (int t = group; t < tiles; t += 2) {
-      const int number = count + t * kChunks;
-      const int first_slot = warp_uniform(number % kSlots);
-      const int first_use = number / kSlots;
-      const auto slot_of = [&](int position) { return first_slot + position >= kSlots ? first_slot + position - kSlots : first_slot + position; };
-      const auto phase_of = [&](int position) { return (first_slot + position >= kSlots ? first_use + 1 : first_use) & 1; };
-
-      float logits[kRows / 2];
-#pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) logits[i] = 0.0f;
-      wgmma_pin(logits);
-#pragma unroll
-      for (int position = 0; position < kChunks; ++position) {
-        const int slot = slot_of(position);
-        const int column = position == 0 ? kLatentChunks : position - 1;
-        const uint32_t keys_low = descriptor_low(ring.chunk(slot)), query_low = descriptor_low(query_address + column * (kRows * 128));
-        ring.wait_full(slot, phase_of(position));
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          Mma::template ss<0, 0>(logits, descriptor(keys_low + k * 2), descriptor(query_low + k * 2));
-        }
-      }
-      wgmma_commit();
-      wgmma_wait<0>();
-      wgmma_pin(logits);
-      if (lane == 0) ring.release(first_slot);  // rope
-
-      // Mask.
-      const int token0 = (piece.tile_begin + t) * kTokenTile;
-      const int token = token0 + warp * 16 + lane / 4;
-      if (token0 + kTokenTile > unmasked_tokens) {
-#pragma unroll
-        for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int limit = schedule.limit(piece, row0 + n * 8 + (lane % 4) * 2 + j);
-            if (token >= limit) logits[n * 4 + j] = -INFINITY;
-            if (token + 8 >= limit) logits[n * 4 + 2 + j] = -INFINITY;
-          }
-      }
-
-      // The reference of the exponent moves only when a logit exceeds it by 2^8; until then no reduction over tokens is needed.
-      bool exceeds = false;
-#pragma unroll
-      for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float top = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * args.softmax_scale_log2;
-          exceeds |= top > maximum[n * 2 + j] + 8.0f;
-        }
-      if (named_barrier_any(group_barrier, 128, exceeds)) {
-        float top[kColumnBlocks * 2];
-#pragma unroll
-        for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float value = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * args.softmax_scale_log2;
-#pragma unroll
-            for (int d = 4; d < 32; d *= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, d));
-            top[n * 2 + j] = value;
-            if (lane < 4) group_warp_values[warp * kRows + n * 8 + lane * 2 + j] = value;
-          }
-        named_barrier_sync(group_barrier, 128);
-#pragma unroll
-        for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int row = n * 8 + (lane % 4) * 2 + j;
-            float value = maximum[n * 2 + j];
-#pragma unroll
-            for (int w = 0; w < 4; ++w) value = fmaxf(value, group_warp_values[w * kRows + row]);
-            const float factor = value == -INFINITY ? 1.0f : exp2_approx(maximum[n * 2 + j] - value);
-            maximum[n * 2 + j] = value;
-            sum[n * 2 + j] *= factor;
-#pragma unroll
-            for (int c = 0; c < kLatentChunks; ++c) {
-              out[c][n * 4 + j] *= factor;
-              out[c][n * 4 + 2 + j] *= factor;
-            }
-          }
-      }
-
-      // Probabilities, as [row][token] for the second product.
-#pragma unroll
-      for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float reference = maximum[n * 2 + j] == -INFINITY ? 0.0f : maximum[n * 2 + j];
-#pragma unroll
-          for (int half = 0; half < 4; half += 2) {
-            const float p = exp2_approx(fmaf(logits[n * 4 + half + j], args.softmax_scale_log2, -reference));
-            logits[n * 4 + half + j] = p;
-            sum[n * 2 + j] += p;
-          }
-        }
-      {
-        // Matrix i of a store: token half i % 2 of column block n + i / 2.
-        const int matrix = lane / 8, row_in_block = lane % 8;
-        const int unit = 2 * warp + matrix % 2;
-        const uint32_t row_address = probs_address + row_in_block * 128 + ((unit ^ row_in_block) << 4);
-        if constexpr (kColumnBlocks == 1) {
-          stmatrix_x2_trans(row_address, pack_bf16(logits[0], logits[1]), pack_bf16(logits[2], logits[3]));
-        } else {
-#pragma unroll
-          for (int n = 0; n < kColumnBlocks; n += 2) {
-            stmatrix_x4_trans(row_address + (n + matrix / 2) * 1024, pack_bf16(logits[n * 4], logits[n * 4 + 1]),
-                              pack_bf16(logits[n * 4 + 2], logits[n * 4 + 3]), pack_bf16(logits[n * 4 + 4], logits[n * 4 + 5]),
-                              pack_bf16(logits[n * 4 + 6], logits[n * 4 + 7]));
-          }
-        }
-      }
-      if (token0 + kTokenTile > piece.kv_len) {
-        for (int c = 0; c < kLatentChunks; ++c) zero_chunk_tail<128>(ring.chunk(slot_of(1 + c)), piece.kv_len - token0, in_group);
-      }
+    while (schedule.next(share, piece)) {
+      load_query<kRows, kLatent, kLatent + 64, kConsumers>(args, row0, piece, query, thread);
       fence_async_proxy();
-      named_barrier_sync(group_barrier, 128);
-
-#pragma unroll
-      for (int c = 0; c < kLatentChunks; ++c) wgmma_pin(out[c]);
-      wgmma_fence();
-#pragma unroll
-      for (int c = 0; c < kLatentChunks; ++c) {
-        const uint32_t values_low = descriptor_low(ring.chunk(slot_of(1 + c)), kChunkBytes), probs_low = descriptor_low(probs_address);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          Mma::template ss<1, 0>(out[c], descriptor(values_low + k * (2048 / 16)), descriptor(probs_low + k * 2));
-        }
-        wgmma_commit();
-      }
-      constexpr int kHalf = kLatentChunks / 2;
-      wgmma_wait<kLatentChunks - kHalf>();
-      if (lane < kHalf) ring.release(slot_of(1 + lane));
-      wgmma_wait<0>();
-      if (lane >= kHalf && lane < kLatentChunks) ring.release(slot_of(1 + lane));
-#pragma unroll
-      for (int c = 0; c < kLatentChunks; ++c) wgmma_pin(out[c]);
-    }
-    count += tiles * kChunks;
-
-    // Join the two warpgroups: sums over lanes and warps, then one common reference.
-#pragma unroll
-    for (int i = 0; i < kColumnBlocks * 2; ++i) {
-#pragma unroll
-      for (int d = 4; d < 32; d *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
-      if (lane < 4) {
-        const int row = (i / 2) * 8 + lane * 2 + i % 2;
-        group_warp_values[warp * kRows + row] = sum[i];
-        if (warp == 0) row_values[group * kRows + row] = maximum[i];
-      }
-    }
-    named_barrier_sync(kConsumerBarrier, kConsumers);
-    float factor[kColumnBlocks * 2];
-#pragma unroll
-    for (int i = 0; i < kColumnBlocks * 2; ++i) {
-      const int row = (i / 2) * 8 + (lane % 4) * 2 + i % 2;
-      const float top = fmaxf(row_values[row], row_values[kRows + row]);
-      const float reference = top == -INFINITY ? 0.0f : top;
-      factor[i] = exp2_approx(maximum[i] - reference);
-      float total[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int g = 0; g < 2; ++g)
-#pragma unroll
-        for (int w = 0; w < 4; ++w) total[g] += warp_values[(g * 4 + w) * kRows + row];
-      maximum[i] = top;
-      sum[i] = total[0] * exp2_approx(row_values[row] - reference) + total[1] * exp2_approx(row_values[kRows + row] - reference);
-    }
-
-    // Chunk by chunk one warpgroup hands its part to the other, which writes the result. Straight-line code that runs once a piece:
-    // kept short, because every block fetches it cold.
-    float* exchange = reinterpret_cast<float*>(probs);
-    const bool is_split = piece.participants > 1;
-    if (!is_split) {
-#pragma unroll
-      for (int i = 0; i < kColumnBlocks * 2; ++i) factor[i] *= sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
-    }
-    const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + row0;
-    const int part = schedule.partial_index(piece, piece.participant);
-    const int thread_offset = (lane % 4) * 2 * kLatent + warp * 16 + lane / 4;
-    float* partial = args.partial_out + static_cast<int64_t>(part) * kRows * kLatent + thread_offset;
-    __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
-    const int rows = min(piece.rows - row0, kRows);
-    const int thread_rows = rows - (lane % 4) * 2;  // rows from this thread's first on
-#pragma unroll
-    for (int c = 0; c < kLatentChunks; ++c) {
-      // Value i of the fragment: row (i / 4) * 8 + i % 2 relative to the thread's first, column + i % 4 / 2 * 8.
-      const auto offset_of = [](int c, int i) { return ((i / 4) * 8 + i % 2) * kLatent + c * 64 + (i % 4 / 2) * 8; };
-      if (group == (c & 1)) {
-#pragma unroll
-        for (int i = 0; i < kRows / 2; ++i) exchange[i * 128 + in_group] = out[c][i] * factor[(i / 4) * 2 + i % 2];
-      }
       named_barrier_sync(kConsumerBarrier, kConsumers);
-      if (group != (c & 1)) {
+
+      float out[kLatentChunks][kRows / 2];
 #pragma unroll
-        for (int i = 0; i < kRows / 2; ++i) out[c][i] = fmaf(out[c][i], factor[(i / 4) * 2 + i % 2], exchange[i * 128 + in_group]);
-        if (is_split) {
+      for (int c = 0; c < kLatentChunks; ++c)
 #pragma unroll
-          for (int i = 0; i < kRows / 2; ++i) {
-            if ((i / 4) * 8 + i % 2 < thread_rows) partial[offset_of(c, i)] = out[c][i];
-          }
-        } else {
-#pragma unroll
-          for (int i = 0; i < kRows / 2; ++i) {
-            if ((i / 4) * 8 + i % 2 < thread_rows) final_out[offset_of(c, i)] = __float2bfloat16(out[c][i]);
-          }
-        }
-      }
-      named_barrier_sync(kConsumerBarrier, kConsumers);
-    }
-    if (group == 0 && warp == 0 && lane < 4) {
+        for (int i = 0; i < kRows / 2; ++i) out[c][i] = 0.0f;
+      float maximum[kColumnBlocks * 2], sum[kColumnBlocks * 2];
 #pragma unroll
       for (int i = 0; i < kColumnBlocks * 2; ++i) {
-        const int row = (i / 2) * 8 + lane * 2 + i % 2;
-        if (row >= rows) continue;
-        if (is_split) {
-          args.partial_sum[part * kRows + row] = make_float2(maximum[i], sum[i]);
-        } else if (args.lse) {
-          args.lse[out_row0 + row] = sum[i] > 0.0f ? (maximum[i] + log2f(sum[i])) * 0.6931471805599453f : -INFINITY;
+        maximum[i] = -INFINITY;
+        sum[i] = 0.0f;
+      }
+      const int tiles = piece.tile_end - piece.tile_begin;
+      const int unmasked_tokens = schedule.limit(piece, row0);  // row0 sees the fewest
+
+      for (int t = group; t < tiles; t += 2) {
+        const int number = count + t * kChunks;
+        const int first_slot = warp_uniform(number % kSlots);
+        const int first_use = number / kSlots;
+        const auto slot_of = [&](int position) { return first_slot + position >= kSlots ? first_slot + position - kSlots : first_slot + position; };
+        const auto phase_of = [&](int position) { return (first_slot + position >= kSlots ? first_use + 1 : first_use) & 1; };
+
+        float logits[kRows / 2];
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) logits[i] = 0.0f;
+        wgmma_pin(logits);
+#pragma unroll
+        for (int position = 0; position < kChunks; ++position) {
+          const int slot = slot_of(position);
+          const int column = position == 0 ? kLatentChunks : position - 1;
+          const uint32_t keys_low = descriptor_low(ring.chunk(slot)), query_low = descriptor_low(query_address + column * (kRows * 128));
+          ring.wait_full(slot, phase_of(position));
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            Mma::template ss<0, 0>(logits, descriptor(keys_low + k * 2), descriptor(query_low + k * 2));
+          }
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(logits);
+        if (lane == 0) ring.release(first_slot);  // rope
+
+        // Mask.
+        const int token0 = (piece.tile_begin + t) * kTokenTile;
+        const int token = token0 + warp * 16 + lane / 4;
+        if (token0 + kTokenTile > unmasked_tokens) {
+#pragma unroll
+          for (int n = 0; n < kColumnBlocks; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const int limit = schedule.limit(piece, row0 + n * 8 + (lane % 4) * 2 + j);
+              if (token >= limit) logits[n * 4 + j] = -INFINITY;
+              if (token + 8 >= limit) logits[n * 4 + 2 + j] = -INFINITY;
+            }
+        }
+
+        // The reference of the exponent moves only when a logit exceeds it by 2^8; until then no reduction over tokens is needed.
+        bool exceeds = false;
+#pragma unroll
+        for (int n = 0; n < kColumnBlocks; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float top = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * args.softmax_scale_log2;
+            exceeds |= top > maximum[n * 2 + j] + 8.0f;
+          }
+        if (named_barrier_any(group_barrier, 128, exceeds)) {
+          float top[kColumnBlocks * 2];
+#pragma unroll
+          for (int n = 0; n < kColumnBlocks; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              float value = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * args.softmax_scale_log2;
+#pragma unroll
+              for (int d = 4; d < 32; d *= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, d));
+              top[n * 2 + j] = value;
+              if (lane < 4) group_warp_values[warp * kRows + n * 8 + lane * 2 + j] = value;
+            }
+          named_barrier_sync(group_barrier, 128);
+#pragma unroll
+          for (int n = 0; n < kColumnBlocks; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const int row = n * 8 + (lane % 4) * 2 + j;
+              float value = maximum[n * 2 + j];
+#pragma unroll
+              for (int w = 0; w < 4; ++w) value = fmaxf(value, group_warp_values[w * kRows + row]);
+              const float factor = value == -INFINITY ? 1.0f : exp2_approx(maximum[n * 2 + j] - value);
+              maximum[n * 2 + j] = value;
+              sum[n * 2 + j] *= factor;
+#pragma unroll
+              for (int c = 0; c < kLatentChunks; ++c) {
+                out[c][n * 4 + j] *= factor;
+                out[c][n * 4 + 2 + j] *= factor;
+              }
+            }
+        }
+
+        // Probabilities, as [row][token] for the second product.
+#pragma unroll
+        for (int n = 0; n < kColumnBlocks; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float reference = maximum[n * 2 + j] == -INFINITY ? 0.0f : maximum[n * 2 + j];
+#pragma unroll
+            for (int half = 0; half < 4; half += 2) {
+              const float p = exp2_approx(fmaf(logits[n * 4 + half + j], args.softmax_scale_log2, -reference));
+              logits[n * 4 + half + j] = p;
+              sum[n * 2 + j] += p;
+            }
+          }
+        {
+          // Matrix i of a store: token half i % 2 of column block n + i / 2.
+          const int matrix = lane / 8, row_in_block = lane % 8;
+          const int unit = 2 * warp + matrix % 2;
+          const uint32_t row_address = probs_address + row_in_block * 128 + ((unit ^ row_in_block) << 4);
+          if constexpr (kColumnBlocks == 1) {
+            stmatrix_x2_trans(row_address, pack_bf16(logits[0], logits[1]), pack_bf16(logits[2], logits[3]));
+          } else {
+#pragma unroll
+            for (int n = 0; n < kColumnBlocks; n += 2) {
+              stmatrix_x4_trans(row_address + (n + matrix / 2) * 1024, pack_bf16(logits[n * 4], logits[n * 4 + 1]),
+                                pack_bf16(logits[n * 4 + 2], logits[n * 4 + 3]), pack_bf16(logits[n * 4 + 4], logits[n * 4 + 5]),
+                                pack_bf16(logits[n * 4 + 6], logits[n * 4 + 7]));
+            }
+          }
+        }
+        if (token0 + kTokenTile > piece.kv_len) {
+          for (int c = 0; c < kLatentChunks; ++c) zero_chunk_tail<128>(ring.chunk(slot_of(1 + c)), piece.kv_len - token0, in_group);
+        }
+        fence_async_proxy();
+        named_barrier_sync(group_barrier, 128);
+
+#pragma unroll
+        for (int c = 0; c < kLatentChunks; ++c) wgmma_pin(out[c]);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < kLatentChunks; ++c) {
+          const uint32_t values_low = descriptor_low(ring.chunk(slot_of(1 + c)), kChunkBytes), probs_low = descriptor_low(probs_address);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            Mma::template ss<1, 0>(out[c], descriptor(values_low + k * (2048 / 16)), descriptor(probs_low + k * 2));
+          }
+          wgmma_commit();
+        }
+        constexpr int kHalf = kLatentChunks / 2;
+        wgmma_wait<kLatentChunks - kHalf>();
+        if (lane < kHalf) ring.release(slot_of(1 + lane));
+        wgmma_wait<0>();
+        if (lane >= kHalf && lane < kLatentChunks) ring.release(slot_of(1 + lane));
+#pragma unroll
+        for (int c = 0; c < kLatentChunks; ++c) wgmma_pin(out[c]);
+      }
+      count += tiles * kChunks;
+
+      // Join the two warpgroups: sums over lanes and warps, then one common reference.
+#pragma unroll
+      for (int i = 0; i < kColumnBlocks * 2; ++i) {
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
+        if (lane < 4) {
+          const int row = (i / 2) * 8 + lane * 2 + i % 2;
+          group_warp_values[warp * kRows + row] = sum[i];
+          if (warp == 0) row_values[group * kRows + row] = maximum[i];
         }
       }
-    }
-    if (is_split) {
-      if (thread == 0) split[splits] = piece;
-      ++splits;
-      __threadfence();
       named_barrier_sync(kConsumerBarrier, kConsumers);
-      if (thread == 0) publish_part(args.arrivals + schedule.arrival_index(piece));
-    }
-  }
+      float factor[kColumnBlocks * 2];
+#pragma unroll
+      for (int i = 0; i < kColumnBlocks * 2; ++i) {
+        const int row = (i / 2) * 8 + (lane % 4) * 2 + i % 2;
+        const float top = fmaxf(row_values[row], row_values[kRows + row]);
+        const float reference = top == -INFINITY ? 0.0f : top;
+        factor[i] = exp2_approx(maximum[i] - reference);
+        float total[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int g = 0; g < 2; ++g)
+#pragma unroll
+          for (int w = 0; w < 4; ++w) total[g] += warp_values[(g * 4 + w) * kRows + row];
+        maximum[i] = top;
+        sum[i] = total[0] * exp2_approx(row_values[row] - reference) + total[1] * exp2_approx(row_values[kRows + row] - reference);
+      }
 
-  const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
-  for (int i = 0; i < splits; ++i) {
-    combine_parts<kLatent, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
-  }
+      // Chunk by chunk one warpgroup hands its part to the other, which writes the result. Straight-line code that runs once a piece:
+      // kept short, because every block fetches it cold.
+      float* exchange = reinterpret_cast<float*>(probs);
+      const bool is_split = piece.participants > 1;
+      if (!is_split) {
+#pragma unroll
+        for (int i = 0; i < kColumnBlocks * 2; ++i) factor[i] *= sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
+      }
+      const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + row0;
+      const int part = schedule.partial_index(piece, piece.participant);
+      const int thread_offset = (lane % 4) * 2 * kLatent + warp * 16 + lane / 4;
+      float* partial = args.partial_out + static_cast<int64_t>(part) * kRows * kLatent + thread_offset;
+      __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
+      const int rows = min(piece.rows - row0, kRows);
+      const int thread_rows = rows - (lane % 4) * 2;  // rows from this thread's first on
+#pragma unroll
+      for (int c = 0; c < kLatentChunks; ++c) {
+        // Value i of the fragment: row (i / 4) * 8 + i % 2 relative to the thread's first, column + i % 4 / 2 * 8.
+        const auto offset_of = [](int c, int i) { return ((i / 4) * 8 + i % 2) * kLatent + c * 64 + (i % 4 / 2) * 8; };
+        if (group == (c & 1)) {
+#pragma unroll
+          for (int i = 0; i < kRows / 2; ++i) exchange[i * 128 + in_group] = out[c][i] * factor[(i / 4) * 2 + i % 2];
+        }
+        named_barrier_sync(kConsumerBarrier, kConsumers);
+        if (group != (c & 1)) {
+#pragma unroll
+          for (int i = 0; i < kRows / 2; ++i) out[c][i] = fmaf(out[c][i], factor[(i / 4) * 2 + i % 2], exchange[i * 128 + in_group]);
+          if (is_split) {
+#pragma unroll
+            for (int i = 0; i < kRows / 2; ++i) {
+              if ((i / 4) * 8 + i % 2 < thread_rows) partial[offset_of(c, i)] = out[c][i];
+            }
+          } else {
+#pragma unroll
+            for (int i = 0; i < kRows / 2; ++i) {
+              if ((i / 4) * 8 + i % 2 < thread_rows) final_out[offset_of(c, i)] = __float2bfloat16(out[c][i]);
+            }
+          }
+        }
+        named_barrier_sync(kConsumerBarrier, kConsumers);
+      }
+      if (group == 0 && warp == 0 && lane < 4) {
+#pragma unroll
+        for (int i = 0; i < kColumnBlocks * 2; ++i) {
+          const int row = (i / 2) * 8 + lane * 2 + i % 2;
+          if (row >= rows) continue;
+          if (is_split) {
+            args.partial_sum[part * kRows + row] = make_float2(maximum[i], sum[i]);
+          } else if (args.lse) {
+            args.lse[out_row0 + row] = sum[i] > 0.0f ? (maximum[i] + log2f(sum[i])) * 0.6931471805599453f : -INFINITY;
+          }
+        }
+      }
+      if (is_split) {
+        if (thread == 0) split[splits] = piece;
+        ++splits;
+        __threadfence();
+        named_barrier_sync(kConsumerBarrier, kConsumers);
+        if (thread == 0) publish_part(args.arrivals + schedule.arrival_index(piece));
+      }
+    }
+
+    const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
+    for (int i = 0; i < splits; ++i) {
+      combine_parts<kLatent, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
+    }
   }
 }
 

@@ -83,244 +83,244 @@ __global__ void __launch_bounds__(384, 1)
       while (schedule.next(share, piece)) ring.feed(kv_map, args, piece, count);
     }
   } else {
-  registers_grow<240>();
+    registers_grow<240>();
 
-  const int thread = threadIdx.x - 128;
-  const int group = warp_uniform(thread / 128), in_group = thread % 128;
-  const int warp = in_group / 32, lane = in_group % 32;
-  const int group_barrier = 1 + group;
-  constexpr int kConsumerBarrier = 3, kTurn = 4, kConsumers = 256;  // kTurn + warpgroup: its turn at the tensor cores
-  const uint32_t query_address = smem_address(query) + (kSplitRows ? group * 64 * 128 : 0);
-  const int group_row0 = row0 + (kSplitRows ? group * 64 : 0);
-  const int thread_row = warp * 16 + lane / 4;  // and + 8; within the warpgroup's 64
+    const int thread = threadIdx.x - 128;
+    const int group = warp_uniform(thread / 128), in_group = thread % 128;
+    const int warp = in_group / 32, lane = in_group % 32;
+    const int group_barrier = 1 + group;
+    constexpr int kConsumerBarrier = 3, kTurn = 4, kConsumers = 256;  // kTurn + warpgroup: its turn at the tensor cores
+    const uint32_t query_address = smem_address(query) + (kSplitRows ? group * 64 * 128 : 0);
+    const int group_row0 = row0 + (kSplitRows ? group * 64 : 0);
+    const int thread_row = warp * 16 + lane / 4;  // and + 8; within the warpgroup's 64
 
-  int splits = 0;
-  int stage_count = 0;  // tiles of earlier pieces
-  if (kSplitRows && group == 1) named_barrier_arrive(kTurn, kConsumers);
+    int splits = 0;
+    int stage_count = 0;  // tiles of earlier pieces
+    if (kSplitRows && group == 1) named_barrier_arrive(kTurn, kConsumers);
 
-  while (schedule.next(share, piece)) {
-    uint32_t rope_query[4][4];
-    if constexpr (Shape::kRopeInRegisters) load_rope_query<kLatent>(args, piece, group_row0 + thread_row, rope_query);
-    load_query<kRows, kLatent, Shape::kQueryColumns, kConsumers>(args, row0, piece, query, thread);
-    fence_async_proxy();
-    named_barrier_sync(kConsumerBarrier, kConsumers);
+    while (schedule.next(share, piece)) {
+      uint32_t rope_query[4][4];
+      if constexpr (Shape::kRopeInRegisters) load_rope_query<kLatent>(args, piece, group_row0 + thread_row, rope_query);
+      load_query<kRows, kLatent, Shape::kQueryColumns, kConsumers>(args, row0, piece, query, thread);
+      fence_async_proxy();
+      named_barrier_sync(kConsumerBarrier, kConsumers);
 
-    float out[kLatent / 2];
+      float out[kLatent / 2];
 #pragma unroll
-    for (int i = 0; i < kLatent / 2; ++i) out[i] = 0.0f;
-    RowSoftmax softmax;
-    float logits[32];
-    uint32_t probs[4][4];
-    float factor[2];
+      for (int i = 0; i < kLatent / 2; ++i) out[i] = 0.0f;
+      RowSoftmax softmax;
+      float logits[32];
+      uint32_t probs[4][4];
+      float factor[2];
 
-    const int tiles = piece.tile_end - piece.tile_begin;
-    const int unmasked_tokens = schedule.limit(piece, group_row0);
-    const int limits[2] = {schedule.limit(piece, group_row0 + thread_row), schedule.limit(piece, group_row0 + thread_row + 8)};
+      const int tiles = piece.tile_end - piece.tile_begin;
+      const int unmasked_tokens = schedule.limit(piece, group_row0);
+      const int limits[2] = {schedule.limit(piece, group_row0 + thread_row), schedule.limit(piece, group_row0 + thread_row + 8)};
 
-    const auto stage_of = [&](int t) { return warp_uniform((stage_count + t) % Shape::kStages); };
-    const auto phase_of = [&](int t) { return (stage_count + t) / Shape::kStages & 1; };
-    const auto multiply_logits = [&](int t) {
-      const int slot = stage_of(t) * kChunks, phase = phase_of(t);
-      uint32_t query_low = descriptor_low(query_address);
-      asm volatile("" : "+r"(query_low));  // else 4 · kChunks descriptors are kept in registers across the loop
-      const uint32_t keys_low = descriptor_low(ring.chunk(slot));
+      const auto stage_of = [&](int t) { return warp_uniform((stage_count + t) % Shape::kStages); };
+      const auto phase_of = [&](int t) { return (stage_count + t) / Shape::kStages & 1; };
+      const auto multiply_logits = [&](int t) {
+        const int slot = stage_of(t) * kChunks, phase = phase_of(t);
+        uint32_t query_low = descriptor_low(query_address);
+        asm volatile("" : "+r"(query_low));  // else 4 · kChunks descriptors are kept in registers across the loop
+        const uint32_t keys_low = descriptor_low(ring.chunk(slot));
 #pragma unroll
-      for (int i = 0; i < 32; ++i) logits[i] = 0.0f;
-      wgmma_pin(logits);
+        for (int i = 0; i < 32; ++i) logits[i] = 0.0f;
+        wgmma_pin(logits);
 #pragma unroll
-      for (int position = 0; position < kChunks; ++position) {
-        const int column = position == 0 ? kChunks - 1 : position - 1;
-        ring.wait_full(slot + position, phase);
-        wgmma_fence();
+        for (int position = 0; position < kChunks; ++position) {
+          const int column = position == 0 ? kChunks - 1 : position - 1;
+          ring.wait_full(slot + position, phase);
+          wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const uint64_t keys = descriptor(keys_low + (position * kChunkBytes + k * 32) / 16);
-          if (Shape::kRopeInRegisters && position == 0) {
-            Wgmma<64>::template rs<0>(logits, rope_query[k], keys);
-          } else {
-            Wgmma<64>::template ss<0, 0>(logits, descriptor(query_low + (column * (kRows * 128) + k * 32) / 16), keys);
+          for (int k = 0; k < 4; ++k) {
+            const uint64_t keys = descriptor(keys_low + (position * kChunkBytes + k * 32) / 16);
+            if (Shape::kRopeInRegisters && position == 0) {
+              Wgmma<64>::template rs<0>(logits, rope_query[k], keys);
+            } else {
+              Wgmma<64>::template ss<0, 0>(logits, descriptor(query_low + (column * (kRows * 128) + k * 32) / 16), keys);
+            }
           }
         }
-      }
-      wgmma_commit();
-    };
-    const auto mask = [&](int t) {
-      const int token0 = (piece.tile_begin + t) * kTokenTile;
-      if (token0 + kTokenTile <= unmasked_tokens) return;
+        wgmma_commit();
+      };
+      const auto mask = [&](int t) {
+        const int token0 = (piece.tile_begin + t) * kTokenTile;
+        if (token0 + kTokenTile <= unmasked_tokens) return;
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        const int token = token0 + (i / 4) * 8 + (lane % 4) * 2 + i % 2;
-        if (token >= limits[i % 4 / 2]) logits[i] = -INFINITY;
-      }
-    };
-    const auto release = [&](int t) {
-      const int stage = stage_of(t);  // by the whole warp
-      if (lane < kChunks) ring.release(stage * kChunks + lane);
-    };
+        for (int i = 0; i < 32; ++i) {
+          const int token = token0 + (i / 4) * 8 + (lane % 4) * 2 + i % 2;
+          if (token >= limits[i % 4 / 2]) logits[i] = -INFINITY;
+        }
+      };
+      const auto release = [&](int t) {
+        const int stage = stage_of(t);  // by the whole warp
+        if (lane < kChunks) ring.release(stage * kChunks + lane);
+      };
 
-    // Tokens past the end of the sequence, in its last tile: 0 · garbage must not become NaN.
-    const auto clear_tail = [&](int t) {
-      const int valid = piece.kv_len - (piece.tile_begin + t) * kTokenTile;
-      if (valid >= kTokenTile) return;
-      // Split rows: both warpgroups read the tile, each clears a part of it.
-      constexpr int kClearing = kSplitRows ? kConsumers : 128;
-      const int stage = stage_of(t);
-      for (int c = 0; c < kChunks - 1; ++c) zero_chunk_tail<kClearing>(ring.chunk(stage * kChunks + 1 + c), valid, kSplitRows ? thread : in_group);
-      fence_async_proxy();
-      named_barrier_sync(kSplitRows ? kConsumerBarrier : group_barrier, kClearing);
-    };
-    const auto multiply = [&](int t) {
-      wgmma_pin(out);
-      wgmma_fence();
-      multiply_values<kLatent>(out, probs, ring.chunk(stage_of(t) * kChunks + 1));
-      wgmma_commit();
-    };
+      // Tokens past the end of the sequence, in its last tile: 0 · garbage must not become NaN.
+      const auto clear_tail = [&](int t) {
+        const int valid = piece.kv_len - (piece.tile_begin + t) * kTokenTile;
+        if (valid >= kTokenTile) return;
+        // Split rows: both warpgroups read the tile, each clears a part of it.
+        constexpr int kClearing = kSplitRows ? kConsumers : 128;
+        const int stage = stage_of(t);
+        for (int c = 0; c < kChunks - 1; ++c) zero_chunk_tail<kClearing>(ring.chunk(stage * kChunks + 1 + c), valid, kSplitRows ? thread : in_group);
+        fence_async_proxy();
+        named_barrier_sync(kSplitRows ? kConsumerBarrier : group_barrier, kClearing);
+      };
+      const auto multiply = [&](int t) {
+        wgmma_pin(out);
+        wgmma_fence();
+        multiply_values<kLatent>(out, probs, ring.chunk(stage_of(t) * kChunks + 1));
+        wgmma_commit();
+      };
 
-    if constexpr (kSplitRows) {
-      if (tiles > 0) {
-        multiply_logits(0);
-        wgmma_wait<0>();
-        wgmma_pin(logits);
-        mask(0);
-        softmax.update(logits, args.softmax_scale_log2, factor);
-        softmax.exponentiate(logits, args.softmax_scale_log2);
-        pack_fragment(logits, probs);
-        for (int t = 0; t + 1 < tiles; ++t) {
-          named_barrier_sync(kTurn + group, kConsumers);
-          multiply_logits(t + 1);
-          multiply(t);
-          named_barrier_arrive(kTurn + (group ^ 1), kConsumers);
-          wgmma_wait<1>();
+      if constexpr (kSplitRows) {
+        if (tiles > 0) {
+          multiply_logits(0);
+          wgmma_wait<0>();
           wgmma_pin(logits);
-          mask(t + 1);
-          const bool moved = softmax.update(logits, args.softmax_scale_log2, factor);
+          mask(0);
+          softmax.update(logits, args.softmax_scale_log2, factor);
           softmax.exponentiate(logits, args.softmax_scale_log2);
+          pack_fragment(logits, probs);
+          for (int t = 0; t + 1 < tiles; ++t) {
+            named_barrier_sync(kTurn + group, kConsumers);
+            multiply_logits(t + 1);
+            multiply(t);
+            named_barrier_arrive(kTurn + (group ^ 1), kConsumers);
+            wgmma_wait<1>();
+            wgmma_pin(logits);
+            mask(t + 1);
+            const bool moved = softmax.update(logits, args.softmax_scale_log2, factor);
+            softmax.exponentiate(logits, args.softmax_scale_log2);
+            wgmma_wait<0>();
+            wgmma_pin(out);
+            release(t);
+            if (moved) scale_rows(out, factor);
+            pack_fragment(logits, probs);
+          }
+          clear_tail(tiles - 1);
+          multiply(tiles - 1);
+          wgmma_wait<0>();
+          wgmma_pin(out);
+          release(tiles - 1);
+        }
+      } else {
+        // Memory-bound: a warpgroup holds one tile at a time and leaves the rest of the ring to loads in flight.
+        for (int t = group; t < tiles; t += 2) {
+          multiply_logits(t);
+          wgmma_wait<0>();
+          wgmma_pin(logits);
+          mask(t);
+          if (softmax.update(logits, args.softmax_scale_log2, factor)) scale_rows(out, factor);
+          softmax.exponentiate(logits, args.softmax_scale_log2);
+          pack_fragment(logits, probs);
+          clear_tail(t);
+          multiply(t);
           wgmma_wait<0>();
           wgmma_pin(out);
           release(t);
-          if (moved) scale_rows(out, factor);
-          pack_fragment(logits, probs);
         }
-        clear_tail(tiles - 1);
-        multiply(tiles - 1);
-        wgmma_wait<0>();
-        wgmma_pin(out);
-        release(tiles - 1);
       }
-    } else {
-      // Memory-bound: a warpgroup holds one tile at a time and leaves the rest of the ring to loads in flight.
-      for (int t = group; t < tiles; t += 2) {
-        multiply_logits(t);
-        wgmma_wait<0>();
-        wgmma_pin(logits);
-        mask(t);
-        if (softmax.update(logits, args.softmax_scale_log2, factor)) scale_rows(out, factor);
-        softmax.exponentiate(logits, args.softmax_scale_log2);
-        pack_fragment(logits, probs);
-        clear_tail(t);
-        multiply(t);
-        wgmma_wait<0>();
-        wgmma_pin(out);
-        release(t);
+      stage_count += tiles;
+
+      float sums[2] = {softmax.row_sum(0), softmax.row_sum(1)};
+      const bool is_split = piece.participants > 1;
+      const int part = schedule.partial_index(piece, piece.participant);
+      const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + group_row0;
+      const int rows = min(piece.rows - group_row0, 64);
+      const int part_row0 = kSplitRows ? group * 64 : 0;
+      const int thread_offset = thread_row * kLatent + (lane % 4) * 2;
+      float* partial = args.partial_out + (static_cast<int64_t>(part) * kRows + part_row0) * kLatent + thread_offset;
+      __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
+
+      // Values begin, begin + 1, … of the fragment; i, i + 1 are neighbours in a row. Final rows are scaled by `inverse`.
+      float inverse[2];
+      const auto write = [&](const float* values, int begin, int count) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (thread_row + h * 8 >= rows) continue;
+          const int offset = h * 8 * kLatent + begin / 4 * 8;
+          if (is_split) {
+#pragma unroll
+            for (int n = 0; n < count / 4; ++n) *reinterpret_cast<float2*>(partial + offset + n * 8) = make_float2(values[n * 4 + h * 2], values[n * 4 + h * 2 + 1]);
+          } else {
+#pragma unroll
+            for (int n = 0; n < count / 4; ++n) {
+              *reinterpret_cast<uint32_t*>(final_out + offset + n * 8) = pack_bf16(values[n * 4 + h * 2] * inverse[h], values[n * 4 + h * 2 + 1] * inverse[h]);
+            }
+          }
+        }
+      };
+      const auto invert = [&] {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) inverse[h] = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
+      };
+
+      if constexpr (kSplitRows) {
+        invert();
+        write(out, 0, kLatent / 2);
+      } else {
+        if (lane % 4 == 0) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) row_values[group * 64 + thread_row + h * 8] = make_float2(softmax.maximum[h], sums[h]);
+        }
+        named_barrier_sync(kConsumerBarrier, kConsumers);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float2 other = row_values[(group ^ 1) * 64 + thread_row + h * 8];
+          const float top = fmaxf(softmax.maximum[h], other.x);
+          const float reference = top == -INFINITY ? 0.0f : top;
+          factor[h] = exp2_approx(softmax.maximum[h] - reference);
+          // In this order in both warpgroups, for equal bits.
+          const float own = sums[h] * factor[h], others = other.y * exp2_approx(other.x - reference);
+          sums[h] = group == 0 ? own + others : others + own;
+          softmax.maximum[h] = top;
+        }
+        invert();
+        constexpr int kRound = 32;
+#pragma unroll
+        for (int round = 0; round < kLatent / 2 / kRound; ++round) {
+          if (group == (round & 1)) {
+#pragma unroll
+            for (int i = 0; i < kRound; ++i) exchange[i * 128 + in_group] = out[round * kRound + i] * factor[i % 4 / 2];
+          }
+          named_barrier_sync(kConsumerBarrier, kConsumers);
+          if (group != (round & 1)) {
+#pragma unroll
+            for (int i = 0; i < kRound; ++i) out[round * kRound + i] = fmaf(out[round * kRound + i], factor[i % 4 / 2], exchange[i * 128 + in_group]);
+            write(out + round * kRound, round * kRound, kRound);
+          }
+          named_barrier_sync(kConsumerBarrier, kConsumers);
+        }
       }
-    }
-    stage_count += tiles;
-
-    float sums[2] = {softmax.row_sum(0), softmax.row_sum(1)};
-    const bool is_split = piece.participants > 1;
-    const int part = schedule.partial_index(piece, piece.participant);
-    const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + group_row0;
-    const int rows = min(piece.rows - group_row0, 64);
-    const int part_row0 = kSplitRows ? group * 64 : 0;
-    const int thread_offset = thread_row * kLatent + (lane % 4) * 2;
-    float* partial = args.partial_out + (static_cast<int64_t>(part) * kRows + part_row0) * kLatent + thread_offset;
-    __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
-
-    // Values begin, begin + 1, … of the fragment; i, i + 1 are neighbours in a row. Final rows are scaled by `inverse`.
-    float inverse[2];
-    const auto write = [&](const float* values, int begin, int count) {
+      if ((kSplitRows || group == 0) && lane % 4 == 0) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (thread_row + h * 8 >= rows) continue;
-        const int offset = h * 8 * kLatent + begin / 4 * 8;
-        if (is_split) {
-#pragma unroll
-          for (int n = 0; n < count / 4; ++n) *reinterpret_cast<float2*>(partial + offset + n * 8) = make_float2(values[n * 4 + h * 2], values[n * 4 + h * 2 + 1]);
-        } else {
-#pragma unroll
-          for (int n = 0; n < count / 4; ++n) {
-            *reinterpret_cast<uint32_t*>(final_out + offset + n * 8) = pack_bf16(values[n * 4 + h * 2] * inverse[h], values[n * 4 + h * 2 + 1] * inverse[h]);
+        for (int h = 0; h < 2; ++h) {
+          const int row = thread_row + h * 8;
+          if (row >= rows) continue;
+          if (is_split) {
+            args.partial_sum[part * kRows + part_row0 + row] = make_float2(softmax.maximum[h], sums[h]);
+          } else if (args.lse) {
+            args.lse[out_row0 + row] = sums[h] > 0.0f ? (softmax.maximum[h] + log2f(sums[h])) * 0.6931471805599453f : -INFINITY;
           }
         }
       }
-    };
-    const auto invert = [&] {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) inverse[h] = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
-    };
+      if (is_split) {
+        if (thread == 0) split[splits] = piece;
+        ++splits;
+        __threadfence();
+      }
+      named_barrier_sync(kConsumerBarrier, kConsumers);  // also: nobody reads this query any more
+      if (is_split && thread == 0) publish_part(args.arrivals + schedule.arrival_index(piece));
+    }
 
-    if constexpr (kSplitRows) {
-      invert();
-      write(out, 0, kLatent / 2);
-    } else {
-      if (lane % 4 == 0) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) row_values[group * 64 + thread_row + h * 8] = make_float2(softmax.maximum[h], sums[h]);
-      }
-      named_barrier_sync(kConsumerBarrier, kConsumers);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float2 other = row_values[(group ^ 1) * 64 + thread_row + h * 8];
-        const float top = fmaxf(softmax.maximum[h], other.x);
-        const float reference = top == -INFINITY ? 0.0f : top;
-        factor[h] = exp2_approx(softmax.maximum[h] - reference);
-        // In this order in both warpgroups, for equal bits.
-        const float own = sums[h] * factor[h], others = other.y * exp2_approx(other.x - reference);
-        sums[h] = group == 0 ? own + others : others + own;
-        softmax.maximum[h] = top;
-      }
-      invert();
-      constexpr int kRound = 32;
-#pragma unroll
-      for (int round = 0; round < kLatent / 2 / kRound; ++round) {
-        if (group == (round & 1)) {
-#pragma unroll
-          for (int i = 0; i < kRound; ++i) exchange[i * 128 + in_group] = out[round * kRound + i] * factor[i % 4 / 2];
-        }
-        named_barrier_sync(kConsumerBarrier, kConsumers);
-        if (group != (round & 1)) {
-#pragma unroll
-          for (int i = 0; i < kRound; ++i) out[round * kRound + i] = fmaf(out[round * kRound + i], factor[i % 4 / 2], exchange[i * 128 + in_group]);
-          write(out + round * kRound, round * kRound, kRound);
-        }
-        named_barrier_sync(kConsumerBarrier, kConsumers);
-      }
+    const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
+    for (int i = 0; i < splits; ++i) {
+      combine_parts<kLatent, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
     }
-    if ((kSplitRows || group == 0) && lane % 4 == 0) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = thread_row + h * 8;
-        if (row >= rows) continue;
-        if (is_split) {
-          args.partial_sum[part * kRows + part_row0 + row] = make_float2(softmax.maximum[h], sums[h]);
-        } else if (args.lse) {
-          args.lse[out_row0 + row] = sums[h] > 0.0f ? (softmax.maximum[h] + log2f(sums[h])) * 0.6931471805599453f : -INFINITY;
-        }
-      }
-    }
-    if (is_split) {
-      if (thread == 0) split[splits] = piece;
-      ++splits;
-      __threadfence();
-    }
-    named_barrier_sync(kConsumerBarrier, kConsumers);  // also: nobody reads this query any more
-    if (is_split && thread == 0) publish_part(args.arrivals + schedule.arrival_index(piece));
-  }
-
-  const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
-  for (int i = 0; i < splits; ++i) {
-    combine_parts<kLatent, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
-  }
   }
 }
 
