@@ -18,6 +18,7 @@ void export_engine(Napi::Env env, Napi::Object exports);
 void export_sampler(Napi::Env env, Napi::Object exports);
 void export_reparam(Napi::Env env, Napi::Object exports);
 void export_attention(Napi::Env env, Napi::Object exports);
+void export_machine(Napi::Env env, Napi::Object exports);
 
 // Turns a tpla::Error (or any exception) into a JavaScript Error whose `code` is of src/errors.ts.
 Napi::Error to_js_error(Napi::Env env, const std::exception& error);

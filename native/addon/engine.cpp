@@ -144,6 +144,12 @@ class EngineHandle : public Napi::ObjectWrap<EngineHandle> {
       options.exact_softmax = !exact.IsUndefined() && to_bool(exact, "options.exactSoftmax");
       const Napi::Value isa = object.Get("isa");
       if (!isa.IsUndefined()) options.isa = to_text(isa, "options.isa");
+      const Napi::Value activations = object.Get("activations");
+      if (!activations.IsUndefined()) {
+        const std::string name = to_text(activations, "options.activations");
+        if (name != "f32" && name != "bf16x2" && name != "bf16") refuse("options.activations", "f32, bf16x2 or bf16, got \"" + name + "\"");
+        options.activation_parts = name == "f32" ? 3 : name == "bf16x2" ? 2 : 1;
+      }
       engine_ = std::make_unique<Engine>(std::move(options));
     });
   }

@@ -22,6 +22,7 @@ static Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_sampler(env, exports);
   export_reparam(env, exports);
   export_attention(env, exports);
+  export_machine(env, exports);
   return exports;
 }
 

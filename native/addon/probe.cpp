@@ -2,6 +2,7 @@
 #include "core/cuda_driver.h"
 #include "core/probe_cpu.h"
 #include "core/probe_libraries.h"
+#include "cpu/blas.h"
 
 namespace tpla::addon {
 
@@ -25,7 +26,7 @@ Napi::Object cpu_object(Napi::Env env) {
   cpu.Set("cores", probe.cores);
   cpu.Set("features", array_of(env, probe.features, [&](const std::string& name) { return Napi::String::New(env, name); }));
   cpu.Set("kernel", probe.kernels);
-  cpu.Set("blas", env.Null());
+  cpu.Set("blas", text_or_null(env, cpu::blas_name() ? cpu::blas_name() : ""));
   return cpu;
 }
 

@@ -51,9 +51,9 @@ class Engine::Ranks {
   Ranks(const Model& model, const KvRegion& kv, const EngineOptions& options) : group_(kv.layout.ranks) {
     const int count = kv.layout.ranks;
     const int threads = options.threads > 0 ? options.threads : cpu::usable_cores();
-    const cpu::Kernels& kernels = cpu::select_kernels(options.isa.c_str());
+    const cpu::InstructionSet& isa = cpu::select_instruction_set(options.isa.c_str());
     for (int rank = 0; rank < count; ++rank) {
-      backends_.push_back(std::make_unique<cpu::CpuBackend>(kernels, std::max(1, share_of(threads, rank, count).size())));
+      backends_.push_back(std::make_unique<cpu::CpuBackend>(isa, std::max(1, share_of(threads, rank, count).size()), options.activation_parts));
       decode_.push_back(std::make_unique<DecodeRank>(model, kv, *backends_.back(), group_.communicator(rank), options.exact_softmax));
     }
     if (kv.layout.form == KvForm::mla && count == 1) prefill_ = std::make_unique<Prefill>(model, kv, *backends_[0]);

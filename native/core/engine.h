@@ -23,6 +23,7 @@ struct EngineOptions {
   int threads = 0;  // over all ranks; 0: as many as the process may use
   bool exact_softmax = false;
   std::string isa;  // empty: the best this CPU runs
+  int activation_parts = 3;  // 1 to 3, see cpu/bf16_tiles.h
 };
 
 // A model on its KV arena, computing on threads of its own. Calls queue and run one after another; `done` is called on the engine's

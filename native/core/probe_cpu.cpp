@@ -19,7 +19,7 @@ const char* const kKnownFeatures[] = {"sse4_2", "pclmulqdq", "avx", "avx2", "fma
 CpuProbe probe_cpu() {
   CpuProbe probe;
   probe.cores = cpu::usable_cores();
-  probe.kernels = cpu::select_kernels(nullptr).name;
+  probe.kernels = cpu::select_instruction_set(nullptr).name;
   std::ifstream cpuinfo("/proc/cpuinfo");
   for (std::string line; std::getline(cpuinfo, line);) {
     const auto colon = line.find(':');

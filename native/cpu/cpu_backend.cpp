@@ -50,7 +50,13 @@ float* Buffer::reserve(size_t count) {
   return data_;
 }
 
-CpuBackend::CpuBackend(const Kernels& kernels, int threads) : kernels_(kernels), team_(threads), scratch_(threads) {}
+CpuBackend::CpuBackend(const InstructionSet& isa, int threads, int activation_parts)
+    : kernels_(*isa.kernels),
+      tiles_(activation_parts == 1 || isa.tiles_for_fp32 ? isa.tiles : nullptr),
+      x_parts_(activation_parts),
+      blas_(isa.blas),
+      team_(threads),
+      scratch_(size_t(threads)) {}
 
 float* CpuBackend::allocate(size_t count) {
   // Kernels may read up to one panel past what they compute with.
@@ -91,18 +97,7 @@ void CpuBackend::download(const float* from, int64_t ld, int64_t rows, int64_t c
 
 void CpuBackend::embed(const WeightView& table, std::span<const int32_t> tokens, float* out) {
   team_.run_ranges(int64_t(tokens.size()), rows_per_range(int64_t(tokens.size()), table.cols), [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      const std::byte* row = table.data + size_t(tokens[size_t(i)]) * size_t(table.ld) * dtype_bytes(table.dtype);
-      if (!table.scale) {
-        kernels_.widen(table.dtype, row, table.cols, 1.0f, out + i * table.cols);
-        continue;
-      }
-      const float* scales = table.scale + tokens[size_t(i)] / table.block_rows * table.scale_ld;
-      for (int64_t col = 0; col < table.cols; col += table.block_cols) {
-        const int64_t count = std::min<int64_t>(table.block_cols, table.cols - col);
-        kernels_.widen(table.dtype, row + col, count, scales[col / table.block_cols], out + i * table.cols + col);
-      }
-    }
+    for (int64_t i = begin; i < end; ++i) widen_weights(table, tokens[size_t(i)], 0, table.cols, out + i * table.cols);
   });
 }
 

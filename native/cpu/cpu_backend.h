@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "cpu/bf16_tiles.h"
 #include "cpu/kernels.h"
 #include "cpu/thread_team.h"
 
@@ -28,7 +29,8 @@ class Buffer {
 // Backend over a team of threads; every call is finished when it returns.
 class CpuBackend : public Backend {
  public:
-  CpuBackend(const Kernels& kernels, int threads);
+  // `activation_parts`: what bf16 hardware sees of the activations (bf16_tiles.h): 3 is fp32, 1 rounds them to bf16.
+  CpuBackend(const InstructionSet& isa, int threads, int activation_parts);
 
   float* allocate(size_t count) override;
   void upload(const float* host, int64_t count, float* to) override;
@@ -66,10 +68,19 @@ class CpuBackend : public Backend {
     const Linear* linear;
     int64_t out_begin, out_end;
     int64_t row_begin, row_end;
+    const uint16_t* x_tiles;  // of the whole x; null where fp32 arithmetic is used
   };
-  void plan_linear(const Linear& linear, std::vector<LinearTask>& tasks) const;
+  bool fits_tiles(const Linear& linear) const;
+  // Brings the x of every product that runs on tiles into tiles, each once; one pointer per product.
+  std::vector<const uint16_t*> tile_inputs(std::span<const Linear> batch);
+  void plan_linear(const Linear& linear, const uint16_t* x_tiles, std::vector<LinearTask>& tasks) const;
   void run_few_rows(const LinearTask& task) const;
   void run_packed(const LinearTask& task, int thread);
+  void run_tiles(const LinearTask& task, int thread);
+  void run_blas(const LinearTask& task, int thread);
+  // Columns [col, col + count) of one row of W in fp32.
+  void widen_weights(const WeightView& w, int64_t row, int64_t col, int64_t count, float* out) const;
+  int w_parts(const WeightView& w) const { return exact_parts(w.dtype) < x_parts_ ? exact_parts(w.dtype) : x_parts_; }
 
   void latent_attention_task(const LatentAttention& attention, int64_t sequence, int head0, int head1, int64_t token0, int64_t token1, float* out,
                              int64_t ldo, float* max, float* sum, int thread);
@@ -86,9 +97,13 @@ class CpuBackend : public Backend {
   int64_t panels(int64_t columns) const { return (columns + kernels_.panel - 1) / kernels_.panel; }
 
   const Kernels& kernels_;
+  const TileKernels* const tiles_;
+  const int x_parts_;
+  const bool blas_;
   ThreadTeam team_;
   std::vector<Buffer> scratch_;  // per thread
   std::vector<LinearTask> linear_tasks_;
+  Buffer x_tiles_;
 
   // A stack over blocks: allocation goes on in the next block when one is full.
   std::vector<Buffer> blocks_;

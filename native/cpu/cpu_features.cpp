@@ -7,10 +7,15 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
 
 #include "core/error.h"
+#include "cpu/bf16_tiles.h"
+#include "cpu/blas.h"
 #include "cpu/kernels.h"
 
 namespace tpla::cpu {
@@ -75,33 +80,41 @@ std::vector<std::string> feature_names() {
 int usable_cores() {
   cpu_set_t set;
   CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
-  const int cores = CPU_COUNT(&set);
-  return cores > 0 ? cores : 1;
+  int cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+  // A container's quota in cores, rounded up: more threads than that would be throttled.
+  std::ifstream quota("/sys/fs/cgroup/cpu.max");
+  double allowed = 0;
+  double period = 0;
+  if (quota >> allowed >> period && period > 0) cores = std::min(cores, int(std::ceil(allowed / period)));
+  return std::max(cores, 1);
 }
 
-const Kernels& select_kernels(const char* forced) {
-  const CpuFeatures& f = cpu_features();
-#if defined(__x86_64__)
+const InstructionSet& select_instruction_set(const char* name) {
   struct Choice {
-    const Kernels& (*kernels)();
-    const char* name;
-    bool usable;
+    InstructionSet set;
+    bool (*usable)();
   };
-  const Choice choices[] = {{avx512_kernels, "avx512", f.avx512}, {avx2_kernels, "avx2", f.avx2}, {portable_kernels, "portable", true}};
-  for (const Choice& choice : choices) {
-    if (forced != nullptr && *forced != '\0' ? std::strcmp(forced, choice.name) != 0 : !choice.usable) continue;
-    if (!choice.usable) throw Error("CONFIG_INVALID", std::string("TPLA_CPU_ISA=") + forced + " names an instruction set that this CPU does not have");
-    return choice.kernels();
-  }
-  throw Error("CONFIG_INVALID", std::string("TPLA_CPU_ISA=") + forced + " is unknown; it takes portable, avx2 or avx512");
-#else
-  (void)f;
-  if (forced != nullptr && *forced != '\0' && std::strcmp(forced, "portable") != 0) {
-    throw Error("CONFIG_INVALID", std::string("TPLA_CPU_ISA=") + forced + " does not exist on this architecture; it takes portable");
-  }
-  return portable_kernels();
+  // Best first.
+  static const Choice choices[] = {
+#if defined(__x86_64__)
+      {{"amx", &avx512_kernels(), &amx_tiles(), true, false}, [] { return cpu_features().amx_bf16; }},
+      {{"avx512_bf16", &avx512_kernels(), &avx512bf16_tiles(), false, false}, [] { return cpu_features().avx512_bf16; }},
+      {{"avx512", &avx512_kernels(), nullptr, false, false}, [] { return cpu_features().avx512; }},
+      {{"avx2", &avx2_kernels(), nullptr, false, false}, [] { return cpu_features().avx2; }},
 #endif
+      {{"blas", &portable_kernels(), nullptr, false, true}, blas_usable},
+      {{"portable", &portable_kernels(), nullptr, false, false}, [] { return true; }},
+  };
+  const bool any = name == nullptr || *name == '\0';
+  std::string usable;
+  for (const Choice& choice : choices) {
+    if (!any && std::strcmp(name, choice.set.name) != 0) continue;
+    if (choice.usable()) return choice.set;
+  }
+  for (const Choice& choice : choices) {
+    if (choice.usable()) usable += (usable.empty() ? "" : ", ") + std::string(choice.set.name);
+  }
+  throw Error("CONFIG_INVALID", std::string("instruction set \"") + name + "\" is unknown or beyond this CPU, which has " + usable);
 }
 
 }  // namespace tpla::cpu

@@ -17,7 +17,7 @@ const CpuFeatures& cpu_features();
 // Names as /proc/cpuinfo spells them, of those above that are present.
 std::vector<std::string> feature_names();
 
-// Cores this process may use (its affinity mask), at least 1.
+// Cores this process may use (affinity mask and container quota), at least 1.
 int usable_cores();
 
 }  // namespace tpla::cpu

@@ -50,6 +50,10 @@ struct Kernels {
   // y += a * x
   void (*axpy)(float a, const float* x, int64_t count, float* y);
   void (*scale)(float* x, float factor, int64_t count);
+
+  // For measuring the machine: nothing but fused multiply-adds, returning how many operations (2 each) were made, and a pass over memory.
+  int64_t (*multiply_add_loop)(int64_t rounds);
+  float (*sum)(const float* x, int64_t count);
 };
 
 const Kernels& portable_kernels();
@@ -58,8 +62,23 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 #endif
 
-// The best this CPU runs, or the one named by `TPLA_CPU_ISA` (portable, avx2, avx512). Throws CONFIG_INVALID for a name that is unknown
+struct TileKernels;
+
+// Everything chosen at run time for one processor.
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;
+  // Products on bf16 hardware (bf16_tiles.h), or null.
+  const TileKernels* tiles;
+  // Whether the tiles beat fp32 arithmetic even when activations go through them in several parts.
+  bool tiles_for_fp32;
+  // Whether larger products go to the BLAS that was found when this was built.
+  bool blas;
+};
+
+// The best this CPU runs, or the one named: portable, blas, avx2, avx512, avx512_bf16 or amx. Throws CONFIG_INVALID for a name that is unknown
 // or beyond this CPU.
-const Kernels& select_kernels(const char* forced);
+const InstructionSet& select_instruction_set(const char* name);
+inline const Kernels& select_kernels(const char* name) { return *select_instruction_set(name).kernels; }
 
 }  // namespace tpla::cpu

@@ -442,8 +442,31 @@ void scale(float* x, float factor, int64_t count) {
   for (; i < count; ++i) x[i] *= factor;
 }
 
+int64_t multiply_add_loop(int64_t rounds) {
+  // Enough independent chains for two units of latency four; few enough for the compiler to keep them in registers.
+  constexpr int kChains = 12;
+  V acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = Simd::set1(float(i));
+  const V factor = Simd::set1(0.5f);
+  for (int64_t r = 0; r < rounds; ++r) {
+    for (int i = 0; i < kChains; ++i) acc[i] = Simd::fma(acc[i], factor, factor);
+  }
+  V total = Simd::zero();
+  for (int i = 0; i < kChains; ++i) total = Simd::add(total, acc[i]);
+  return Simd::reduce_add(total) != 0 ? rounds * kChains * kWidth * 2 : 0;
+}
+
+float sum(const float* x, int64_t count) {
+  V acc[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+    for (int v = 0; v < 4; ++v) acc[v] = Simd::add(acc[v], Simd::load(x + i + v * kWidth));
+  }
+  return Simd::reduce_add(Simd::add(Simd::add(acc[0], acc[1]), Simd::add(acc[2], acc[3])));
+}
+
 constexpr Kernels kKernels = {
-    Simd::name, kPanel, gemm, pack_transposed, pack, dot_rows, dot_cols, widen, softmax_columns, rms_norm, silu_mul, add, axpy, scale,
+    Simd::name, kPanel, gemm, pack_transposed, pack, dot_rows, dot_cols, widen, softmax_columns, rms_norm, silu_mul, add, axpy, scale, multiply_add_loop, sum,
 };
 
 }  // namespace

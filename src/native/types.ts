@@ -24,6 +24,18 @@ export interface ProbeResult {
   libraries: { name: string; path: string | null; detail: string }[];
 }
 
+/** What the processor and its memory give when nothing else limits them. */
+export interface CpuRates {
+  isa: string;
+  threads: number;
+  fp32FlopsPerSecond: number;
+  /** 0 without bf16 hardware. */
+  bf16FlopsPerSecond: number;
+  readBytesPerSecond: number;
+  /** Read and written. */
+  copyBytesPerSecond: number;
+}
+
 // ---------------------------------------------------------------- weights
 
 export interface TensorEntry {
@@ -100,8 +112,14 @@ export interface EngineOptions {
   threads: number;
   /** Test only: gather the ranks' logits before the softmax so that tpla equals mla. */
   exactSoftmax?: boolean;
-  /** Instruction set of the CPU kernels: portable, avx2 or avx512; the best this CPU has when left out. */
+  /** Instruction set of the CPU kernels: portable, blas, avx2, avx512, avx512_bf16 or amx; the best this CPU has when left out. */
   isa?: string;
+  /**
+   * What matrix products of larger batches see of the activations where they run on bf16 hardware: f32 (default) equals fp32
+   * arithmetic, bf16x2 keeps 16 bits of the mantissa, bf16 rounds to 8 bits as GPUs do. Fewer bits are faster on AMX; AVX-512 BF16 is
+   * used for bf16 only; without such hardware everything is fp32.
+   */
+  activations?: 'f32' | 'bf16x2' | 'bf16';
 }
 
 export interface PrefillItem {
@@ -280,6 +298,8 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   version: string;
   /** Everything `tpla doctor` wants to know; starts the CUDA driver where there is one. */
   probe(): ProbeResult;
+  /** Measures this machine for about a second, on the calling thread too; `isa` as in EngineOptions. */
+  measureCpu(threads: number, isa?: string): CpuRates;
   /** Sends a state such as `READY=1` to systemd; `socket` is the value of NOTIFY_SOCKET. */
   notifyServiceManager(socket: string, state: string): void;
   Weights: new (files: string[], tensors: TensorEntry[]) => Weights;

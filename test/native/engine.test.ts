@@ -143,7 +143,7 @@ test('every instruction set gives the same logits, in prefill and in decode', as
   const model = reference(loaded);
   const expected = [...tokens].map((token) => model.step(token));
   let tried = 0;
-  for (const isa of ['portable', 'avx2', 'avx512']) {
+  for (const isa of ['portable', 'blas', 'avx2', 'avx512', 'avx512_bf16', 'amx']) {
     const arena = arenaFor(loaded.spec);
     let engine: Engine;
     try {
@@ -163,6 +163,28 @@ test('every instruction set gives the same logits, in prefill and in decode', as
   }
   assert.ok(tried >= 1);
   assert.is(await codeOf(() => new native.Engine({ spec: loaded.spec, weights: loaded.weights, arena: arenaFor(loaded.spec), threads: 1, isa: 'sse9' })), 'CONFIG_INVALID');
+});
+
+test('bf16 activations stay close, on every kind of bf16 hardware', async () => {
+  // Dense: a rounding difference must not choose another expert.
+  const loaded = load({ config: { ...TINY_V3, n_routed_experts: null, hidden_size: 200 }, dtype: 'F32' });
+  const tokens = prompt(70, 320);
+  const model = reference(loaded);
+  const expected = [...tokens].map((token) => model.step(token));
+  const cases: [string, 'bf16' | 'bf16x2', number, number][] = [
+    ['avx2', 'bf16', 0, 2e-5],
+    ['avx512_bf16', 'bf16', 1e-4, 3e-2],
+    ['amx', 'bf16', 1e-4, 3e-2],
+    ['amx', 'bf16x2', 0, 1e-4],
+  ];
+  for (const [isa, activations, least, most] of cases) {
+    const options: EngineOptions = { spec: loaded.spec, weights: loaded.weights, arena: arenaFor(loaded.spec), threads: 2, isa, activations };
+    if ((await codeOf(() => new native.Engine(options).close())) === 'CONFIG_INVALID') continue;
+    const rows = await withEngine(loaded, options.arena, options, (engine) => prefillAll(engine, tokens, scattered(5)));
+    const worst = Math.max(...rows.map((row, i) => distance(row, expected[i]!)));
+    assert.ok(worst >= least && worst < most, `${isa} ${activations}: ${worst}`);
+  }
+  assert.is(await codeOf(() => new native.Engine({ spec: loaded.spec, weights: loaded.weights, arena: arenaFor(loaded.spec), threads: 1, activations: 'fp8' as 'bf16' })), 'REQUEST_INVALID');
 });
 
 test('chunks, batches and threads change nothing', async () => {
