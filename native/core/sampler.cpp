@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/error.h"
+#include "cpu/kernels.h"
 
 namespace tpla {
 
@@ -41,10 +42,9 @@ int32_t argmax(std::span<const float> logits) {
   return best;
 }
 
-double log_sum_exp(std::span<const float> logits, float top) {
-  double sum = 0;
-  for (const float logit : logits) sum += std::exp(logit - top);
-  return top + std::log(sum);
+const cpu::Kernels& kernels() {
+  static const cpu::Kernels& chosen = cpu::select_kernels(nullptr);
+  return chosen;
 }
 
 }  // namespace
@@ -85,7 +85,9 @@ SampledToken Sampler::sample(std::span<const float> logits, uint64_t step) {
   sampled.token = params_.temperature == 0 ? argmax(effective) : draw(effective, uniform_of(params_.seed, step));
   sampled.logprob = std::numeric_limits<float>::quiet_NaN();
   if (params_.logprobs < 0) return sampled;
-  const double normaliser = log_sum_exp(logits, logits[size_t(argmax(logits))]);
+  const float top = logits[size_t(argmax(logits))];
+  weights_.resize(logits.size());
+  const double normaliser = top + std::log(kernels().exp_shifted(logits.data(), int64_t(logits.size()), top, 1.0f, weights_.data()));
   sampled.logprob = float(double(logits[size_t(sampled.token)]) - normaliser);
   const size_t count = std::min(size_t(params_.logprobs), logits.size());
   candidates_.resize(logits.size());
@@ -112,56 +114,66 @@ void Sampler::adjust(std::span<float> logits) const {
   }
 }
 
-// Inverse of the cumulative distribution over what the filters leave, most probable first.
+// Number of leading candidates, most probable first, that it takes to reach `target`; they are moved to the front, in any order. Linear in
+// their number, since each round halves what is still undecided.
+template <typename MoreProbable>
+size_t nucleus(std::vector<int32_t>& candidates, const std::vector<float>& weights, double target, MoreProbable more_probable) {
+  size_t begin = 0;
+  size_t end = candidates.size();
+  double mass = 0;
+  while (end - begin > 1) {
+    const size_t middle = (begin + end) / 2;
+    std::nth_element(candidates.begin() + long(begin), candidates.begin() + long(middle), candidates.begin() + long(end), more_probable);
+    double front = 0;
+    for (size_t i = begin; i < middle; ++i) front += weights[size_t(candidates[i])];
+    if (mass + front >= target) {
+      end = middle;
+    } else {
+      mass += front;
+      begin = middle;
+    }
+  }
+  return end;
+}
+
+// Inverse of the cumulative distribution, in the order of the vocabulary, over what the filters leave.
 int32_t Sampler::draw(std::span<const float> logits, float uniform) {
   const int32_t best = argmax(logits);
-  const float top = logits[size_t(best)];
-  const float inverse_temperature = 1.0f / params_.temperature;
   // Weights relative to the most probable token's 1.
   weights_.resize(logits.size());
-  double total = 0;
-  for (size_t i = 0; i < logits.size(); ++i) {
-    // Also 0 for NaN and -inf; (inf - inf) cannot arise, since `top` is the largest.
-    const float weight = std::exp((logits[i] - top) * inverse_temperature);
-    weights_[i] = weight > 0 && logits[i] <= top ? weight : 0;
-    total += weights_[i];
-  }
-  if (params_.top_k == 0 && params_.top_p >= 1) {
-    double mass = 0;
-    for (const float w : weights_) mass += w >= params_.min_p ? w : 0;
-    double rest = uniform * mass;
-    for (size_t i = 0; i < weights_.size(); ++i) {
-      if (weights_[i] < params_.min_p || weights_[i] == 0) continue;
-      rest -= weights_[i];
-      if (rest < 0) return int32_t(i);
-    }
-    return best;
-  }
-  // Tokens this improbable weigh less than 1 - top_p all together, so none of them can be among the kept.
-  float threshold = params_.min_p;
-  if (params_.top_k == 0) threshold = std::max(threshold, float((1.0 - params_.top_p) * total / double(logits.size()) * 0.999));
-  candidates_.clear();
-  for (size_t i = 0; i < weights_.size(); ++i) {
-    if (weights_[i] >= threshold && weights_[i] > 0) candidates_.push_back(int32_t(i));
-  }
+  const double total = kernels().exp_shifted(logits.data(), int64_t(logits.size()), logits[size_t(best)], 1.0f / params_.temperature, weights_.data());
   const auto more_probable = [&](int32_t a, int32_t b) { return weights_[size_t(a)] != weights_[size_t(b)] ? weights_[size_t(a)] > weights_[size_t(b)] : a < b; };
-  const size_t limit = params_.top_k > 0 ? std::min(size_t(params_.top_k), candidates_.size()) : candidates_.size();
-  std::partial_sort(candidates_.begin(), candidates_.begin() + long(limit), candidates_.end(), more_probable);
-  candidates_.resize(limit);
-  double mass = 0;
-  // Top-p counts within what min-p and top-k have left; with top-k off the pruned tail still counts.
-  if (params_.top_k > 0 || params_.min_p > 0) {
-    for (const int32_t token : candidates_) mass += weights_[size_t(token)];
-  } else {
-    mass = total;
+  int32_t last = -1;  // least probable token kept; -1: all
+  if (params_.top_k > 0 || params_.top_p < 1) {
+    // Tokens this improbable weigh less than 1 - top_p all together, so none of them can be among the kept.
+    float threshold = params_.min_p;
+    if (params_.top_k == 0) threshold = std::max(threshold, float((1.0 - params_.top_p) * total / double(logits.size()) * 0.999));
+    candidates_.clear();
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      if (weights_[i] >= threshold && weights_[i] > 0) candidates_.push_back(int32_t(i));
+    }
+    if (params_.top_k > 0 && size_t(params_.top_k) < candidates_.size()) {
+      // A heap of a few is quicker than partitioning everything.
+      std::partial_sort(candidates_.begin(), candidates_.begin() + params_.top_k, candidates_.end(), more_probable);
+      candidates_.resize(size_t(params_.top_k));
+    }
+    // Top-p counts within what min-p and top-k have left; without them the pruned tail still counts.
+    double mass = total;
+    if (params_.top_k > 0 || params_.min_p > 0) {
+      mass = 0;
+      for (const int32_t token : candidates_) mass += weights_[size_t(token)];
+    }
+    if (params_.top_p < 1) candidates_.resize(nucleus(candidates_, weights_, double(params_.top_p) * mass, more_probable));
+    last = *std::max_element(candidates_.begin(), candidates_.end(), more_probable);
   }
-  size_t kept = 0;
-  double kept_mass = 0;
-  while (kept < candidates_.size() && (kept == 0 || kept_mass < double(params_.top_p) * mass)) kept_mass += weights_[size_t(candidates_[kept++])];
-  double rest = uniform * kept_mass;
-  for (size_t i = 0; i < kept; ++i) {
-    rest -= weights_[size_t(candidates_[i])];
-    if (rest < 0) return candidates_[i];
+  const auto kept = [&](size_t i) { return weights_[i] > 0 && weights_[i] >= params_.min_p && (last < 0 || !more_probable(last, int32_t(i))); };
+  double mass = 0;
+  for (size_t i = 0; i < weights_.size(); ++i) mass += kept(i) ? weights_[i] : 0;
+  double rest = uniform * mass;
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    if (!kept(i)) continue;
+    rest -= weights_[i];
+    if (rest < 0) return int32_t(i);
   }
   return best;
 }

@@ -44,6 +44,8 @@ struct Kernels {
   // correction[j] is what earlier weighted sums of column j must be multiplied by. `cols` is rounded up to whole vectors.
   void (*softmax_columns)(float* s, int64_t keys, int64_t cols, int64_t ld, float scale, float* max, float* sum, float* correction);
 
+  // out[i] = e^((x[i] - shift) * factor), 0 far below; returns the sum.
+  double (*exp_shifted)(const float* x, int64_t count, float shift, float factor, float* out);
   void (*rms_norm)(const float* x, const float* gamma, int64_t count, float eps, float* out);
   void (*silu_mul)(const float* gate, const float* up, int64_t count, float* out);
   void (*add)(float* x, const float* y, int64_t count);

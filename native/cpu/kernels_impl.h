@@ -396,6 +396,26 @@ void softmax_columns(float* s, int64_t keys, int64_t cols, int64_t ld, float sca
   }
 }
 
+double exp_shifted(const float* x, int64_t count, float shift, float factor, float* out) {
+  constexpr int64_t kBlock = 1024;
+  const V s = Simd::set1(shift);
+  const V f = Simd::set1(factor);
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = smaller(count, begin + kBlock);
+    V acc = Simd::zero();
+    int64_t i = begin;
+    for (; i + kWidth <= end; i += kWidth) {
+      const V e = exp_vector(Simd::mul(Simd::sub(Simd::load(x + i), s), f));
+      Simd::store(out + i, e);
+      acc = Simd::add(acc, e);
+    }
+    for (; i < end; ++i) total += out[i] = exp_scalar((x[i] - shift) * factor);
+    total += Simd::reduce_add(acc);
+  }
+  return total;
+}
+
 void rms_norm(const float* x, const float* gamma, int64_t count, float eps, float* out) {
   V acc = Simd::zero();
   int64_t i = 0;
@@ -466,7 +486,7 @@ float sum(const float* x, int64_t count) {
 }
 
 constexpr Kernels kKernels = {
-    Simd::name, kPanel, gemm, pack_transposed, pack, dot_rows, dot_cols, widen, softmax_columns, rms_norm, silu_mul, add, axpy, scale, multiply_add_loop, sum,
+    Simd::name, kPanel, gemm, pack_transposed, pack, dot_rows, dot_cols, widen, softmax_columns, exp_shifted, rms_norm, silu_mul, add, axpy, scale, multiply_add_loop, sum,
 };
 
 }  // namespace
