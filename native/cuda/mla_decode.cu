@@ -116,7 +116,6 @@ void mla_decode(const MlaDecode& call, Stream stream) {
   args.page_size = call.page_size;
   args.box_tokens = std::gcd(call.page_size, kTokenTile);
   args.num_pages = call.num_pages;
-  args.row_bytes = static_cast<int>(row_bytes);
   args.page_stride = call.page_stride ? call.page_stride : call.page_size * row_bytes;
   args.block_table_stride = call.block_table_stride;
   args.causal = call.causal;

@@ -25,7 +25,6 @@ struct MlaDecodeArgs {
   int page_size;
   int box_tokens;  // tokens a TMA box takes: gcd(page_size, kTokenTile)
   int num_pages;
-  int row_bytes;        // of a token
   int64_t page_stride;  // bytes
   int block_table_stride;
   int causal;

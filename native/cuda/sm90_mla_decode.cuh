@@ -29,7 +29,7 @@ class PageWalk {
   __device__ TileBoxes boxes(int tile) {
     const int lane = threadIdx.x % 32;
     if (next_ == 0) {
-      const int token = tile * kTokenTile + lane * args_.box_tokens;
+      const int token = (tile + lane / boxes_per_tile_) * kTokenTile + lane % boxes_per_tile_ * args_.box_tokens;
       const int index = token / args_.page_size;
       offset_ = token - index * args_.page_size;
       // A page past the end of the tensor map reads as zeros.
@@ -43,17 +43,6 @@ class PageWalk {
     }
     next_ = (next_ + boxes_per_tile_) & 31;
     return result;
-  }
-
-  // Asks L2 for a tile: by one thread.
-  __device__ void prefetch(const TileBoxes& boxes) const {
-#pragma unroll
-    for (int box = 0; box < kBoxes; ++box) {
-      if (box < boxes_per_tile_ && boxes.pages[box] < args_.num_pages) {
-        const uint8_t* first = static_cast<const uint8_t*>(args_.kv) + boxes.pages[box] * args_.page_stride + boxes.offsets[box] * args_.row_bytes;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(args_.box_tokens * args_.row_bytes) : "memory");
-      }
-    }
   }
 
   // 64 tokens of one chunk of columns.

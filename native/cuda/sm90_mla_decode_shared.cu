@@ -86,15 +86,9 @@ __global__ void __launch_bounds__(384, 1)
     const bool brings_rope = half != buffer;
     int use = 0;
     while (schedule.next(share, piece)) {
-      PageWalk walk(args, piece), ahead(args, piece);
+      PageWalk walk(args, piece);
       for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
         const TileBoxes boxes = walk.boxes(tile);
-        // Compute-bound (several row tiles read the same tokens): what is loaded next should be in L2 by then. The row tiles take turns at
-        // asking. Where memory is the limit this only adds traffic.
-        if (args.row_tiles > 1 && half == 0 && tile + 1 < piece.tile_end) {
-          const TileBoxes next = ahead.boxes(tile + 1);
-          if (threadIdx.x % 32 == 0 && ((tile - piece.tile_begin) & 1) == buffer && tile / 2 % args.row_tiles == schedule.row_tile) ahead.prefetch(next);
-        }
         if (((tile - piece.tile_begin) & 1) != buffer) continue;
         if (threadIdx.x % 32 == 0) {
           const int slot0 = buffer * kChunks;
