@@ -11,6 +11,7 @@ void export_shared_memory(Napi::Env env, Napi::Object exports);
 void export_channel(Napi::Env env, Napi::Object exports);
 void export_transfer(Napi::Env env, Napi::Object exports);
 void export_write_gate(Napi::Env env, Napi::Object exports);
+void export_stream(Napi::Env env, Napi::Object exports);
 void export_weights(Napi::Env env, Napi::Object exports);
 void export_kv_arena(Napi::Env env, Napi::Object exports);
 void export_notify(Napi::Env env, Napi::Object exports);

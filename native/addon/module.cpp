@@ -15,6 +15,7 @@ static Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_channel(env, exports);
   export_transfer(env, exports);
   export_write_gate(env, exports);
+  export_stream(env, exports);
   export_weights(env, exports);
   export_kv_arena(env, exports);
   export_notify(env, exports);

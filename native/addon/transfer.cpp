@@ -1,5 +1,6 @@
 #include "addon/arguments.h"
 #include "addon/kv_object.h"
+#include "addon/transfer_arguments.h"
 #include "addon/write_gate.h"
 #include "core/kv_memory.h"
 #include "transfer/kv_put.h"
@@ -8,26 +9,6 @@
 namespace tpla::addon {
 
 namespace {
-
-Range parse_range(const Napi::Value& value, const char* field) {
-  const Napi::Array array = to_array(value, field);
-  if (array.Length() != 2) refuse(field, "[begin, end]");
-  return {int(to_integer(array.Get(0u), field, 0)), int(to_integer(array.Get(1u), field, 0))};
-}
-
-PageTables parse_tables(const Napi::Value& pages, const Napi::Value& rank, const char* field) {
-  PageTables result;
-  const Napi::Array array = to_array(pages, field);
-  for (uint32_t i = 0; i < array.Length(); i++) result.tables.push_back(to_int32s(array.Get(i), field));
-  if (!rank.IsUndefined() && !rank.IsNull()) result.rank = int(to_integer(rank, "rank", 0));
-  return result;
-}
-
-Napi::Value to_js(Napi::Env env, const std::vector<uint64_t>& words) {
-  Napi::BigUint64Array array = Napi::BigUint64Array::New(env, words.size());
-  std::copy(words.begin(), words.end(), array.Data());
-  return array;
-}
 
 // Work off the event loop that ends in a promise. The regions are held until it is done.
 template <typename Result>
@@ -85,12 +66,7 @@ Napi::Value put(const Napi::CallbackInfo& info) {
     }
     return Work<KvPutResult>::start(
         env, [src, dst, gate, work = std::move(work)] { return kv_put(work); },
-        [](Napi::Env done, const KvPutResult& result) -> Napi::Value {
-          Napi::Object object = Napi::Object::New(done);
-          object.Set("bytes", static_cast<double>(result.bytes));
-          object.Set("checksums", to_js(done, result.checksums));
-          return object;
-        });
+        put_result_to_js);
   });
 }
 
@@ -102,7 +78,7 @@ Napi::Value checksum(const Napi::CallbackInfo& info) {
     const Range tokens = parse_range(info[2], "tokens");
     PageTables pages = parse_tables(info[3], info[4], "pages");
     return Work<std::vector<uint64_t>>::start(
-        env, [region, layers, tokens, pages = std::move(pages)] { return kv_checksum(*region, pages, layers, tokens); }, to_js);
+        env, [region, layers, tokens, pages = std::move(pages)] { return kv_checksum(*region, pages, layers, tokens); }, words_to_js);
   });
 }
 

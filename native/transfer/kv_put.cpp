@@ -6,11 +6,11 @@
 #include <string>
 
 #include "core/error.h"
-#include "core/kv_row.h"
 #include "transfer/kv_checksum.h"
 #include "transfer/parallel.h"
 #include "transfer/reshard.h"
 #include "transfer/row_kernels.h"
+#include "transfer/row_mover.h"
 
 namespace tpla {
 
@@ -50,139 +50,6 @@ std::vector<Run> runs_of(const KvPut& put) {
   return runs;
 }
 
-void decode_latent(const RowKernels& kernels, KvDType dtype, int width, const std::byte* row, Range columns, float* out) {
-  const size_t count = columns.size();
-  switch (dtype) {
-    case KvDType::f32:
-      std::memcpy(out, row + size_t(columns.begin) * 4, count * 4);
-      return;
-    case KvDType::bf16:
-      kernels.bf16_to_f32(row + size_t(columns.begin) * 2, count, out);
-      return;
-    case KvDType::fp8: {
-      const std::byte* scales = row + fp8_scales_offset(width);
-      for (int at = columns.begin; at < columns.end;) {
-        const int end = std::min(columns.end, (at / kFp8ScaleGroup + 1) * kFp8ScaleGroup);
-        float scale;
-        std::memcpy(&scale, scales + size_t(at / kFp8ScaleGroup) * 4, 4);
-        kernels.e4m3_to_f32(row + at, end - at, scale, out + at - columns.begin);
-        at = end;
-      }
-      return;
-    }
-  }
-}
-
-void encode_latent(const RowKernels& kernels, KvDType dtype, int width, const float* latent, std::byte* row) {
-  switch (dtype) {
-    case KvDType::f32:
-      std::memcpy(row, latent, size_t(width) * 4);
-      return;
-    case KvDType::bf16:
-      kernels.f32_to_bf16(latent, width, row);
-      return;
-    case KvDType::fp8: {
-      std::byte* scales = row + fp8_scales_offset(width);
-      for (int at = 0; at < width; at += kFp8ScaleGroup) {
-        const float scale = kernels.f32_to_e4m3(latent + at, std::min(kFp8ScaleGroup, width - at), row + at);
-        std::memcpy(scales + size_t(at / kFp8ScaleGroup) * 4, &scale, 4);
-      }
-      std::memset(row + width, 0, fp8_scales_offset(width) - width);
-      return;
-    }
-  }
-}
-
-class Mover {
- public:
-  Mover(const KvPut& put, bool streams)
-      : put_(put), src_(put.src->layout), dst_(put.dst->layout), plans_(plan_reshard(src_, dst_)), kernels_(row_kernels()),
-        write_(streams ? kernels_.stream : kernels_.copy) {}
-
-  int copies() const { return static_cast<int>(plans_.size()); }
-
-  // Moves a run of one layer to every copy of its page; adds to `checksums`, [copy].
-  void move(const Run& run, int layer, uint64_t* checksums) const {
-    for (int copy = 0; copy < copies(); copy++) {
-      const uint64_t sum = plans_[copy].is_copy ? copy_rows(plans_[copy], run, layer, copy) : convert_rows(plans_[copy], run, layer, copy);
-      std::atomic_ref(checksums[copy]).fetch_add(sum, std::memory_order_relaxed);
-    }
-    kernels_.fence();
-  }
-
- private:
-  const std::byte* src_row(const Run& run, int memory, int layer, int token) const {
-    return put_.src->row(memory == kHolder ? run.src.memory : memory, layer, run.src.page, token % src_.page_tokens);
-  }
-  std::byte* dst_row(const Run& run, int copy, int layer, int token) const {
-    return put_.dst->row(dst_.form == KvForm::tpla ? copy : run.dst.memory, layer, run.dst.page, token % dst_.page_tokens);
-  }
-
-  uint64_t copy_rows(const RowPlan& plan, const Run& run, int layer, int copy) const {
-    uint64_t sum = 0;
-    for (int token = run.tokens.begin; token < run.tokens.end; token++) {
-      std::byte* to = dst_row(run, copy, layer, token);
-      uint64_t row_hash = 0;
-      for (const ByteSegment& segment : plan.segments) {
-        const std::byte* from = src_row(run, segment.src_memory, layer, token) + segment.src_offset;
-        row_hash += write_(to + segment.dst_offset, from, segment.bytes / 4, segment.dst_offset / 4);
-      }
-      sum += row_value(row_hash, copy, layer, token);
-    }
-    return sum;
-  }
-
-  uint64_t convert_rows(const RowPlan& plan, const Run& run, int layer, int copy) const {
-    thread_local std::vector<float> values;
-    thread_local std::vector<std::byte> row;
-    values.resize(size_t(dst_.width()) + dst_.rope);
-    row.resize(dst_.row_bytes());
-    uint64_t sum = 0;
-    for (int token = run.tokens.begin; token < run.tokens.end; token++) {
-      for (const LatentPiece& piece : plan.pieces) {
-        decode_latent(kernels_, src_.dtype, src_.width(), src_row(run, piece.src_memory, layer, token), {piece.src_column, piece.src_column + piece.columns},
-                      values.data() + piece.dst_column);
-      }
-      encode_latent(kernels_, dst_.dtype, dst_.width(), values.data(), row.data());
-      convert_rope(src_row(run, plan.rope_memory, layer, token) + rope_offset(src_), row.data() + rope_offset(dst_), values.data());
-      const uint64_t row_hash = write_(dst_row(run, copy, layer, token), row.data(), row.size() / 4, 0);
-      sum += row_value(row_hash, copy, layer, token);
-    }
-    return sum;
-  }
-
-  // The rope key is fp32 with fp32 latents and bf16 else.
-  void convert_rope(const std::byte* from, std::byte* to, float* values) const {
-    const bool from_f32 = src_.dtype == KvDType::f32;
-    const bool to_f32 = dst_.dtype == KvDType::f32;
-    if (from_f32 == to_f32) {
-      std::memcpy(to, from, size_t(src_.rope) * (from_f32 ? 4 : 2));
-    } else if (to_f32) {
-      kernels_.bf16_to_f32(from, src_.rope, values);
-      std::memcpy(to, values, size_t(src_.rope) * 4);
-    } else {
-      std::memcpy(values, from, size_t(src_.rope) * 4);
-      kernels_.f32_to_bf16(values, src_.rope, to);
-    }
-  }
-
-  const KvPut& put_;
-  const KvLayout& src_;
-  const KvLayout& dst_;
-  const std::vector<RowPlan> plans_;
-  const RowKernels& kernels_;
-  uint64_t (*const write_)(std::byte*, const std::byte*, size_t, size_t);
-};
-
-void check_compatible(const KvLayout& src, const KvLayout& dst) {
-  const auto same = [](const char* field, int a, int b) {
-    if (a != b) refuse(std::string("source and destination differ in ") + field + ": " + std::to_string(a) + " and " + std::to_string(b));
-  };
-  same("layers", src.layers, dst.layers);
-  same("latent", src.latent, dst.latent);
-  same("rope", src.rope, dst.rope);
-}
-
 void check_row(const KvLayout& layout) {
   if (layout.row_bytes() > kMaxRowWords * 4) {
     refuse("a token takes " + std::to_string(layout.row_bytes()) + " bytes per layer, at most " + std::to_string(kMaxRowWords * 4) + " are supported");
@@ -196,6 +63,15 @@ void check_range(const char* what, Range range, int end) {
 int threads_for(size_t bytes) { return static_cast<int>(std::min<size_t>(1 + bytes / kBytesPerThread, transfer_threads())); }
 
 }  // namespace
+
+void check_compatible(const KvLayout& src, const KvLayout& dst) {
+  const auto same = [](const char* field, int a, int b) {
+    if (a != b) refuse(std::string("source and destination differ in ") + field + ": " + std::to_string(a) + " and " + std::to_string(b));
+  };
+  same("layers", src.layers, dst.layers);
+  same("latent", src.latent, dst.latent);
+  same("rope", src.rope, dst.rope);
+}
 
 Range pages_of(const KvLayout& layout, Range tokens) {
   return {tokens.begin / layout.page_tokens, (tokens.end + layout.page_tokens - 1) / layout.page_tokens};
@@ -254,12 +130,19 @@ KvPutResult kv_put(const KvPut& put) {
   result.bytes = put.dst->layout.row_bytes() * put.layers.size() * put.tokens.size() * copies;
   result.checksums.assign(pages_of(put.dst->layout, put.tokens).size() * copies, 0);
 
-  const Mover mover(put, result.bytes >= kStreamBytes);
+  const RowMover mover(*put.src, put.dst->layout, result.bytes >= kStreamBytes);
   const std::vector<Run> runs = runs_of(put);
   parallel_for(runs.size() * put.layers.size(), threads_for(result.bytes), [&](size_t unit) {
     const GatedWrite write(put.pass);
     const Run& run = runs[unit % runs.size()];
-    mover.move(run, put.layers.begin + static_cast<int>(unit / runs.size()), &result.checksums[run.page * copies]);
+    const int layer = put.layers.begin + static_cast<int>(unit / runs.size());
+    for (size_t copy = 0; copy < copies; copy++) {
+      const int memory = put.dst->layout.form == KvForm::tpla ? static_cast<int>(copy) : run.dst.memory;
+      std::byte* to = put.dst->row(memory, layer, run.dst.page, run.tokens.begin % put.dst->layout.page_tokens);
+      const uint64_t sum = mover.move(run.src, run.tokens, layer, static_cast<int>(copy), to);
+      std::atomic_ref(result.checksums[run.page * copies + copy]).fetch_add(sum, std::memory_order_relaxed);
+    }
+    mover.fence();
   });
   return result;
 }

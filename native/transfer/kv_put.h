@@ -31,6 +31,9 @@ PagePlace place_of(const KvLayout& layout, const PageTables& tables, int page);
 // Throws REQUEST_INVALID unless `layers` and `tokens` lie in the region and the tables name, for those tokens, pages that exist, none twice.
 void check_pages(const char* side, const KvRegion& region, const PageTables& tables, Range layers, Range tokens);
 
+// Throws REQUEST_INVALID unless both hold the same values: layers, latent and rope.
+void check_compatible(const KvLayout& src, const KvLayout& dst);
+
 // Logical pages of `layout` that tokens touch.
 Range pages_of(const KvLayout& layout, Range tokens);
 

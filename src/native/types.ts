@@ -282,6 +282,37 @@ export interface WritePass {
   epoch: number;
 }
 
+/** Decode's side of KV over TCP (native/transfer/kv_stream.h). Every write into the arena passes the gate of the key it came with. */
+export interface KvStreamReceiver {
+  readonly port: number;
+  /** Connections that show `key`, 32 ASCII characters, write through `gate`. */
+  admit(key: string, gate: WriteGate): void;
+  /** What a slot of that key's gate stands for while `epoch` lasts. */
+  grant(key: string, slot: number, epoch: number, tokens: [number, number], pages: Int32Array[], rank?: number): void;
+  withdraw(key: string): void;
+  close(): void;
+}
+
+/** Prefill's side, connected to one receiver. */
+export interface KvStreamSender {
+  /** Whether the kernel sends from our buffers (MSG_ZEROCOPY); it does not on loopback. */
+  readonly zeroCopy: boolean;
+  /** Resolves once the receiver has all of it in its pages; rejects with CANCELLED where the gate is shut, IO_FAILED where the connection is lost. */
+  put(put: { src: KvRegion | KvArena; layers: [number, number]; tokens: [number, number]; srcPages: Int32Array[]; srcRank?: number; slot: number; epoch: number }): Promise<KvPutResult>;
+  close(): void;
+}
+
+export interface KvStreamOptions {
+  host: string;
+  port: number;
+  key: string;
+  /** 1 to 64 TCP connections side by side. */
+  connections: number;
+  /** The receiver's. */
+  layout: KvLayout;
+  zeroCopy?: 'auto' | 'never' | 'always';
+}
+
 export interface KvPutResult {
   bytes: number;
   /**
@@ -311,6 +342,9 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   listenChannel(address: ChannelAddress, onConnection: (channel: Channel) => void, handlers: ChannelHandlers): ChannelServer;
   connectChannel(address: ChannelAddress, handlers: ChannelHandlers): Promise<Channel>;
   WriteGate: { create(slots: number): WriteGate; map(fd: number, slots: number): WriteGate };
+  /** Listens for KV on any port of `host`. Throws IO_FAILED. */
+  listenKvStream(host: string, arena: KvArena): KvStreamReceiver;
+  connectKvStream(options: KvStreamOptions): Promise<KvStreamSender>;
   /** Maps a peer's arena from the descriptors it passed. */
   mapKvRegion(layout: KvLayout, pages: number, fds: number[]): KvRegion;
   /** Gathers, reshards and converts pages from one region into another. */

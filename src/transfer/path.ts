@@ -1,5 +1,5 @@
 /** How KV bytes get from prefill's pages into decode's, behind the hand-off protocol: one implementation a path. */
-import type { KvArena, KvLayout } from '../native/types.js';
+import type { KvArena, KvLayout, KvPutResult } from '../native/types.js';
 import type { PathOffer } from './messages.js';
 import type { TransferPath } from './types.js';
 
@@ -9,27 +9,32 @@ export interface Admission {
   epoch: number;
 }
 
-/** What the sender may write: the receiver's grant. */
-export interface Credit extends Admission {
+/** Pages that decode reserved for a session. */
+export interface Reservation {
   session: string;
   tokens: [number, number];
   pages: Int32Array[];
   rank: number;
 }
 
+/** What the sender may write: the receiver's grant. */
+export type Credit = Reservation & Admission;
+
 /** Decode's side of one connection. */
 export interface Landing {
   readonly offer: PathOffer;
   /** Descriptors that go with the offer; they stay the landing's. */
   readonly fds: number[];
-  admit(credit: { session: string; tokens: [number, number]; pages: Int32Array[]; rank: number }): Admission;
+  /** The peer itself writes into our memory, so that its end is the end of all writes; else a thread of this process does. */
+  readonly peerWrites: boolean;
+  admit(reservation: Reservation): Admission;
   /** Shuts the session's writes out; true when none can land any more. */
   revoke(slot: number): boolean;
   /** After revoke: the same, asked again. */
   isDrained(slot: number): boolean;
   /** The slot may serve another session. */
   release(slot: number): void;
-  /** The peer is gone, or the endpoint closes. */
+  /** The peer is gone and every session settled. */
   close(): void;
 }
 
@@ -37,11 +42,11 @@ export interface Landing {
 export interface Reach {
   readonly path: TransferPath;
   /** Writes a rectangle of the sequence into the credit's pages; resolves once every byte is there. Rejects with CANCELLED when shut out. */
-  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<{ bytes: number; checksums: BigUint64Array }>;
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<KvPutResult>;
   close(): void;
 }
 
-/** What a reach is built from: the receiver's welcome. */
+/** What a reach is built from: the receiver's welcome. Descriptors are closed by whoever passes them, when the builder has returned. */
 export interface Welcome {
   address: string;
   layout: KvLayout;

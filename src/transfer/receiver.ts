@@ -6,13 +6,14 @@ import { TplaError, toTplaError, type ErrorCode } from '../errors.js';
 import { formatAddress, parseAddress, type Address } from '../http/address.js';
 import { removeStaleSocket } from '../http/server.js';
 import { native } from '../native/loader.js';
-import type { Channel, ChannelServer, KvArena } from '../native/types.js';
+import type { Channel, ChannelServer, KvArena, KvStreamReceiver } from '../native/types.js';
 import { Coverage } from './coverage.js';
 import { checkHandshake, describeLayout, handshakeFingerprint } from './handshake.js';
 import { decodeMessage, encodeMessage, type Message } from './messages.js';
 import type { Admission, Landing } from './path.js';
 import { Pulse } from './pulse.js';
 import { ShmLanding } from './shm_path.js';
+import { TcpLanding } from './tcp_path.js';
 import type { Handshake, HandoffCommit, HandoffEndpointOptions, HandoffGrant, HandoffReceiver, HandoffStats, HandoffTicket, OpenHandoff } from './types.js';
 
 const HELLO_MS = 5000;
@@ -29,6 +30,9 @@ const CLOSE_DRAIN_MS = 1000;
 export async function createHandoffReceiver(address: string, options: HandoffEndpointOptions & { log: Logger; clock: Clock }): Promise<HandoffReceiver> {
   const target = parseAddress(address);
   if (target.kind === 'unix') await removeStaleSocket(target.path);
+  if (target.kind === 'tcp' && ['0.0.0.0', '::'].includes(target.host)) {
+    throw new TplaError('CONFIG_INVALID', `hand-offs cannot listen on ${address}: prefill workers are told this address; give the one of the interface they reach`);
+  }
   return new Receiver(target, options);
 }
 
@@ -39,6 +43,8 @@ class Receiver implements HandoffReceiver {
   readonly #log: Logger;
   readonly #clock: Clock;
   readonly #server: ChannelServer;
+  /** Where KV comes in beside a TCP channel. */
+  readonly #stream: KvStreamReceiver | null;
   readonly #connections = new Map<Channel, Connection>();
   readonly #sessions = new Map<string, Session>();
   readonly #pulse: Pulse;
@@ -51,6 +57,7 @@ class Receiver implements HandoffReceiver {
     this.#log = log;
     this.#clock = clock;
     this.#pulse = new Pulse(clock, (isLate) => this.#beat(isLate));
+    this.#stream = target.kind === 'tcp' ? native().listenKvStream(target.host, arena) : null;
     this.#server = native().listenChannel(target.kind === 'unix' ? target.path : target, (channel) => this.#onConnection(channel), {
       onMessage: (channel, bytes, fds) => this.#onMessage(channel, bytes, fds),
       onClose: (channel, reason) => this.#onClose(channel, reason),
@@ -89,8 +96,10 @@ class Receiver implements HandoffReceiver {
     const settled = Promise.allSettled([...this.#sessions.values()].map(({ committed }) => committed));
     await Promise.race([settled, new Promise((resolve) => setTimeout(resolve, CLOSE_DRAIN_MS))]);
     this.#pulse.stop();
-    for (const channel of this.#connections.keys()) channel.close();
-    await Promise.all([...this.#connections.values()].map(({ closed }) => closed));
+    const connections = [...this.#connections.values()];
+    for (const { channel } of connections) channel.close();
+    await Promise.all(connections.map(({ closed }) => closed));
+    this.#stream?.close();
   }
 
   // ---------------------------------------------------------------- connections
@@ -133,7 +142,7 @@ class Receiver implements HandoffReceiver {
   #welcome(connection: Connection, handshake: Handshake): void {
     checkHandshake(handshake, this.#handshake);
     clearTimeout(connection.helloTimer);
-    connection.landing = new ShmLanding(this.#arena);
+    connection.landing = this.#stream ? new TcpLanding(this.#stream) : new ShmLanding(this.#arena);
     const { offer, fds } = connection.landing;
     connection.send({ type: 'welcome', handshake: this.#handshake, pages: this.#arena.pages, offers: [offer] }, fds);
     this.#log.info({ peer: connection.channel.peer, path: offer.path, layout: describeLayout(handshake.layout) }, 'prefill connected');
@@ -148,7 +157,7 @@ class Receiver implements HandoffReceiver {
     connection.channel.close();
   }
 
-  /** The peer's process is gone, or it closed the socket, which it does only when nothing of it is being written: its pages are safe. */
+  /** The peer's process is gone, or it closed the socket, which it does only when it writes nothing any more. */
   #onClose(channel: Channel, reason: string): void {
     const connection = this.#connections.get(channel);
     if (!connection) return;
@@ -159,7 +168,7 @@ class Receiver implements HandoffReceiver {
     for (const session of [...connection.sessions.values()]) {
       this.#fail(session, new TplaError('HANDOFF_FAILED', `prefill is gone in the middle of a hand-off: ${reason}`));
     }
-    connection.landing?.close();
+    connection.retire();
   }
 
   // ---------------------------------------------------------------- sessions
@@ -252,7 +261,7 @@ class Receiver implements HandoffReceiver {
     session.failure = error;
     this.#stats.failed[error.code] = (this.#stats.failed[error.code] ?? 0) + 1;
     const { attachment } = session;
-    const isSafe = !attachment || attachment.landing.revoke(attachment.slot) || attachment.connection.isGone;
+    const isSafe = !attachment || attachment.landing.revoke(attachment.slot) || hasWriterGone(attachment);
     if (attachment && tellPeer) attachment.connection.send({ type: 'cancel', session: session.id, code: error.code, message: error.message.slice(0, 4000) });
     session.failing.abort(error);
     if (isSafe) this.#rejectSettled(session, error);
@@ -260,9 +269,9 @@ class Receiver implements HandoffReceiver {
   }
 
   #awaitDrain(session: Session, error: TplaError): void {
-    const { connection, landing, slot } = session.attachment!;
+    const attachment = session.attachment!;
     const timer = setInterval(() => {
-      if (!connection.isGone && !landing.isDrained(slot)) return;
+      if (!hasWriterGone(attachment) && !attachment.landing.isDrained(attachment.slot)) return;
       clearInterval(timer);
       this.#rejectSettled(session, error);
     }, DRAIN_POLL_MS);
@@ -279,7 +288,8 @@ class Receiver implements HandoffReceiver {
     if (session.attachment) {
       const { connection, landing, slot } = session.attachment;
       connection.sessions.delete(session.id);
-      if (!connection.isGone) landing.release(slot);
+      if (connection.isGone) connection.retire();
+      else landing.release(slot);
     }
     this.#followLeases();
   }
@@ -321,6 +331,13 @@ class Connection {
     this.closed = new Promise((resolve) => { this.markClosed = resolve; });
   }
 
+  /** Gives the landing up once nobody is there to write, and no session waits for its last writer. */
+  retire(): void {
+    if (this.sessions.size > 0) return;
+    this.landing?.close();
+    this.landing = undefined;
+  }
+
   /** A closed channel takes no message; its end is on the way. */
   send(message: Message, fds: number[] = []): void {
     if (this.isGone) return;
@@ -332,6 +349,15 @@ class Connection {
   }
 }
 
+interface Attachment {
+  connection: Connection;
+  landing: Landing;
+  slot: number;
+}
+
+/** The process that writes has ended, and the kernel closed its socket after its last write. */
+const hasWriterGone = ({ connection, landing }: Attachment) => connection.isGone && landing.peerWrites;
+
 class Session {
   readonly id: string;
   readonly grant: HandoffGrant;
@@ -339,7 +365,7 @@ class Session {
   readonly coverage: Coverage;
   readonly committed: Promise<HandoffCommit>;
   readonly failing = new AbortController();
-  attachment: { connection: Connection; landing: Landing; slot: number } | undefined;
+  attachment: Attachment | undefined;
   commit: Extract<Message, { type: 'commit' }> | undefined;
   failure: TplaError | undefined;
   verifying = 0;

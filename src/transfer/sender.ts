@@ -7,9 +7,10 @@ import { native } from '../native/loader.js';
 import type { Channel, KvArena, SampledToken } from '../native/types.js';
 import { checkHandshake, describeLayout } from './handshake.js';
 import { decodeMessage, encodeMessage, type Message } from './messages.js';
-import type { Credit, Reach } from './path.js';
+import type { Credit, Reach, Welcome } from './path.js';
 import { Pulse } from './pulse.js';
 import { ShmReach } from './shm_path.js';
+import { TcpReach } from './tcp_path.js';
 import type { Handshake, HandoffEndpointOptions, HandoffSender, HandoffSession, HandoffTicket, PrefillStats, TransferPath } from './types.js';
 
 const WELCOME_MS = 5000;
@@ -157,7 +158,11 @@ class Connection {
     const put = this.#reach!.put(this.#arena, srcPages, credit, layers, tokens);
     this.#puts.add(put);
     const done = () => { this.#puts.delete(put); };
-    put.then(done, done);
+    put.then(done, (thrown: unknown) => {
+      done();
+      const error = toTplaError(thrown);
+      if (error.code === 'IO_FAILED') this.#fail(new TplaError('HANDOFF_FAILED', `KV cannot be sent to decode at ${this.#address}: ${error.message}`));
+    });
     return put;
   }
 
@@ -214,13 +219,16 @@ class Connection {
   }
 
   #onWelcome({ handshake, pages, offers }: Extract<Message, { type: 'welcome' }>, fds: number[]): void {
-    if (this.#reach) throw new TplaError('PROTOCOL', 'decode welcomed twice');
+    if (this.#peerHandshake) throw new TplaError('PROTOCOL', 'decode welcomed twice');
     checkHandshake(this.#handshake!, handshake);
     const offer = offers[0];
     if (!offer) throw new TplaError('PROTOCOL', 'decode offered no path');
     this.#peerHandshake = handshake;
-    this.#reach = new ShmReach({ address: this.#address, layout: handshake.layout, pages, offer, fds });
-    this.#welcomed.resolve();
+    openReach({ address: this.#address, layout: handshake.layout, pages, offer, fds }).then((reach) => {
+      if (this.#failure) return reach.close();
+      this.#reach = reach;
+      this.#welcomed.resolve();
+    }, (thrown: unknown) => this.#fail(toTplaError(thrown)));
   }
 
   #onClose(reason: string): void {
@@ -244,6 +252,14 @@ class Connection {
 
   async #putsEnded(): Promise<void> {
     await Promise.allSettled(this.#puts);
+  }
+}
+
+/** Builds the path that decode offered. Descriptors are used before the first await. */
+async function openReach(welcome: Welcome): Promise<Reach> {
+  switch (welcome.offer.path) {
+    case 'shm': return new ShmReach(welcome);
+    case 'tcp': return TcpReach.connect(welcome);
   }
 }
 

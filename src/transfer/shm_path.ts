@@ -1,45 +1,26 @@
 import { TplaError } from '../errors.js';
 import { native } from '../native/loader.js';
-import type { KvArena, KvRegion, WriteGate } from '../native/types.js';
+import type { KvArena, KvPutResult, KvRegion, WriteGate } from '../native/types.js';
+import { GATE_SLOTS, GateSlots } from './gate_slots.js';
 import type { PathOffer } from './messages.js';
 import type { Admission, Credit, Landing, Reach, Welcome } from './path.js';
-
-const GATE_SLOTS = 1024;
 
 /** Decode lends its arena's memory; a write gate per connection takes it back. */
 export class ShmLanding implements Landing {
   readonly offer: PathOffer = { path: 'shm', gateSlots: GATE_SLOTS };
   readonly fds: number[];
-  readonly #gate: WriteGate;
-  /** Slots to use next, oldest release first. */
-  readonly #free = Array.from({ length: GATE_SLOTS }, (_, slot) => slot);
+  readonly peerWrites = true;
+  readonly #slots = new GateSlots();
 
   constructor(arena: KvArena) {
-    this.#gate = native().WriteGate.create(GATE_SLOTS);
-    this.fds = [this.#gate.fd, ...arena.fds()];
+    this.fds = [this.#slots.gate.fd, ...arena.fds()];
   }
 
-  admit(): Admission {
-    const slot = this.#free.shift();
-    if (slot === undefined) throw new TplaError('OVERLOADED', `${GATE_SLOTS} hand-offs are open on this connection, no more are taken`);
-    return { slot, epoch: this.#gate.open(slot) };
-  }
-
-  revoke(slot: number): boolean {
-    return this.#gate.revoke(slot) === 0;
-  }
-
-  isDrained(slot: number): boolean {
-    return this.#gate.writers(slot) === 0;
-  }
-
-  release(slot: number): void {
-    this.#free.push(slot);
-  }
-
-  close(): void {
-    this.#gate.close();
-  }
+  admit(): Admission { return this.#slots.admit(); }
+  revoke(slot: number): boolean { return this.#slots.revoke(slot); }
+  isDrained(slot: number): boolean { return this.#slots.isDrained(slot); }
+  release(slot: number): void { this.#slots.release(slot); }
+  close(): void { this.#slots.gate.close(); }
 }
 
 /** Prefill writes into decode's memory, mapped here. */
@@ -55,7 +36,7 @@ export class ShmReach implements Reach {
     this.#region = native().mapKvRegion(layout, pages, fds.slice(1));
   }
 
-  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<{ bytes: number; checksums: BigUint64Array }> {
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<KvPutResult> {
     return native().kvPut({
       src: source, dst: this.#region, layers, tokens,
       srcPages: [srcPages], dstPages: credit.pages, dstRank: credit.rank,

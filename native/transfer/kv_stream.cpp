@@ -1,0 +1,589 @@
+#include "transfer/kv_stream.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <fcntl.h>
+#include <linux/errqueue.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <thread>
+#include <unistd.h>
+
+#include "core/error.h"
+#include "transfer/reshard.h"
+#include "transfer/row_mover.h"
+
+namespace tpla {
+
+namespace {
+
+constexpr uint32_t kMagic = 0x31564b54;  // "TKV1"
+constexpr uint64_t kRefusedBit = uint64_t(1) << 63;
+// Small enough that a frame made by a core is still in its cache when the kernel copies it.
+constexpr size_t kFrameBytes = 256 * 1024;
+constexpr int kMaxUnknownConnections = 64;
+constexpr int kKeyTimeoutMs = 3000;
+constexpr int kConnectTimeoutMs = 5000;
+constexpr int kMaxConnections = 64;
+constexpr int kBuffers = 8;  // frames that the kernel may hold of one connection
+constexpr size_t kMaxVector = 512;
+
+struct FrameHeader {
+  uint32_t magic;
+  uint32_t slot;
+  uint32_t epoch;
+  uint32_t layer;
+  uint32_t begin;
+  uint32_t end;
+  uint64_t put;
+};
+static_assert(sizeof(FrameHeader) == 32);
+
+void set_blocking(int socket) { fcntl(socket, F_SETFL, fcntl(socket, F_GETFL) & ~O_NONBLOCK); }
+
+void set_receive_timeout(int socket, int ms) {
+  const timeval limit{ms / 1000, ms % 1000 * 1000};
+  setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+}
+
+void ask_for_buffers(int socket) {
+  const int bytes = 4 << 20;
+  setsockopt(socket, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+  setsockopt(socket, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
+}
+
+// False at the end of the stream or on an error.
+bool receive_all(int socket, void* data, size_t bytes) {
+  auto* at = static_cast<char*>(data);
+  while (bytes > 0) {
+    const ssize_t got = recv(socket, at, bytes, MSG_WAITALL);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return false;
+    at += got;
+    bytes -= static_cast<size_t>(got);
+  }
+  return true;
+}
+
+bool send_all(int socket, const void* data, size_t bytes) {
+  const auto* at = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const ssize_t sent = send(socket, at, bytes, MSG_NOSIGNAL);
+    if (sent < 0 && errno == EINTR) continue;
+    if (sent <= 0) return false;
+    at += sent;
+    bytes -= static_cast<size_t>(sent);
+  }
+  return true;
+}
+
+bool same_key(const std::string& a, const std::string& b) {
+  if (a.size() != b.size()) return false;
+  unsigned char difference = 0;
+  for (size_t i = 0; i < a.size(); i++) difference |= static_cast<unsigned char>(a[i] ^ b[i]);
+  return difference == 0;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- receiver
+
+struct StreamReceiver::Core : ChannelListener::Events, std::enable_shared_from_this<StreamReceiver::Core> {
+  struct Grant {
+    uint32_t epoch;
+    Range tokens;
+    PageTables pages;
+  };
+  // What belongs to one sender.
+  struct Client {
+    std::string key;
+    std::shared_ptr<const WriteGate> gate;
+    std::mutex mutex;
+    std::map<uint32_t, std::shared_ptr<const Grant>> grants;
+    std::vector<int> sockets;
+    bool is_withdrawn = false;
+  };
+
+  explicit Core(std::shared_ptr<const KvRegion> memory) : region(std::move(memory)), copies(copies_per_page(region->layout)) {}
+
+  void on_accept(UniqueFd socket) override;
+  void on_listener_closed() override {}
+  void serve(UniqueFd socket);
+  std::shared_ptr<Client> client_of(const std::string& key);
+  void read_frames(int socket, Client& client);
+  bool check_frame(const FrameHeader& frame, const Grant& grant) const;
+  bool read_payload(int socket, const FrameHeader& frame, const Grant& grant, const Client& client, bool& refused) const;
+  std::vector<iovec> places_of(const FrameHeader& frame, const Grant& grant) const;
+
+  const std::shared_ptr<const KvRegion> region;
+  const int copies;
+  uint16_t port = 0;
+  std::mutex mutex;
+  std::shared_ptr<ChannelListener> listener;
+  std::vector<std::shared_ptr<Client>> clients;
+  std::atomic<int> unknown{0};
+};
+
+StreamReceiver::StreamReceiver(const std::string& host, std::shared_ptr<const KvRegion> region) : core_(std::make_shared<Core>(std::move(region))) {
+  SocketAddress address;
+  address.host = host;
+  core_->listener = std::make_shared<ChannelListener>(address, core_);
+  core_->port = core_->listener->port();
+  core_->listener->start();
+}
+
+StreamReceiver::~StreamReceiver() { close(); }
+
+uint16_t StreamReceiver::port() const { return core_->port; }
+
+void StreamReceiver::admit(const std::string& key, std::shared_ptr<const WriteGate> gate) {
+  if (key.size() != kStreamKeyBytes) throw Error("REQUEST_INVALID", "a stream key has " + std::to_string(kStreamKeyBytes) + " bytes");
+  auto client = std::make_shared<Core::Client>();
+  client->key = key;
+  client->gate = std::move(gate);
+  const std::lock_guard lock(core_->mutex);
+  core_->clients.push_back(std::move(client));
+}
+
+void StreamReceiver::grant(const std::string& key, int slot, uint32_t epoch, Range tokens, PageTables pages) {
+  check_pages("grant", *core_->region, pages, {0, core_->region->layout.layers}, tokens);
+  const auto client = core_->client_of(key);
+  if (!client) throw Error("REQUEST_INVALID", "no such stream key");
+  const std::lock_guard lock(client->mutex);
+  client->grants[slot] = std::make_shared<const Core::Grant>(Core::Grant{epoch, tokens, std::move(pages)});
+}
+
+void StreamReceiver::withdraw(const std::string& key) {
+  std::shared_ptr<Core::Client> client;
+  {
+    const std::lock_guard lock(core_->mutex);
+    const auto found = std::find_if(core_->clients.begin(), core_->clients.end(), [&](const auto& known) { return same_key(known->key, key); });
+    if (found == core_->clients.end()) return;
+    client = *found;
+    core_->clients.erase(found);
+  }
+  const std::lock_guard lock(client->mutex);
+  client->is_withdrawn = true;
+  // Its reader closes it: here it could already be another's number.
+  for (int socket : client->sockets) shutdown(socket, SHUT_RDWR);
+}
+
+void StreamReceiver::close() {
+  std::vector<std::string> keys;
+  std::shared_ptr<ChannelListener> listener;
+  {
+    const std::lock_guard lock(core_->mutex);
+    listener.swap(core_->listener);
+    for (const auto& client : core_->clients) keys.push_back(client->key);
+  }
+  if (listener) listener->close();
+  for (const std::string& key : keys) withdraw(key);
+}
+
+std::shared_ptr<StreamReceiver::Core::Client> StreamReceiver::Core::client_of(const std::string& key) {
+  const std::lock_guard lock(mutex);
+  for (const auto& client : clients) {
+    if (same_key(client->key, key)) return client;
+  }
+  return nullptr;
+}
+
+void StreamReceiver::Core::on_accept(UniqueFd socket) {
+  if (unknown.fetch_add(1) >= kMaxUnknownConnections) {
+    unknown--;
+    return;
+  }
+  std::thread([self = shared_from_this(), held = std::make_shared<UniqueFd>(std::move(socket))] {
+    pthread_setname_np(pthread_self(), "tpla-stream");
+    self->serve(std::move(*held));
+  }).detach();
+}
+
+void StreamReceiver::Core::serve(UniqueFd socket) {
+  set_blocking(socket.get());
+  set_receive_timeout(socket.get(), kKeyTimeoutMs);
+  std::string key(kStreamKeyBytes, '\0');
+  const bool came = receive_all(socket.get(), key.data(), key.size());
+  unknown--;
+  const auto client = came ? client_of(key) : nullptr;
+  if (!client) return;
+  {
+    const std::lock_guard lock(client->mutex);
+    if (client->is_withdrawn || client->sockets.size() >= kMaxConnections) return;
+    client->sockets.push_back(socket.get());
+  }
+  set_receive_timeout(socket.get(), 0);
+  tune_tcp(socket.get(), 10000);
+  ask_for_buffers(socket.get());
+  read_frames(socket.get(), *client);
+  const std::lock_guard lock(client->mutex);
+  client->sockets.erase(std::find(client->sockets.begin(), client->sockets.end(), socket.get()));
+}
+
+// Until the connection ends, or breaks a rule.
+void StreamReceiver::Core::read_frames(int socket, Client& client) {
+  FrameHeader frame;
+  while (receive_all(socket, &frame, sizeof(frame))) {
+    std::shared_ptr<const Grant> grant;
+    {
+      const std::lock_guard lock(client.mutex);
+      const auto found = client.grants.find(frame.slot);
+      if (found != client.grants.end()) grant = found->second;
+    }
+    // A frame of an earlier session on the slot has no pages of its own any more, and its size cannot be checked: it must still be read past.
+    if (!grant || !check_frame(frame, *grant)) return;
+    bool refused = frame.epoch != grant->epoch;
+    if (!read_payload(socket, frame, *grant, client, refused)) return;
+    const uint64_t answer = frame.put | (refused ? kRefusedBit : 0);
+    if (!send_all(socket, &answer, sizeof(answer))) return;
+  }
+}
+
+bool StreamReceiver::Core::check_frame(const FrameHeader& frame, const Grant& grant) const {
+  const KvLayout& layout = region->layout;
+  if (frame.magic != kMagic || (frame.put & kRefusedBit) != 0 || frame.layer >= uint32_t(layout.layers)) return false;
+  if (frame.begin >= frame.end || size_t(frame.end - frame.begin) * layout.row_bytes() * copies > kMaxFrameBytes) return false;
+  // An old epoch's tokens are read past; this one's must be granted.
+  return frame.epoch != grant.epoch || (frame.begin >= uint32_t(grant.tokens.begin) && frame.end <= uint32_t(grant.tokens.end));
+}
+
+std::vector<iovec> StreamReceiver::Core::places_of(const FrameHeader& frame, const Grant& grant) const {
+  const KvLayout& layout = region->layout;
+  std::vector<iovec> places;
+  for (int copy = 0; copy < copies; copy++) {
+    for (int token = frame.begin; token < int(frame.end);) {
+      const int page = token / layout.page_tokens;
+      const int end = std::min<int>(frame.end, (page + 1) * layout.page_tokens);
+      const PagePlace place = place_of(layout, grant.pages, page);
+      const int memory = layout.form == KvForm::tpla ? copy : place.memory;
+      places.push_back({region->row(memory, frame.layer, place.page, token % layout.page_tokens), size_t(end - token) * layout.row_bytes()});
+      token = end;
+    }
+  }
+  return places;
+}
+
+// False when the connection ended. The gate is passed for each read by itself: revoking never waits for the network.
+bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, const Grant& grant, const Client& client, bool& refused) const {
+  thread_local std::vector<char> scrap(64 * 1024);
+  size_t left = size_t(frame.end - frame.begin) * region->layout.row_bytes() * copies;
+  std::vector<iovec> places = refused ? std::vector<iovec>{} : places_of(frame, grant);
+  size_t next = 0;
+  while (left > 0) {
+    pollfd readable{socket, POLLIN, 0};
+    if (poll(&readable, 1, -1) < 0 && errno != EINTR) return false;
+    if (!refused && !client.gate->enter(frame.slot, frame.epoch)) refused = true;
+    ssize_t got;
+    if (refused) {
+      got = recv(socket, scrap.data(), std::min(left, scrap.size()), MSG_DONTWAIT);
+    } else {
+      msghdr message{};
+      message.msg_iov = &places[next];
+      message.msg_iovlen = std::min(places.size() - next, kMaxVector);
+      got = recvmsg(socket, &message, MSG_DONTWAIT);
+      const int error = errno;
+      client.gate->leave(frame.slot);
+      errno = error;
+    }
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) continue;
+    if (got <= 0) return false;
+    left -= static_cast<size_t>(got);
+    for (size_t taken = static_cast<size_t>(got); !refused && taken > 0;) {
+      iovec& place = places[next];
+      const size_t part = std::min(taken, place.iov_len);
+      place.iov_base = static_cast<char*>(place.iov_base) + part;
+      place.iov_len -= part;
+      taken -= part;
+      if (place.iov_len == 0) next++;
+    }
+  }
+  return true;
+}
+
+// ---------------------------------------------------------------- sender
+
+namespace {
+
+// Zero-copy sends of one connection: which of them the kernel still reads from.
+class ZeroCopySends {
+ public:
+  // Counted as the kernel counts: one for each successful send call.
+  uint32_t sent() { return next_++; }
+  bool is_done(uint32_t upto) const { return static_cast<int32_t>(done_ - upto) > 0; }
+  bool was_copied() const { return was_copied_; }
+  // Sends that may have completed out of order are not told apart: TCP completes in order.
+  void read_completions(int socket) {
+    char control[128];
+    while (true) {
+      msghdr message{};
+      message.msg_control = control;
+      message.msg_controllen = sizeof(control);
+      if (recvmsg(socket, &message, MSG_ERRQUEUE | MSG_DONTWAIT) < 0) return;
+      for (cmsghdr* part = CMSG_FIRSTHDR(&message); part != nullptr; part = CMSG_NXTHDR(&message, part)) {
+        const bool is_error = (part->cmsg_level == SOL_IP && part->cmsg_type == IP_RECVERR) || (part->cmsg_level == SOL_IPV6 && part->cmsg_type == IPV6_RECVERR);
+        if (!is_error) continue;
+        sock_extended_err error;
+        std::memcpy(&error, CMSG_DATA(part), sizeof(error));
+        if (error.ee_origin != SO_EE_ORIGIN_ZEROCOPY) continue;
+        done_ = error.ee_data + 1;
+        was_copied_ = was_copied_ || (error.ee_code & SO_EE_CODE_ZEROCOPY_COPIED) != 0;
+      }
+    }
+  }
+
+ private:
+  uint32_t next_ = 0;
+  uint32_t done_ = 0;
+  bool was_copied_ = false;
+};
+
+}  // namespace
+
+struct StreamSender::Core : std::enable_shared_from_this<StreamSender::Core> {
+  struct Job {
+    Job(StreamPut what, const KvLayout& dst, Done finished) : put(std::move(what)), mover(*put.src, dst, false), done(std::move(finished)) {}
+    StreamPut put;
+    RowMover mover;
+    Done done;
+    uint64_t id = 0;
+    // Frames: layer by layer, token ranges that begin at pages of the destination.
+    std::vector<Range> ranges;
+    size_t frames = 0;
+    std::atomic<size_t> next{0};
+    std::atomic<size_t> answered{0};
+    std::atomic<bool> is_refused{false};
+    std::atomic<bool> is_over{false};
+    KvPutResult result;
+  };
+  struct Connection {
+    UniqueFd socket;   // closed, under the mutex, by the last of its two threads
+    int threads = 2;
+    bool zero_copy = false;
+    std::vector<std::vector<std::byte>> buffers;
+    // Per buffer: whether the kernel may still read from it, and until which send has completed.
+    std::vector<bool> is_lent;
+    std::vector<uint32_t> last_send;
+    ZeroCopySends sends;
+  };
+
+  explicit Core(const KvLayout& layout) : dst(layout), copies(copies_per_page(layout)) {}
+
+  void send_frames(Connection& connection);
+  void read_answers(Connection& connection);
+  bool send_frame(Connection& connection, size_t& turn, Job& job, size_t index);
+  std::shared_ptr<Job> next_job(size_t& frame);
+  void end(const std::shared_ptr<Job>& job, std::unique_ptr<Error> error);
+  void fail(const std::string& reason);
+
+  const KvLayout dst;
+  const int copies;
+  std::vector<std::unique_ptr<Connection>> connections;
+  ZeroCopy mode = ZeroCopy::automatic;
+  std::atomic<bool> uses_zero_copy{false};
+
+  std::mutex mutex;
+  std::condition_variable work;
+  std::deque<std::shared_ptr<Job>> waiting;              // with frames to send
+  std::map<uint64_t, std::shared_ptr<Job>> under_way;    // with answers to come
+  uint64_t next_id = 1;
+  std::string failure;
+};
+
+StreamSender::StreamSender(const SocketAddress& address, const std::string& key, int connections, const KvLayout& dst, ZeroCopy zero_copy)
+    : core_(std::make_shared<Core>(dst)) {
+  if (key.size() != kStreamKeyBytes) throw Error("REQUEST_INVALID", "a stream key has " + std::to_string(kStreamKeyBytes) + " bytes");
+  if (connections < 1 || connections > kMaxConnections) throw Error("REQUEST_INVALID", std::to_string(connections) + " connections, expected 1 to " + std::to_string(kMaxConnections));
+  core_->mode = zero_copy;
+  for (int i = 0; i < connections; i++) {
+    auto connection = std::make_unique<Core::Connection>();
+    connection->socket = connect_socket(address, kConnectTimeoutMs);
+    const int socket = connection->socket.get();
+    set_blocking(socket);
+    ask_for_buffers(socket);
+    const int on = 1;
+    connection->zero_copy = zero_copy != ZeroCopy::never && setsockopt(socket, SOL_SOCKET, SO_ZEROCOPY, &on, sizeof(on)) == 0;
+    core_->uses_zero_copy = core_->uses_zero_copy || connection->zero_copy;
+    connection->buffers.resize(kBuffers);
+    connection->is_lent.resize(kBuffers);
+    connection->last_send.resize(kBuffers);
+    if (!send_all(socket, key.data(), key.size())) throw Error("IO_FAILED", "cannot open a data connection to " + address.text());
+    core_->connections.push_back(std::move(connection));
+  }
+  for (const auto& connection : core_->connections) {
+    const auto run = [core = core_, at = connection.get()](auto body, const char* name) {
+      std::thread([core, at, body, name] {
+        pthread_setname_np(pthread_self(), name);
+        (core.get()->*body)(*at);
+        const std::lock_guard lock(core->mutex);
+        if (--at->threads == 0) at->socket.reset();
+      }).detach();
+    };
+    run(&Core::send_frames, "tpla-send");
+    run(&Core::read_answers, "tpla-answers");
+  }
+}
+
+StreamSender::~StreamSender() { close(); }
+
+void StreamSender::close() { core_->fail("the sender was closed"); }
+
+bool StreamSender::is_zero_copy() const { return core_->uses_zero_copy; }
+
+void StreamSender::put(StreamPut put, Done done) {
+  check_compatible(put.src->layout, core_->dst);
+  check_pages("source", *put.src, put.src_pages, put.layers, put.tokens);
+  const KvLayout& dst = core_->dst;
+  const size_t token_bytes = dst.row_bytes() * core_->copies;
+  if (token_bytes > kMaxFrameBytes) throw Error("REQUEST_INVALID", "a token takes " + std::to_string(token_bytes) + " bytes per layer, more than a frame");
+  auto job = std::make_shared<Core::Job>(std::move(put), dst, std::move(done));
+  const Range tokens = job->put.tokens;
+  const int most = std::max<int>(1, static_cast<int>(kFrameBytes / token_bytes));
+  for (int begin = tokens.begin; begin < tokens.end;) {
+    const int end = std::min(tokens.end, begin + most);
+    job->ranges.push_back({begin, end});
+    begin = end;
+  }
+  job->frames = job->ranges.size() * job->put.layers.size();
+  job->result.bytes = token_bytes * tokens.size() * job->put.layers.size();
+  job->result.checksums.assign(size_t(pages_of(dst, tokens).size()) * core_->copies, 0);
+  {
+    const std::lock_guard lock(core_->mutex);
+    if (core_->failure.empty()) {
+      job->id = core_->next_id++;
+      core_->under_way[job->id] = job;
+      core_->waiting.push_back(job);
+      core_->work.notify_all();
+      return;
+    }
+  }
+  job->done({}, std::make_unique<Error>("IO_FAILED", core_->failure));
+}
+
+// The next frame to send; null when the sender has failed.
+std::shared_ptr<StreamSender::Core::Job> StreamSender::Core::next_job(size_t& frame) {
+  std::unique_lock lock(mutex);
+  while (true) {
+    work.wait(lock, [this] { return !waiting.empty() || !failure.empty(); });
+    if (!failure.empty()) return nullptr;
+    std::shared_ptr<Job> job = waiting.front();
+    frame = job->is_over ? job->frames : job->next.fetch_add(1);
+    if (frame + 1 >= job->frames) waiting.pop_front();
+    if (frame < job->frames) return job;
+  }
+}
+
+void StreamSender::Core::send_frames(Connection& connection) {
+  const auto self = shared_from_this();
+  size_t turn = 0;
+  size_t frame = 0;
+  while (const std::shared_ptr<Job> job = next_job(frame)) {
+    if (!send_frame(connection, turn, *job, frame)) return fail(std::string("data connection lost: ") + std::strerror(errno));
+  }
+}
+
+bool StreamSender::Core::send_frame(Connection& connection, size_t& turn, Job& job, size_t index) {
+  const int layer = job.put.layers.begin + static_cast<int>(index / job.ranges.size());
+  const Range tokens = job.ranges[index % job.ranges.size()];
+  const int socket = connection.socket.get();
+  const size_t buffer = turn++ % kBuffers;
+  while (connection.is_lent[buffer] && !connection.sends.is_done(connection.last_send[buffer])) {
+    pollfd completed{socket, 0, 0};
+    if (poll(&completed, 1, 1000) < 0 && errno != EINTR) return false;
+    if (completed.revents & POLLHUP) return false;
+    connection.sends.read_completions(socket);
+  }
+  connection.is_lent[buffer] = false;
+  const size_t row_bytes = dst.row_bytes();
+  std::vector<std::byte>& bytes = connection.buffers[buffer];
+  bytes.resize(sizeof(FrameHeader) + row_bytes * tokens.size() * copies);
+  const FrameHeader header{kMagic, uint32_t(job.put.slot), job.put.epoch, uint32_t(layer), uint32_t(tokens.begin), uint32_t(tokens.end), job.id};
+  std::memcpy(bytes.data(), &header, sizeof(header));
+  const KvLayout& src = job.put.src->layout;
+  const int first_page = pages_of(dst, job.put.tokens).begin;
+  for (int copy = 0; copy < copies; copy++) {
+    std::byte* to = bytes.data() + sizeof(FrameHeader) + row_bytes * tokens.size() * copy;
+    for (int token = tokens.begin; token < tokens.end;) {
+      const int end = std::min({tokens.end, (token / src.page_tokens + 1) * src.page_tokens, (token / dst.page_tokens + 1) * dst.page_tokens});
+      const uint64_t sum = job.mover.move(place_of(src, job.put.src_pages, token / src.page_tokens), {token, end}, layer, copy, to);
+      std::atomic_ref(job.result.checksums[size_t(token / dst.page_tokens - first_page) * copies + copy]).fetch_add(sum, std::memory_order_relaxed);
+      to += row_bytes * (end - token);
+      token = end;
+    }
+  }
+  if (!connection.zero_copy) return send_all(socket, bytes.data(), bytes.size());
+  for (size_t at = 0; at < bytes.size();) {
+    const ssize_t sent = send(socket, bytes.data() + at, bytes.size() - at, MSG_NOSIGNAL | MSG_ZEROCOPY);
+    if (sent < 0 && errno == EINTR) continue;
+    // No room to pin pages: this piece goes the ordinary way, which is not counted.
+    if (sent < 0 && errno == ENOBUFS) return send_all(socket, bytes.data() + at, bytes.size() - at);
+    if (sent <= 0) return false;
+    connection.last_send[buffer] = connection.sends.sent();
+    connection.is_lent[buffer] = true;
+    at += static_cast<size_t>(sent);
+  }
+  connection.sends.read_completions(socket);
+  if (mode == ZeroCopy::automatic && connection.sends.was_copied()) {
+    // The kernel copied after all (loopback does): plain sends are cheaper.
+    connection.zero_copy = false;
+    uses_zero_copy = false;
+  }
+  return true;
+}
+
+void StreamSender::Core::read_answers(Connection& connection) {
+  const auto self = shared_from_this();
+  uint64_t answer;
+  while (receive_all(connection.socket.get(), &answer, sizeof(answer))) {
+    std::shared_ptr<Job> job;
+    {
+      const std::lock_guard lock(mutex);
+      const auto found = under_way.find(answer & ~kRefusedBit);
+      if (found == under_way.end()) continue;
+      job = found->second;
+    }
+    if (answer & kRefusedBit) {
+      job->is_refused = true;
+      end(job, std::make_unique<Error>("CANCELLED", "the receiver has taken its pages back"));
+    } else if (job->answered.fetch_add(1) + 1 == job->frames && !job->is_refused) {
+      end(job, nullptr);
+    }
+  }
+  fail("the receiver closed the data connection");
+}
+
+void StreamSender::Core::end(const std::shared_ptr<Job>& job, std::unique_ptr<Error> error) {
+  if (job->is_over.exchange(true)) return;
+  {
+    const std::lock_guard lock(mutex);
+    under_way.erase(job->id);
+  }
+  // After an error other threads may still be making a frame of it.
+  KvPutResult result;
+  if (!error) result = std::move(job->result);
+  job->done(std::move(result), std::move(error));
+}
+
+void StreamSender::Core::fail(const std::string& reason) {
+  std::map<uint64_t, std::shared_ptr<Job>> lost;
+  {
+    const std::lock_guard lock(mutex);
+    if (failure.empty()) failure = reason;
+    lost.swap(under_way);
+    waiting.clear();
+    work.notify_all();
+    for (const auto& connection : connections) {
+      if (connection->socket) shutdown(connection->socket.get(), SHUT_RDWR);
+    }
+  }
+  for (const auto& [id, job] : lost) {
+    if (!job->is_over.exchange(true)) job->done({}, std::make_unique<Error>("IO_FAILED", reason));
+  }
+}
+
+}  // namespace tpla

@@ -1,0 +1,41 @@
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "core/kv_layout.h"
+#include "transfer/kv_put.h"
+#include "transfer/reshard.h"
+#include "transfer/row_kernels.h"
+
+namespace tpla {
+
+// Makes destination rows from source rows on the CPU: gather, reshard, convert, hash, in one pass over each row. Ranges and tables were
+// checked before.
+class RowMover {
+ public:
+  // `streams`: rows go past the caches; fence() before anyone else may look.
+  RowMover(const KvRegion& src, const KvLayout& dst, bool streams);
+
+  // Copies of a row at the destination.
+  int copies() const { return static_cast<int>(plans_.size()); }
+
+  // Moves tokens of one layer, which stand in the source page `from`, to `to` one row after another. Returns their share of the checksum.
+  uint64_t move(PagePlace from, Range tokens, int layer, int copy, std::byte* to) const;
+  void fence() const { kernels_.fence(); }
+
+ private:
+  const std::byte* src_row(PagePlace from, int memory, int layer, int token) const;
+  uint64_t copy_row(const RowPlan& plan, PagePlace from, int layer, int token, std::byte* to) const;
+  uint64_t convert_row(const RowPlan& plan, PagePlace from, int layer, int token, std::byte* to) const;
+  void convert_rope(const std::byte* from, std::byte* to, float* values) const;
+
+  const KvRegion& region_;
+  const KvLayout src_;
+  const KvLayout dst_;
+  const std::vector<RowPlan> plans_;
+  const RowKernels& kernels_;
+  uint64_t (*const write_)(std::byte*, const std::byte*, size_t, size_t);
+};
+
+}  // namespace tpla
