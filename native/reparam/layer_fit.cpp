@@ -494,6 +494,9 @@ class Adam {
 
 }  // namespace
 
+// Queries that one step looks at: as many sequences as have them.
+static constexpr int kBatchQueries = 256;
+
 void LayerFit::refine(Design& design, const RefineOptions& options) {
   std::vector<Adam> uk, uv, basis;
   Design gradient;
@@ -505,19 +508,19 @@ void LayerFit::refine(Design& design, const RefineOptions& options) {
   }
   std::vector<int> order;
   std::mt19937_64 random(options.seed);
-  constexpr int kBatch = 4;
   for (int step = 1; step <= options.steps; ++step) {
     for (RankDesign& rank : gradient) {
       rank.basis.fill_zero();
       rank.uk.fill_zero();
       rank.uv.fill_zero();
     }
-    for (int i = 0; i < std::min(kBatch, train_); ++i) {
+    for (int queries = 0, taken = 0; queries < kBatchQueries && taken < train_; ++taken) {
       if (order.empty()) {
         for (int s = 0; s < train_; ++s) order.push_back(s);
         for (size_t s = order.size(); s > 1; --s) std::swap(order[s - 1], order[random() % s]);
       }
       add_gradient(order.back(), design, gradient, options.basis);
+      queries += int(sequences_[size_t(order.back())].query_token.size());
       order.pop_back();
     }
     // A shared row is one parameter.

@@ -3,10 +3,12 @@ import { join } from 'node:path';
 import { Args, Flags } from '@oclif/core';
 import { BaseCommand } from '../cli/base_command.js';
 import { TplaError } from '../errors.js';
+import { MOST_TOKENS, QUERY_BYTES } from '../reparam/calibration.js';
 import { convert, type ConversionResult } from '../reparam/convert.js';
 import type { OutputDType } from '../reparam/layer_tensors.js';
 import type { KvDType } from '../native/types.js';
-import { METHODS, type Method } from '../reparam/method.js';
+import { loadModelConfig } from '../model/config.js';
+import { METHODS, withinBudget, type Method } from '../reparam/method.js';
 import { report, type Report } from '../reparam/report.js';
 import { printReport } from '../reparam/report_table.js';
 import { consoleProgress, SILENT } from '../report/progress.js';
@@ -38,16 +40,17 @@ conversion that was interrupted goes on where it stopped when the same command i
     method: Flags.string({ options: Object.keys(METHODS), default: 'default', description: 'combination to start from' }),
     groups: Flags.integer({ default: 2, min: 1, description: 'ranks that share the latent', aliases: ['ranks'] }),
     shared: Flags.integer({ min: 0, description: 'latent directions replicated on every rank' }),
-    basis: Flags.string({ options: ['identity', 'hadamard', 'pca', 'aware', 'aware-oblique'], description: 'change of basis; aware looks at queries and outputs too' }),
+    basis: Flags.string({ options: ['identity', 'hadamard', 'pca', 'aware', 'aware-oblique', 'best'], description: 'change of basis; aware looks at queries and outputs too, best chooses per layer by measured error' }),
     scale: Flags.string({ options: ['none', 'printed', 'reciprocal', 'fitted', 'head'], description: 'factor on a rank\'s logits, or on its norm with --norm sliced' }),
     queries: Flags.string({ options: ['sliced', 'regressed'], description: 'cut W_UK, or regress the whole logit on a rank\'s columns' }),
     values: Flags.string({ options: ['sliced', 'ridge'], description: 'cut W_UV, or regress the exact head output on the ranks\' outputs' }),
     refine: Flags.integer({ min: 0, description: 'steps of descent on each layer\'s output error' }),
+    'budget-bytes-per-token': Flags.integer({ min: 1, exclusive: ['shared'], description: 'bytes of bf16 cache per token and rank, all layers: takes the widest shared subspace within it, and per layer the basis that measures best' }),
     norm: Flags.string({ options: ['exact', 'sliced'], description: 'RMSNorm over the whole latent, or each rank\'s estimate from its slice as published' }),
     calibration: Flags.string({ description: 'UTF-8 text to fit on; default calibration.txt of the checkpoint' }),
-    'calibration-tokens': Flags.integer({ default: 32768, min: 64, description: 'tokens of it that are used' }),
+    'calibration-tokens': Flags.integer({ min: 64, description: `tokens of it that are used; default ${MOST_TOKENS}, fewer where a layer's queries would take more than ${QUERY_BYTES / 1e9} GB` }),
     'calibration-context': Flags.integer({ default: 512, min: 16, description: 'tokens per calibration sequence' }),
-    'calibration-queries': Flags.integer({ default: 64, min: 1, description: 'queries sampled per sequence' }),
+    'calibration-queries': Flags.integer({ default: 128, min: 1, description: 'queries sampled per sequence' }),
     'output-dtype': Flags.string({ options: ['auto', 'f32', 'bf16', 'fp8'], default: 'auto', description: 'format of changed matrices; auto keeps theirs, bf16 in place of fp8' }),
     seed: Flags.integer({ default: 1, min: 0, description: 'of the Hadamard signs, the sampling and the descent' }),
     threads: Flags.integer({ default: 0, min: 0, description: 'compute threads; 0 for all cores' }),
@@ -66,7 +69,7 @@ conversion that was interrupted goes on where it stopped when the same command i
     const { args, flags } = await this.parse(Reparam);
     const own = (name: string) => (existsSync(join(args.model, name)) ? join(args.model, name) : null);
     const file = flags.calibration ?? own('calibration.txt');
-    const calibration = file === null ? null : { file, context: flags['calibration-context'], tokens: flags['calibration-tokens'], queries: flags['calibration-queries'], seed: flags.seed };
+    const calibration = file === null ? null : { file, context: flags['calibration-context'], tokens: flags['calibration-tokens'] ?? null, queries: flags['calibration-queries'], seed: flags.seed };
     const progress = this.jsonEnabled() ? SILENT : consoleProgress();
     if (flags.report) {
       const text = flags.text ?? own('heldout.txt');
@@ -82,7 +85,7 @@ conversion that was interrupted goes on where it stopped when the same command i
     const out = args.out ?? flags.out;
     if (out === undefined) throw new TplaError('USAGE', 'name the output directory: tpla reparam MODEL OUT');
     const base = METHODS[flags.method]!;
-    const method: Method = {
+    const chosen: Method = {
       ...base,
       shared: flags.shared ?? base.shared,
       basis: (flags.basis ?? base.basis) as Method['basis'],
@@ -92,6 +95,8 @@ conversion that was interrupted goes on where it stopped when the same command i
       refine: flags.refine ?? base.refine,
       norm: (flags.norm ?? base.norm) as Method['norm'],
     };
+    const budget = flags['budget-bytes-per-token'];
+    const method = budget === undefined ? chosen : withinBudget({ ...chosen, basis: (flags.basis ?? 'best') as Method['basis'] }, budget, { groups: flags.groups, ...loadModelConfig(args.model).spec });
     const result = await convert({
       model: args.model, out, methodName: flags.method, method, groups: flags.groups, output: flags['output-dtype'] as OutputDType, seed: flags.seed, threads: flags.threads,
       calibration,

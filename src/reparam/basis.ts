@@ -16,7 +16,7 @@ export interface Basis {
 
 export type BasisKind = 'identity' | 'hadamard' | 'pca' | 'aware' | 'aware-oblique';
 
-export const CALIBRATED_BASES: readonly BasisKind[] = ['pca', 'aware', 'aware-oblique'];
+export const CALIBRATED_BASES: readonly BasisKind[] = ['aware', 'aware-oblique', 'pca'];
 
 export function identityBasis(size: number): Basis {
   return { matrix: Matrix.eye(size), inverse: Matrix.eye(size), orthogonal: true };

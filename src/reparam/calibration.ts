@@ -2,6 +2,7 @@ import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { TplaError } from '../errors.js';
 import type { Checkpoint } from '../model/checkpoint.js';
+import type { ModelSpec } from '../model/spec.js';
 import type { Tokenizer } from '../model/tokenizer.js';
 import { writeSafetensors } from '../model/safetensors_writer.js';
 import { readSafetensors } from '../model/safetensors.js';
@@ -12,9 +13,10 @@ import { readTensor } from './tensor_file.js';
 
 export interface CalibrationOptions {
   file: string;
-  /** Tokens per sequence, and in total. */
+  /** Tokens per sequence. */
   context: number;
-  tokens: number;
+  /** In total; null for as many as do good, within QUERY_BYTES. */
+  tokens: number | null;
   /** Queries sampled per sequence. */
   queries: number;
   seed: number;
@@ -28,11 +30,20 @@ export interface CalibrationText {
   file: string;
 }
 
+/** More text than this no longer improves the fit; less overfits it. */
+export const MOST_TOKENS = 65536;
+/** Bound on one layer's queries of the whole text, the largest thing that calibration holds beside weights. */
+export const QUERY_BYTES = 2e9;
+
+function tokenCount({ tokens }: CalibrationOptions, spec: ModelSpec): number {
+  return tokens ?? Math.min(MOST_TOKENS, Math.floor(QUERY_BYTES / (spec.heads * (spec.qkNopeHeadDim + spec.qkRopeHeadDim) * 4)));
+}
+
 /** What a fit needs at least: as many sampled queries as it has unknowns per output, times this. */
 const QUERIES_PER_COLUMN = 2;
 
 /** Cuts the text into sequences; throws REQUEST_INVALID when it is too short to fit `columns` columns per head. */
-export async function readCalibrationText(tokenizer: Tokenizer, options: CalibrationOptions, columns: number): Promise<CalibrationText> {
+export async function readCalibrationText(tokenizer: Tokenizer, spec: ModelSpec, options: CalibrationOptions, columns: number): Promise<CalibrationText> {
   let text: Buffer;
   try {
     text = readFileSync(options.file);
@@ -44,7 +55,7 @@ export async function readCalibrationText(tokenizer: Tokenizer, options: Calibra
   const body = options.context - begin.length;
   const sequences: Int32Array[] = [];
   for (let at = 0; at + body <= ids.length; at += body) sequences.push(Int32Array.from([...begin, ...ids.slice(at, at + body)]));
-  const chosen = shuffle(sequences, uniform(options.seed)).slice(0, Math.max(2, Math.floor(options.tokens / options.context)));
+  const chosen = shuffle(sequences, uniform(options.seed)).slice(0, Math.max(2, Math.floor(tokenCount(options, spec) / options.context)));
   const queries = chosen.length * Math.min(options.queries, options.context);
   if (chosen.length < 2 || queries < QUERIES_PER_COLUMN * columns) {
     throw new TplaError('REQUEST_INVALID', `calibration text ${options.file} is too short: ${ids.length} tokens give ${queries} queries; fitting ${columns} columns per head takes at least ${QUERIES_PER_COLUMN * columns} in 2 sequences of ${options.context} tokens`);

@@ -76,7 +76,7 @@ export async function convert(options: ConversionOptions, progress: Progress): P
 async function calibrationText(source: Checkpoint, options: ConversionOptions): Promise<CalibrationText> {
   if (options.calibration === null) throw new TplaError('USAGE', `method ${options.methodName} is fitted on text; name one with --calibration FILE`);
   const columns = rankWidth(options.method, { groups: options.groups, kvLoraRank: source.spec.kvLoraRank }) * options.groups;
-  return readCalibrationText(Tokenizer.load(source.dir), options.calibration, columns);
+  return readCalibrationText(Tokenizer.load(source.dir), source.spec, options.calibration, columns);
 }
 
 /** Everything that decides what is written; a directory holds the work of one plan only. */
@@ -173,8 +173,8 @@ export async function reparameteriseLayer(
   return { tensors, record: recordOf(layer, design, hash.digest('hex')) };
 }
 
-function recordOf(layer: number, { shares, normScale, error }: LayerDesign, hash: string): LayerRecord {
-  return { layer, hash, variance_shares: shares, norm_scale: normScale, output_error: error };
+function recordOf(layer: number, { basisKind, shares, normScale, error }: LayerDesign, hash: string): LayerRecord {
+  return { layer, hash, basis: basisKind, variance_shares: shares, norm_scale: normScale, output_error: error };
 }
 
 export function fingerprintOf({ groups, method }: Pick<ConversionOptions, 'groups' | 'method'>, layers: LayerRecord[]): string {

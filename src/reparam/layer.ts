@@ -1,12 +1,14 @@
 import { Matrix } from 'ml-matrix';
 import { native } from '../native/loader.js';
 import type { FitStep, LayerFit, LayerSample, LayerShape, LayerWeights, RankDesign, Sensitivity } from '../native/reparam.js';
-import { awareBasis, freeBasis, hadamardBasis, identityBasis, matrixOf, pcaBasis, rowsOf, square, varianceShares, type Basis } from './basis.js';
+import { awareBasis, freeBasis, hadamardBasis, identityBasis, matrixOf, pcaBasis, rowsOf, square, varianceShares, CALIBRATED_BASES, type Basis, type BasisKind } from './basis.js';
 import { hasRankWeights, isPublishedScale, rankWidth, type Method } from './method.js';
 
 /** What decode uses of one layer after reparameterisation. */
 export interface LayerDesign {
   basis: Basis;
+  /** Where the basis started from. */
+  basisKind: BasisKind;
   /** null where ranks use the columns of kv_b_proj as they are. */
   ranks: RankDesign[] | null;
   /** Per rank sqrt(α_i / g) of the sliced norm; null with the exact one. */
@@ -38,30 +40,42 @@ export async function designLayer(input: LayerInput, method: Method, options: Fi
   const fit = input.sample === null ? null : openFit(input, options);
   try {
     const sensitivity = fit === null ? null : await fit.sensitivity();
-    return await designWith(input, method, options, fit, sensitivity);
+    const kind = method.basis === 'best' ? await bestBasis(input, method, options, fit!, sensitivity!) : method.basis;
+    return await designWith(input, { ...method, basis: kind }, options, fit, sensitivity);
   } finally {
     fit?.close();
   }
 }
 
-export function openFit({ shape, weights, sample }: LayerInput, { threads }: { threads: number }): LayerFit {
+function openFit({ shape, weights, sample }: LayerInput, { threads }: { threads: number }): LayerFit {
   const sequences = sample!.sequences.length - 1;
   const train = Math.max(1, sequences - Math.max(1, Math.floor(sequences * TEST_SHARE)));
   return new (native().LayerFit)(shape, weights, sample!, { train, threads });
 }
 
-export async function designWith(input: LayerInput, method: Method, options: FitOptions, fit: LayerFit | null, sensitivity: Sensitivity | null): Promise<LayerDesign> {
+async function bestBasis(input: LayerInput, method: Method, options: FitOptions, fit: LayerFit, sensitivity: Sensitivity): Promise<BasisKind> {
+  let best: { kind: BasisKind; error: number } | null = null;
+  for (const kind of CALIBRATED_BASES) {
+    const { error } = await designWith(input, { ...method, basis: kind, refine: 0 }, options, fit, sensitivity);
+    if (best === null || error! < best.error) best = { kind, error: error! };
+  }
+  return best!.kind;
+}
+
+type DefiniteMethod = Method & { basis: BasisKind };
+
+async function designWith(input: LayerInput, method: DefiniteMethod, options: FitOptions, fit: LayerFit | null, sensitivity: Sensitivity | null): Promise<LayerDesign> {
   const { latent } = input.shape;
   const covariance = sensitivity === null ? null : square(sensitivity.tokenCovariance, latent);
   let basis = chooseBasis(method, latent, options.seed, sensitivity, covariance);
   const shares = covariance === null ? null : varianceShares(basis, covariance, options.groups, method.shared);
   const normScale = method.norm === 'sliced' ? shares!.slices.map((share) => Math.sqrt(alpha(share, method.scale) / options.groups)) : null;
   const start = await cutRanks(input, basis, method, options, isPublishedScale(method) && normScale === null ? shares!.slices.map((share) => alpha(share, method.scale)) : null);
-  if (fit === null) return { basis, ranks: hasRankWeights(method) ? start : null, normScale, shares, error: null };
+  if (fit === null) return { basis, basisKind: method.basis, ranks: hasRankWeights(method) ? start : null, normScale, shares, error: null };
 
   const { design, testError } = await fit.run(start, fitSteps(method, options.seed));
   if (method.refine > 0) basis = movedBasis(design, method.shared, latent);
-  return { basis, ranks: hasRankWeights(method) ? design : null, normScale, shares, error: testError };
+  return { basis, basisKind: method.basis, ranks: hasRankWeights(method) ? design : null, normScale, shares, error: testError };
 }
 
 /** The published formula prints slice over total; the estimate it is meant for, RMS(c) ≈ sqrt(α/g)·RMS(c_i), needs total over slice. */
@@ -69,7 +83,7 @@ function alpha(share: number, scale: Method['scale']): number {
   return scale === 'printed' ? share : 1 / share;
 }
 
-function chooseBasis(method: Method, latent: number, seed: number, sensitivity: Sensitivity | null, covariance: Matrix | null): Basis {
+function chooseBasis(method: DefiniteMethod, latent: number, seed: number, sensitivity: Sensitivity | null, covariance: Matrix | null): Basis {
   switch (method.basis) {
     case 'identity':
       return identityBasis(latent);

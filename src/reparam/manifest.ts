@@ -1,5 +1,6 @@
 import { basename } from 'node:path';
 import type { Checkpoint } from '../model/checkpoint.js';
+import type { BasisKind } from './basis.js';
 import type { CalibrationOptions, CalibrationText } from './calibration.js';
 import type { Journal } from './journal.js';
 import type { Method } from './method.js';
@@ -9,6 +10,8 @@ export interface LayerRecord {
   layer: number;
   /** SHA-256 of the layer's new tensors. */
   hash: string;
+  /** Where the layer's basis started from. */
+  basis: BasisKind;
   /** Share of the calibration latents' variance in the shared subspace and in each rank's slice; null without calibration. */
   variance_shares: { shared: number; slices: number[] } | null;
   norm_scale: number[] | null;

@@ -3,7 +3,8 @@ import { CALIBRATED_BASES, type BasisKind } from './basis.js';
 
 /** How a layer's decode weights are made. Every part can be chosen alone; `METHODS` are the named combinations. */
 export interface Method {
-  basis: BasisKind;
+  /** `best`: per layer, the calibrated basis whose closed-form fit leaves the least output error on held-out sequences. */
+  basis: BasisKind | 'best';
   /** Directions replicated on every rank, like the rope key. */
   shared: number;
   /**
@@ -33,7 +34,7 @@ export const METHODS: Record<string, Method> = {
 };
 
 export function needsCalibration(method: Method): boolean {
-  return CALIBRATED_BASES.includes(method.basis) || method.scale === 'fitted' || method.scale === 'head' || method.scale === 'printed' || method.scale === 'reciprocal'
+  return method.basis === 'best' || CALIBRATED_BASES.includes(method.basis) || method.scale === 'fitted' || method.scale === 'head' || method.scale === 'printed' || method.scale === 'reciprocal'
     || method.queries === 'regressed' || method.values === 'ridge' || method.refine > 0 || method.norm === 'sliced';
 }
 
@@ -50,7 +51,7 @@ export function isPublishedScale(method: Method): boolean {
 
 /** Descent moves the basis, which is then no longer orthogonal. */
 export function hasTransform(method: Method): boolean {
-  return method.basis === 'aware-oblique' || method.refine > 0;
+  return method.basis === 'aware-oblique' || method.basis === 'best' || method.refine > 0;
 }
 
 export interface MethodShape {
@@ -76,4 +77,19 @@ export function validateMethod(method: Method, { groups, kvLoraRank }: MethodSha
   }
   if (method.queries === 'regressed' && method.scale !== 'none') problems.push('regressed queries already contain every scale; choose one of them');
   if (problems.length > 0) throw new TplaError('USAGE', `this reparameterisation is not possible:\n${problems.map((problem) => `  ${problem}`).join('\n')}`);
+}
+
+/** Bytes of a bf16 cache per token and rank, all layers. */
+export function bytesPerToken(method: Method, shape: MethodShape & { layers: number; qkRopeHeadDim: number }): number {
+  return shape.layers * (rankWidth(method, shape) + shape.qkRopeHeadDim) * 2;
+}
+
+/** Shared widths are multiples of this, which keeps rows aligned for the kernels. */
+const SHARED_STEP = 16;
+
+/** The method with the widest shared subspace that stays within `budget` bytes per token and rank; throws USAGE when none does. */
+export function withinBudget(method: Method, budget: number, shape: MethodShape & { layers: number; qkRopeHeadDim: number }): Method {
+  const fits = (shared: number) => (shape.kvLoraRank - shared) % shape.groups === 0 && bytesPerToken({ ...method, shared }, shape) <= budget;
+  for (let shared = shape.kvLoraRank - SHARED_STEP; shared >= 0; shared -= SHARED_STEP) if (fits(shared)) return { ...method, shared };
+  throw new TplaError('USAGE', `no slicing over ${shape.groups} groups stays within ${budget} bytes per token; without a shared subspace it is ${bytesPerToken({ ...method, shared: 0 }, shape)}`);
 }

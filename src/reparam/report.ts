@@ -122,7 +122,7 @@ export async function report(options: ReportOptions, progress: Progress): Promis
   for (const { method } of entries) validateMethod(method, { groups: options.groups, kvLoraRank });
   const tokenizer = Tokenizer.load(source.dir);
   const widest = Math.max(...entries.map(({ method }) => rankWidth(method, { groups: options.groups, kvLoraRank })), kvLoraRank / options.groups);
-  const calibration = await readCalibrationText(tokenizer, options.calibration, widest * options.groups);
+  const calibration = await readCalibrationText(tokenizer, source.spec, options.calibration, widest * options.groups);
   const body = readFileSync(options.text, 'utf8');
   refuseOverlap(body, readFileSync(options.calibration.file, 'utf8'), options);
   const windows = await textWindows(tokenizer, body, { context: options.context, prefix: Math.floor(options.context / 2), scored: options.tokens, seed: options.seed });

@@ -12,7 +12,7 @@ import { loadCheckpoint } from '../../src/model/checkpoint.js';
 import type { JsonObject } from '../../src/model/config.js';
 import { readSafetensors } from '../../src/model/safetensors.js';
 import { convert, type ConversionOptions } from '../../src/reparam/convert.js';
-import { METHODS, type Method } from '../../src/reparam/method.js';
+import { METHODS, withinBudget, type Method } from '../../src/reparam/method.js';
 import { SILENT } from '../../src/report/progress.js';
 import { TINY_V2, TINY_V3, writeCheckpoint } from '../support/checkpoint.js';
 import { writeTokenizer } from '../support/tokenizer.js';
@@ -97,6 +97,21 @@ test('fp8 blocks come in; bf16 goes out, or fp8 again', async () => {
   await convert(again, SILENT);
   assert.equal(dtypes(again.out), ['F8_E4M3', 'F8_E4M3']);
   assert.ok(difference(await logits(again.out, 'mla', 'prefill'), exact) < 0.3);
+});
+
+test('a budget takes the widest shared subspace within it, and the basis that measures best per layer', async () => {
+  const shape = { groups: 2, kvLoraRank: 128, layers: 7, qkRopeHeadDim: 32 };
+  const base: Method = { ...METHODS.default!, basis: 'best', refine: 0 };
+  assert.is(withinBudget(base, 1344, shape).shared, 0);
+  assert.is(withinBudget(base, 1567, shape).shared, 16);
+  assert.is(withinBudget(base, 1568, shape).shared, 32);
+  assert.throws(() => withinBudget(base, 1343, shape), /without a shared subspace it is 1344/);
+  const plan = options({ name: 'default', basis: 'best', refine: 0 });
+  const result = await convert(plan, SILENT);
+  for (const basis of ['aware', 'aware-oblique', 'pca'] as const) {
+    const single = await convert(options({ name: 'default', basis, refine: 0 }), SILENT);
+    result.layers.forEach((layer, i) => assert.ok(layer.output_error! <= single.layers[i]!.output_error! + 1e-9, `${basis}, layer ${i}`));
+  }
 });
 
 test('what is not touched is copied byte for byte; the manifest tells how it was made', async () => {
