@@ -1,5 +1,5 @@
 /** Writes the tables of README.md that follow from the code: `npx tsx scripts/readme_tables.ts`. A test holds the file to them. */
-import { readFileSync, writeFileSync } from 'node:fs';
+import { readFileSync, readdirSync, writeFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { ROLE_SCHEMAS } from '../src/config/load.js';
 import { formatBytes } from '../src/config/bytes.js';
@@ -10,13 +10,22 @@ import { ERRORS, type ErrorCode } from '../src/errors.js';
 export const README = fileURLToPath(new URL('../README.md', import.meta.url));
 
 /** The text with every table between its markers as the code has it now. */
-export function withTables(text: string): string {
-  const tables: Record<string, string> = { configuration: configurationTable(), 'exit statuses': exitTable() };
+export async function withTables(text: string): Promise<string> {
+  const tables: Record<string, string> = { commands: await commandTable(), configuration: configurationTable(), 'exit statuses': exitTable() };
   return Object.entries(tables).reduce((result, [name, table]) => {
     const marked = new RegExp(`(<!-- ${name} -->\n)[^]*?(<!-- end -->)`);
     if (!marked.test(result)) throw new Error(`README.md has no "<!-- ${name} -->" … "<!-- end -->"`);
     return result.replace(marked, (_all, begin: string, end: string) => `${begin}${table}\n${end}`);
   }, text);
+}
+
+async function commandTable(): Promise<string> {
+  const files = readdirSync(new URL('../src/commands/', import.meta.url)).sort();
+  const lines = await Promise.all(files.map(async (file) => {
+    const { default: command } = await import(`../src/commands/${file}`) as { default: { summary: string } };
+    return `| \`tpla ${file.replace(/\.ts$/, '')}\` | ${command.summary} |`;
+  }));
+  return ['| command | |', '|---|---|', ...lines, '| `tpla autocomplete` | Shell completion for bash, zsh and PowerShell |'].join('\n');
 }
 
 function configurationTable(): string {
@@ -85,4 +94,4 @@ function exitTable(): string {
   return ['| status | meaning | codes |', '|---|---|---|', ...lines].join('\n');
 }
 
-if (process.argv[1] === fileURLToPath(import.meta.url)) writeFileSync(README, withTables(readFileSync(README, 'utf8')));
+if (process.argv[1] === fileURLToPath(import.meta.url)) writeFileSync(README, await withTables(readFileSync(README, 'utf8')));

@@ -67,16 +67,6 @@ const CpuFeatures& cpu_features() {
   return features;
 }
 
-std::vector<std::string> feature_names() {
-  const CpuFeatures& f = cpu_features();
-  std::vector<std::string> names;
-  if (f.avx2) names.insert(names.end(), {"avx2", "fma", "f16c"});
-  if (f.avx512) names.insert(names.end(), {"avx512f", "avx512bw", "avx512dq", "avx512vl"});
-  if (f.avx512_bf16) names.push_back("avx512_bf16");
-  if (f.amx_bf16) names.push_back("amx_bf16");
-  return names;
-}
-
 int usable_cores() {
   cpu_set_t set;
   CPU_ZERO(&set);

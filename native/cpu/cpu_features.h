@@ -1,6 +1,4 @@
 #pragma once
-#include <string>
-#include <vector>
 
 namespace tpla::cpu {
 
@@ -13,9 +11,6 @@ struct CpuFeatures {
 };
 
 const CpuFeatures& cpu_features();
-
-// Names as /proc/cpuinfo spells them, of those above that are present.
-std::vector<std::string> feature_names();
 
 // Cores this process may use (affinity mask and container quota), at least 1.
 int usable_cores();

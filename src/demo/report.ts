@@ -46,7 +46,7 @@ export function demoTable({ ttft_ms, prefill, transfer, decode, reparam }: DemoR
     ['KV hand-off', `through ${transfer.path}`, `${formatCount(transfer.bytes)} bytes`, formatMs(transfer.ms)],
     ['decode', `${decode.attention} attention, ${decode.ranks} ${decode.ranks === 1 ? 'rank' : 'ranks'}`, `${formatCount(decode.tokens)} tokens`, `${formatMs(decode.tpot_ms)} a token`],
     ['', 'KV per token per rank', `${formatCount(held)} bytes`, `plain MLA: ${formatCount(plain)} (${Math.round((100 * held) / plain)} %)`],
-    ['TTFT', '', '', formatMs(ttft_ms)],
+    ['TTFT', 'first request of a fresh stack', '', formatMs(ttft_ms)],
   ];
   return `${table(['', 'how', 'how much', 'time'], rows)}${reparam === null ? '' : `\n\nThe checkpoint's latent was rotated for TPLA (${reparam}).`}`;
 }
