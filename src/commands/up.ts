@@ -4,6 +4,7 @@ import { Flags } from '@oclif/core';
 import { stringify } from 'yaml';
 import { BaseCommand } from '../cli/base_command.js';
 import { StackConsole } from '../up/console.js';
+import { prepareCheckpoint } from '../up/checkpoint.js';
 import { loadStack } from '../up/stack_config.js';
 import { withStack } from '../up/with_stack.js';
 
@@ -28,7 +29,10 @@ Ctrl-C drains and stops everything; a second one ends it at once.`;
       return stack;
     }
     const console = new StackConsole();
-    await withStack(stack, {
+    const prepare = async (directory: string, stopping: AbortSignal) => (
+      await prepareCheckpoint(stack, flags.config, directory, stopping, (text) => console.busy(text))
+    ).stack;
+    await withStack(prepare, {
       where: flags.config,
       onEvent: (event) => console.handle(event),
       onStopping: () => console.busy('stopping'),

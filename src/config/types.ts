@@ -86,6 +86,8 @@ export interface UpConfig {
   /** Checkpoint, served name and log level of every service that names none. */
   model: string | null;
   model_name: string | null;
+  /** Whether `model` is reparameterised first for the ranks over which decode services split the latent: quickly, or with all that `tpla reparam` does. */
+  reparam: 'none' | 'quick' | 'full';
   log_level: LogLevel;
   /** By name; the rest of each entry is the role's own configuration. */
   services: Record<string, { role: RoleName } & Record<string, unknown>>;

@@ -1,12 +1,14 @@
 import { WorkerClient } from '../http/client.js';
 import type { WorkerState } from '../fleet/protocol.js';
 import type { KvForm } from '../native/types.js';
+import { prepareCheckpoint } from '../up/checkpoint.js';
 import { withStack } from '../up/with_stack.js';
 import type { SupervisorEvent } from '../up/supervisor.js';
-import { prepareCheckpoint } from './checkpoint.js';
 import { streamCompletion } from './completion.js';
 import { demoReport, type DemoReport } from './report.js';
 import { demoStack, DEMO_PREFILL, DEMO_ROUTE } from './stack.js';
+
+const WHERE = 'demo stack';
 
 export interface DemoOptions {
   /** Checkpoint directory. */
@@ -29,11 +31,11 @@ export interface DemoView {
 export async function runDemo(options: DemoOptions, view: DemoView): Promise<DemoReport> {
   let reparam: string | null = null;
   const prepare = async (directory: string, stopping: AbortSignal) => {
-    const checkpoint = await prepareCheckpoint(options, directory, stopping, () => view.busy(`rotating the latent for ${options.ranks} ranks`));
-    reparam = checkpoint.reparam;
-    return demoStack({ ...options, model: checkpoint.dir });
+    const prepared = await prepareCheckpoint(demoStack(options), WHERE, directory, stopping, (text) => view.busy(text));
+    reparam = prepared.reparam;
+    return prepared.stack;
   };
-  return withStack(prepare, { where: 'demo stack', onEvent: (event) => view.handle(event), onStopping: () => view.busy('stopping') }, async ({ addressesOf, stopping }) => {
+  return withStack(prepare, { where: WHERE, onEvent: (event) => view.handle(event), onStopping: () => view.busy('stopping') }, async ({ addressesOf, stopping }) => {
     view.started();
     const completion = await streamCompletion(addressesOf(DEMO_ROUTE)[0]!, options, (text) => view.text(text), stopping);
     return demoReport(options.prompt, reparam, completion, await plainMlaBytes(addressesOf(DEMO_PREFILL)[0]!));

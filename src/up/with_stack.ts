@@ -29,7 +29,7 @@ export type PrepareStack = (directory: string, stopping: AbortSignal) => Promise
  * Runs `body` beside a stack of its own; afterwards, however it ends, no process, socket or file of the stack is left. A first signal aborts
  * `stopping` and drains; a second ends everything at once with status 130. Throws CANCELLED when a signal came before everything was ready.
  */
-export async function withStack<T>(config: UpConfig | PrepareStack, options: StackOptions, body: (stack: RunningStack) => Promise<T>): Promise<T> {
+export async function withStack<T>(prepare: PrepareStack, options: StackOptions, body: (stack: RunningStack) => Promise<T>): Promise<T> {
   await sweepRuntimeDirs();
   const directory = makeRuntimeDir();
   let supervisor: Supervisor | null = null;
@@ -40,7 +40,7 @@ export async function withStack<T>(config: UpConfig | PrepareStack, options: Sta
   const signals = catchSignals(abandon);
   process.once('exit', abandon);
   try {
-    const stack = typeof config === 'function' ? await config(directory, signals.first) : config;
+    const stack = await prepare(directory, signals.first);
     const running = supervisor = new Supervisor({
       services: planServices(stack, directory, options.where), directory,
       startTimeoutMs: stack.start_timeout_ms, restart: stack.restart, clock: systemClock, onEvent: options.onEvent,

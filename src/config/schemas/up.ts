@@ -11,6 +11,10 @@ export const upSchema: ObjectSchema<UpConfig> = {
   properties: {
     model: { description: 'Checkpoint directory of every service that names none', type: ['string', 'null'], path: true, default: null },
     model_name: { description: 'Name clients ask for, of every service that names none', type: ['string', 'null'], default: null },
+    reparam: {
+      description: 'Reparameterise `model` first for the ranks over which decode services split the latent; quick leaves the descent out',
+      type: 'string', enum: ['none', 'quick', 'full'], default: 'none',
+    },
     log_level: { description: 'Log level of every service that names none', type: 'string', enum: LOG_LEVELS, default: 'info' },
     services: {
       description: 'Services by name',
