@@ -39,8 +39,9 @@ export async function plantFacts(tokenizer: Tokenizer, text: string, plan: Recal
       for (let i = 0; i < plan.perCell; i++) {
         const facts = distinctFacts(DISTRACTORS + 1, below);
         const body = stretch(paragraphs, lengths, below(paragraphs.length), context - 40 * (DISTRACTORS + 1));
-        facts.forEach((fact, index) => body.splice(index === 0 ? Math.round(depth * body.length) : below(body.length + 1), 0, `${statement(fact)} ${fact.value}.`));
-        const asked = facts[0]!;
+        const [asked, ...others] = facts as [Fact, ...Fact[]];
+        for (const fact of others) body.splice(below(body.length + 1), 0, sentence(fact));
+        body.splice(boundaryNear(body, depth), 0, sentence(asked));
         prompts.push(await tokenise(tokenizer, `${body.join('\n\n')}\n\n`, `What is the ${asked.attribute} of the ${asked.entity}? ${statement(asked)}`, asked.value, { context, depth }));
       }
     }
@@ -82,6 +83,17 @@ interface Fact {
 
 function statement({ attribute, entity }: Fact): string {
   return `The ${attribute} of the ${entity} is`;
+}
+
+function sentence(fact: Fact): string {
+  return `${statement(fact)} ${fact.value}.`;
+}
+
+/** Index of the paragraph boundary that is nearest to a part of the text. */
+function boundaryNear(paragraphs: string[], part: number): number {
+  const ends = paragraphs.reduce((sums, paragraph) => [...sums, sums[sums.length - 1]! + paragraph.length], [0]);
+  const wanted = part * ends[ends.length - 1]!;
+  return ends.reduce((best, end, index) => (Math.abs(end - wanted) < Math.abs(ends[best]! - wanted) ? index : best), 0);
 }
 
 function distinctFacts(count: number, below: (count: number) => number): Fact[] {

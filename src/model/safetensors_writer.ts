@@ -1,4 +1,4 @@
-import { closeSync, fsyncSync, openSync, renameSync, unlinkSync, writeSync } from 'node:fs';
+import { closeSync, fsyncSync, openSync, renameSync, rmSync, writeSync } from 'node:fs';
 import { dirname } from 'node:path';
 import { TplaError } from '../errors.js';
 import { DTYPE_BYTES } from './safetensors.js';
@@ -20,6 +20,7 @@ export class SafetensorsWriter {
   readonly #fd: number;
   readonly #partial: string;
   readonly #sizes: number[];
+  #open = true;
   #current = 0;
   #written = 0;
 
@@ -54,6 +55,7 @@ export class SafetensorsWriter {
     attemptWrite(this.#path, () => {
       fsyncSync(this.#fd);
       closeSync(this.#fd);
+      this.#open = false;
       renameSync(this.#partial, this.#path);
       syncDirectory(dirname(this.#path));
     });
@@ -61,8 +63,9 @@ export class SafetensorsWriter {
 
   /** Gives up: nothing of the file stays behind. */
   abort(): void {
-    closeSync(this.#fd);
-    unlinkSync(this.#partial);
+    if (this.#open) closeSync(this.#fd);
+    this.#open = false;
+    rmSync(this.#partial, { force: true });
   }
 
   #next(): void {
@@ -80,8 +83,13 @@ export class SafetensorsWriter {
 /** A whole small file at once. */
 export function writeSafetensors(path: string, tensors: (TensorHeader & { data: Uint8Array })[], metadata: Record<string, string> = {}): void {
   const writer = new SafetensorsWriter(path, tensors, metadata);
-  for (const { name, data } of tensors) writer.write(name, data);
-  writer.finish();
+  try {
+    for (const { name, data } of tensors) writer.write(name, data);
+    writer.finish();
+  } catch (error) {
+    writer.abort();
+    throw error;
+  }
 }
 
 /** Length prefix and JSON, padded with spaces so that the data begins at a multiple of 64 bytes. */

@@ -70,9 +70,14 @@ export class Journal {
 
 /** The file has its old content or the new one, whenever the machine stops. */
 export function writeAtomically(path: string, content: string | Uint8Array): void {
+  const partial = `${path}.partial`;
   attemptWrite(path, () => {
-    const partial = `${path}.partial`;
-    writeFileSync(partial, content);
+    try {
+      writeFileSync(partial, content);
+    } catch (error) {
+      rmSync(partial, { force: true });
+      throw error;
+    }
     const fd = openSync(partial, 'r');
     fsyncSync(fd);
     closeSync(fd);

@@ -30,8 +30,9 @@ export function planShards(checkpoint: Checkpoint, layerFiles: SafetensorsFile[]
   const existing = new Set(owners.flat());
   return checkpoint.shards.map((shard, index) => {
     const parts: ShardPlan['parts'] = [];
+    const owned = new Set(owners[index]);
     for (const { name, dtype, shape, begin, end } of shard.tensors) {
-      if (!owners[index]!.includes(name)) continue;
+      if (!owned.has(name)) continue;
       const matrix = name.endsWith('_scale_inv') ? replaced.get(name.slice(0, -'_scale_inv'.length)) : undefined;
       if (matrix !== undefined && !replaced.has(name)) continue;
       parts.push(replaced.get(name) ?? { header: { name, dtype, shape }, from: shard.path, begin, end });
