@@ -25,7 +25,7 @@ prefill never shows. KL is taken against the exact prefill of the same checkpoin
     attention: Flags.string({ options: ['mla', 'tpla', 'dcp', 'dp'], description: 'attention form of decode; default tpla for a reparameterised checkpoint, else mla' }),
     ranks: Flags.integer({ min: 1, max: 64, aliases: ['groups'], description: 'decode ranks; default the groups of a reparameterised checkpoint with tpla, else 1 (mla) or 2' }),
     reference: Flags.string({ description: 'checkpoint whose exact MLA is compared with; default the model itself' }),
-    context: Flags.integer({ min: 8, default: 1024, description: 'tokens per window' }),
+    context: Flags.integer({ min: 8, description: 'tokens per window; default 1024, or the whole context of a model with less' }),
     prefix: Flags.integer({ min: 1, description: 'tokens of a window that are context only; default half' }),
     tokens: Flags.integer({ min: 1, default: 4096, description: 'scored tokens wanted' }),
     seed: Flags.integer({ min: 0, default: 1, description: 'which windows of a longer text are scored' }),
@@ -39,7 +39,7 @@ prefill never shows. KL is taken against the exact prefill of the same checkpoin
     if (!existsSync(text)) throw new TplaError('USAGE', flags.text === undefined ? `${args.model} has no heldout.txt; name a text with --text FILE` : `text ${text}: no such file`);
     const result = await evaluateText({
       model: args.model, text, reference: flags.reference, phase: flags.phase as 'prefill' | 'decode', attention: flags.attention as KvForm | undefined, ranks: flags.ranks,
-      context: flags.context, prefix: flags.prefix ?? Math.floor(flags.context / 2), tokens: flags.tokens, seed: flags.seed, dtype: flags['kv-dtype'] as KvDType, threads: flags.threads,
+      context: flags.context, prefix: flags.prefix, tokens: flags.tokens, seed: flags.seed, dtype: flags['kv-dtype'] as KvDType, threads: flags.threads,
       quiet: this.jsonEnabled(),
     });
     this.log(table(['phase', 'attention', 'ranks', 'bits/byte', 'KL to MLA, nats', 'top-1', 'tokens', 'KV B/token/rank'], [[

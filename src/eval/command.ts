@@ -14,8 +14,10 @@ export interface TextEvaluationOptions {
   phase: 'prefill' | 'decode';
   attention?: KvForm;
   ranks?: number;
-  context: number;
-  prefix: number;
+  /** Tokens per window; default 1024 or what the model takes. */
+  context?: number;
+  /** Default half of it. */
+  prefix?: number;
   tokens: number;
   seed: number;
   dtype: KvDType;
@@ -39,9 +41,9 @@ export async function evaluateText(options: TextEvaluationOptions): Promise<Text
   const checkpoint = loadCheckpoint(options.model);
   const reference = options.reference === undefined ? undefined : loadReference(options.reference, checkpoint);
   const { form, ranks } = chooseForm(checkpoint, options);
-  checkWindow(checkpoint, options);
+  const { context, prefix } = chooseWindow(checkpoint, options);
   const tokenizer = Tokenizer.load(checkpoint.dir);
-  const windows = await textWindows(tokenizer, readFileSync(options.text, 'utf8'), { context: options.context, prefix: options.prefix, scored: options.tokens, seed: options.seed });
+  const windows = await textWindows(tokenizer, readFileSync(options.text, 'utf8'), { context, prefix, scored: options.tokens, seed: options.seed });
   const progress = options.quiet ? SILENT : consoleProgress();
   progress.start('windows', windows.length);
   let done = 0;
@@ -54,7 +56,7 @@ export async function evaluateText(options: TextEvaluationOptions): Promise<Text
   });
   progress.finish();
   return {
-    ...result, model: options.model, text: options.text, kv_dtype: options.dtype, context: options.context, prefix: options.prefix, seed: options.seed,
+    ...result, model: options.model, text: options.text, kv_dtype: options.dtype, context, prefix, seed: options.seed,
     seconds: (performance.now() - started) / 1000,
   };
 }
@@ -73,7 +75,12 @@ function chooseForm({ spec }: Checkpoint, options: TextEvaluationOptions): { for
   return { form, ranks: options.ranks ?? usual };
 }
 
-function checkWindow({ spec, dir }: Checkpoint, { context, prefix }: TextEvaluationOptions): void {
+const USUAL_CONTEXT = 1024;
+
+function chooseWindow({ spec, dir }: Checkpoint, options: TextEvaluationOptions): { context: number; prefix: number } {
+  const context = options.context ?? Math.min(USUAL_CONTEXT, spec.contextLength);
+  const prefix = options.prefix ?? Math.floor(context / 2);
   if (context > spec.contextLength) throw new TplaError('USAGE', `--context ${context} is longer than the ${spec.contextLength} tokens of ${dir}`);
   if (prefix >= context) throw new TplaError('USAGE', `--prefix ${prefix} leaves nothing to score of a window of ${context} tokens`);
+  return { context, prefix };
 }

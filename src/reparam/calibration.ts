@@ -52,13 +52,14 @@ export async function readCalibrationText(tokenizer: Tokenizer, spec: ModelSpec,
   }
   const ids = await tokenizer.encode(text.toString('utf8'), { addSpecialTokens: false });
   const begin = tokenizer.bosTokenId === null ? [] : [tokenizer.bosTokenId];
-  const body = options.context - begin.length;
+  const context = Math.min(options.context, spec.contextLength);
+  const body = context - begin.length;
   const sequences: Int32Array[] = [];
   for (let at = 0; at + body <= ids.length; at += body) sequences.push(Int32Array.from([...begin, ...ids.slice(at, at + body)]));
-  const chosen = shuffle(sequences, uniform(options.seed)).slice(0, Math.max(2, Math.floor(tokenCount(options, spec) / options.context)));
-  const queries = chosen.length * Math.min(options.queries, options.context);
+  const chosen = shuffle(sequences, uniform(options.seed)).slice(0, Math.max(2, Math.floor(tokenCount(options, spec) / context)));
+  const queries = chosen.length * Math.min(options.queries, context);
   if (chosen.length < 2 || queries < QUERIES_PER_COLUMN * columns) {
-    throw new TplaError('REQUEST_INVALID', `calibration text ${options.file} is too short: ${ids.length} tokens give ${queries} queries; fitting ${columns} columns per head takes at least ${QUERIES_PER_COLUMN * columns} in 2 sequences of ${options.context} tokens`);
+    throw new TplaError('REQUEST_INVALID', `calibration text ${options.file} is too short: ${ids.length} tokens give ${queries} queries; fitting ${columns} columns per head takes at least ${QUERIES_PER_COLUMN * columns} in 2 sequences of ${context} tokens`);
   }
   return { sequences: chosen, hash: createHash('sha256').update(text).digest('hex'), file: options.file };
 }

@@ -1,4 +1,4 @@
-import { copyFileSync, mkdirSync, symlinkSync, writeFileSync } from 'node:fs';
+import { copyFileSync, existsSync, mkdirSync, symlinkSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import type { Checkpoint } from '../model/checkpoint.js';
 import { writeSafetensors } from '../model/safetensors_writer.js';
@@ -21,7 +21,9 @@ export class Overlay {
       symlinkSync(path, join(dir, basename(path)));
       for (const { name } of tensors) this.#weightMap[name] = basename(path);
     }
-    for (const file of ['tokenizer.json', 'tokenizer_config.json']) copyFileSync(join(source.dir, file), join(dir, file));
+    for (const file of ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json']) {
+      if (existsSync(join(source.dir, file))) copyFileSync(join(source.dir, file), join(dir, file));
+    }
   }
 
   addLayer(layer: number, tensors: StoredTensor[]): void {

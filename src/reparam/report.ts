@@ -125,7 +125,8 @@ export async function report(options: ReportOptions, progress: Progress): Promis
   const calibration = await readCalibrationText(tokenizer, source.spec, options.calibration, widest * options.groups);
   const body = readFileSync(options.text, 'utf8');
   refuseOverlap(body, readFileSync(options.calibration.file, 'utf8'), options);
-  const windows = await textWindows(tokenizer, body, { context: options.context, prefix: Math.floor(options.context / 2), scored: options.tokens, seed: options.seed });
+  const context = Math.min(options.context, source.spec.contextLength);
+  const windows = await textWindows(tokenizer, body, { context, prefix: Math.floor(context / 2), scored: options.tokens, seed: options.seed });
   const prompts = await recallPrompts(source, tokenizer, body, options);
 
   const work = mkdtempSync(join(tmpdir(), 'tpla-report-'));
@@ -160,7 +161,8 @@ export async function report(options: ReportOptions, progress: Progress): Promis
       progress.advance(1);
     }
     progress.finish();
-    return summarise(source, rows, cells, { calibration, prompts, options });
+    const scored = windows.reduce((sum, { tokens, prefix }) => sum + tokens.length - prefix - 1, 0);
+    return summarise(source, rows, cells, { calibration, prompts, options, scored });
   } finally {
     weights.close();
     rmSync(work, { recursive: true, force: true });
@@ -215,7 +217,7 @@ function refuseOverlap(text: string, calibration: string, { text: textFile, cali
   }
 }
 
-function summarise(source: Checkpoint, rows: ReportRow[], cells: Report['recall_cells'], { calibration, prompts, options }: { calibration: { hash: string; sequences: Int32Array[]; file: string }; prompts: RecallPrompt[]; options: ReportOptions }): Report {
+function summarise(source: Checkpoint, rows: ReportRow[], cells: Report['recall_cells'], { calibration, prompts, options, scored }: { calibration: { hash: string; sequences: Int32Array[]; file: string }; prompts: RecallPrompt[]; options: ReportOptions; scored: number }): Report {
   const singles = rows.filter(({ name }) => SINGLE_SCALE.includes(name)).sort((a, b) => a.kl_vs_mla - b.kl_vs_mla);
   const best = singles[0] ?? null;
   const ratioed = rows.map((row) => ({ ...row, kl_vs_best_pca: best === null ? null : row.kl_vs_mla / best.kl_vs_mla }));
@@ -223,7 +225,7 @@ function summarise(source: Checkpoint, rows: ReportRow[], cells: Report['recall_
   if (picture !== null) writeFileSync(picture, drawReport(ratioed, source.identity.name, options.groups));
   const mla = rows.find(({ name }) => name === 'mla')!;
   return {
-    model: options.model, groups: options.groups, text: options.text, scored_tokens: options.tokens, recall_prompts: prompts.length, recall_cells: cells, seed: options.seed, kv_dtype: options.dtype,
+    model: options.model, groups: options.groups, text: options.text, scored_tokens: scored, recall_prompts: prompts.length, recall_cells: cells, seed: options.seed, kv_dtype: options.dtype,
     calibration: { file: calibration.file, sha256: calibration.hash, sequences: calibration.sequences.length, context: options.calibration.context },
     reference_bits_per_byte: mla.bits_per_byte, best_pca: best === null ? null : { name: best.name, kl_vs_mla: best.kl_vs_mla }, rows: ratioed, picture,
   };
