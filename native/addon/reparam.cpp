@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "addon/arguments.h"
+#include "addon/async_work.h"
 #include "reparam/layer_fit.h"
 
 namespace tpla::addon {
@@ -126,44 +127,6 @@ Step step_of(const Napi::Value& value) {
   return [options](LayerFit& fit, Design& design) { fit.refine(design, options); };
 }
 
-// Computes off the event loop; the result becomes JavaScript on it.
-template <typename Result>
-class Computation : public Napi::AsyncWorker {
- public:
-  static Napi::Value start(Napi::Env env, std::function<Result()> compute, std::function<Napi::Value(Napi::Env, const Result&)> convert) {
-    auto* work = new Computation(env, std::move(compute), std::move(convert));
-    const Napi::Promise promise = work->deferred_.Promise();
-    work->Queue();
-    return promise;
-  }
-
-  void Execute() override {
-    try {
-      result_ = compute_();
-    } catch (const Error& error) {
-      code_ = error.code();
-      SetError(error.what());
-    } catch (const std::bad_alloc&) {
-      code_ = "OUT_OF_MEMORY";
-      SetError("the system refused memory");
-    } catch (const std::exception& error) {
-      SetError(error.what());
-    }
-  }
-  void OnOK() override { deferred_.Resolve(convert_(Env(), result_)); }
-  void OnError(const Napi::Error& error) override { deferred_.Reject(to_js_error(Env(), Error(code_, error.Message())).Value()); }
-
- private:
-  Computation(Napi::Env env, std::function<Result()> compute, std::function<Napi::Value(Napi::Env, const Result&)> convert)
-      : Napi::AsyncWorker(env, "tpla reparam"), deferred_(env), compute_(std::move(compute)), convert_(std::move(convert)) {}
-
-  Napi::Promise::Deferred deferred_;
-  std::function<Result()> compute_;
-  std::function<Napi::Value(Napi::Env, const Result&)> convert_;
-  Result result_{};
-  std::string code_ = "INTERNAL";
-};
-
 struct Fitted {
   Design design;
   double train_error = 0;
@@ -203,8 +166,8 @@ class LayerFitHandle : public Napi::ObjectWrap<LayerFitHandle> {
 
   Napi::Value sensitivity(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&] {
-      return Computation<reparam::Sensitivity>::start(
-          info.Env(), [fit = open()] { return fit->sensitivity(); },
+      return AsyncWork<reparam::Sensitivity>::start(
+          info.Env(), "tpla reparam", [fit = open()] { return fit->sensitivity(); },
           [](Napi::Env env, const reparam::Sensitivity& sums) -> Napi::Value {
             Napi::Object object = Napi::Object::New(env);
             object.Set("tokenCovariance", to_js(env, sums.token_covariance));
@@ -223,8 +186,8 @@ class LayerFitHandle : public Napi::ObjectWrap<LayerFitHandle> {
       const Napi::Array array = to_array(info[1], "steps");
       std::vector<Step> steps;
       for (uint32_t i = 0; i < array.Length(); ++i) steps.push_back(step_of(array.Get(i)));
-      return Computation<Fitted>::start(
-          info.Env(),
+      return AsyncWork<Fitted>::start(
+          info.Env(), "tpla reparam",
           [fit = open(), design = std::move(design), steps = std::move(steps)] {
             Fitted result{design, 0, 0};
             for (const Step& step : steps) step(*fit, result.design);
@@ -262,8 +225,8 @@ Napi::Value multiply(const Napi::CallbackInfo& info) {
     auto a = std::make_shared<Matrix>(matrix(info[0], "a", m, k));
     auto b = std::make_shared<Matrix>(matrix(info[1], "b", k, n));
     const int threads = threads_of(info[5]);
-    return Computation<Matrix>::start(
-        info.Env(),
+    return AsyncWork<Matrix>::start(
+        info.Env(), "tpla reparam",
         [a, b, m, n, threads] {
           const cpu::Kernels& kernels = cpu::select_kernels(nullptr);
           cpu::ThreadTeam team(threads);

@@ -1,4 +1,5 @@
 #include "addon/arguments.h"
+#include "addon/async_work.h"
 #include "addon/kv_object.h"
 #include "addon/transfer_arguments.h"
 #include "addon/write_gate.h"
@@ -9,44 +10,6 @@
 namespace tpla::addon {
 
 namespace {
-
-// Work off the event loop that ends in a promise. The regions are held until it is done.
-template <typename Result>
-class Work : public Napi::AsyncWorker {
- public:
-  using Compute = std::function<Result()>;
-  using Convert = std::function<Napi::Value(Napi::Env, const Result&)>;
-
-  static Napi::Value start(Napi::Env env, Compute compute, Convert convert) {
-    auto* work = new Work(env, std::move(compute), std::move(convert));
-    const Napi::Promise promise = work->deferred_.Promise();
-    work->Queue();
-    return promise;
-  }
-
-  void Execute() override {
-    try {
-      result_ = compute_();
-    } catch (const Error& error) {
-      code_ = error.code();
-      SetError(error.what());
-    } catch (const std::exception& error) {
-      SetError(error.what());
-    }
-  }
-  void OnOK() override { deferred_.Resolve(convert_(Env(), result_)); }
-  void OnError(const Napi::Error& error) override { deferred_.Reject(to_js_error(Env(), Error(code_, error.Message())).Value()); }
-
- private:
-  Work(Napi::Env env, Compute compute, Convert convert)
-      : Napi::AsyncWorker(env, "tpla transfer"), deferred_(env), compute_(std::move(compute)), convert_(std::move(convert)) {}
-
-  Napi::Promise::Deferred deferred_;
-  const Compute compute_;
-  const Convert convert_;
-  Result result_{};
-  std::string code_ = "INTERNAL";
-};
 
 Napi::Value put(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
@@ -64,8 +27,8 @@ Napi::Value put(const Napi::CallbackInfo& info) {
       gate = write_gate_of(pass.Get("gate"));
       work.pass = {gate.get(), int(to_integer(pass.Get("slot"), "slot", 0, gate->slots() - 1)), uint32_t(to_integer(pass.Get("epoch"), "epoch", 0, UINT32_MAX))};
     }
-    return Work<KvPutResult>::start(
-        env, [src, dst, gate, work = std::move(work)] { return kv_put(work); },
+    return AsyncWork<KvPutResult>::start(
+        env, "tpla transfer", [src, dst, gate, work = std::move(work)] { return kv_put(work); },
         put_result_to_js);
   });
 }
@@ -77,8 +40,8 @@ Napi::Value checksum(const Napi::CallbackInfo& info) {
     const Range layers = parse_range(info[1], "layers");
     const Range tokens = parse_range(info[2], "tokens");
     PageTables pages = parse_tables(info[3], info[4], "pages");
-    return Work<std::vector<uint64_t>>::start(
-        env, [region, layers, tokens, pages = std::move(pages)] { return kv_checksum(*region, pages, layers, tokens); }, words_to_js);
+    return AsyncWork<std::vector<uint64_t>>::start(
+        env, "tpla transfer", [region, layers, tokens, pages = std::move(pages)] { return kv_checksum(*region, pages, layers, tokens); }, words_to_js);
   });
 }
 
