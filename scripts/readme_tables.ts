@@ -71,9 +71,10 @@ function shownDefault(schema: Schema): string {
 
 const MEANING: Record<number, string> = {
   0: 'done; for a role: told to stop, and everything had drained',
+  1: 'attention results that differ from the float64 reference',
   2: 'wrong command line or request',
   65: 'model files that are damaged or not supported, or data that failed its checksum',
-  69: 'something needed is not there: the addon, a worker',
+  69: 'something needed is not there: the addon, a GPU, a worker',
   70: 'a fault in tpla',
   71: 'no memory',
   73: 'socket or port in use',

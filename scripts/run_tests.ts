@@ -3,6 +3,7 @@
  *
  *   npm test                     all of them
  *   npm test -- kv model/config  only files whose path contains one of the words
+ *   npm run test:gpu             test/gpu instead, one file at a time, on a machine with a GPU and an addon built with CUDA
  *
  * A file fails when it exits non-zero, runs past its time, ran no test, or leaves processes behind. A file that needs longer than
  * the default says so in a comment: `// time limit: 600 s`. The last line is `N passed, N failed`, counted in tests.
@@ -11,6 +12,8 @@ import { spawn } from 'node:child_process';
 import { readdirSync, readFileSync } from 'node:fs';
 import { join, relative } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { toTplaError } from '../src/errors.js';
+import { native } from '../src/native/loader.js';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
 const PARALLEL = 2;
@@ -29,13 +32,24 @@ interface FileResult {
   seconds: number;
 }
 
-async function main(words: string[]): Promise<number> {
-  const files = testFiles().filter((file) => words.length === 0 || words.some((word) => file.includes(word)));
+async function main(args: string[]): Promise<number> {
+  const onGpu = args.includes('--gpu');
+  const words = args.filter((arg) => arg !== '--gpu');
+  const files = testFiles(onGpu).filter((file) => words.length === 0 || words.some((word) => file.includes(word)));
   if (files.length === 0) {
     console.log(`no test file under test/ has ${words.map((word) => `"${word}"`).join(' or ')} in its path`);
     return 1;
   }
-  const results = await runAll(files);
+  if (onGpu) {
+    try {
+      console.log(`on ${(await native().attention.describeGpu(0)).name}`);
+    } catch (thrown) {
+      const error = toTplaError(thrown);
+      console.error(`tpla: ${error.code}: the GPU tests cannot run: ${error.message}`);
+      return error.exitStatus;
+    }
+  }
+  const results = await runAll(files, onGpu ? 1 : PARALLEL);
   const failures = results.filter((result) => result.failed > 0);
   for (const result of failures) {
     console.log(`\n──── ${result.file}${result.fault === null ? '' : `: ${result.fault}`}\n${result.output.trimEnd()}`);
@@ -47,14 +61,15 @@ async function main(words: string[]): Promise<number> {
   return failures.length > 0 ? 1 : 0;
 }
 
-function testFiles(): string[] {
+/** Those of test/gpu, or all the others. */
+function testFiles(gpu: boolean): string[] {
   return readdirSync(join(ROOT, 'test'), { recursive: true, encoding: 'utf8' })
-    .filter((name) => name.endsWith('.test.ts'))
+    .filter((name) => name.endsWith('.test.ts') && name.startsWith('gpu/') === gpu)
     .map((name) => relative(ROOT, join(ROOT, 'test', name)))
     .sort();
 }
 
-async function runAll(files: string[]): Promise<FileResult[]> {
+async function runAll(files: string[], parallel: number): Promise<FileResult[]> {
   const results: FileResult[] = [];
   const queue = [...files];
   const worker = async () => {
@@ -65,7 +80,7 @@ async function runAll(files: string[]): Promise<FileResult[]> {
       console.log(`${result.failed > 0 ? 'FAIL' : 'ok  '} ${file}  ${counts}  ${result.seconds.toFixed(1)} s`);
     }
   };
-  await Promise.all(Array.from({ length: PARALLEL }, worker));
+  await Promise.all(Array.from({ length: parallel }, worker));
   return results;
 }
 

@@ -20,6 +20,8 @@ export const ERRORS = {
   ADDRESS_IN_USE: { http: 500, exit: 73, type: 'server_error' },
   OUT_OF_MEMORY: { http: 503, exit: 71, type: 'server_error' },
   IO_FAILED: { http: 500, exit: 74, type: 'server_error' },
+  GPU_FAILED: { http: 500, exit: 70, type: 'server_error' },
+  CHECK_FAILED: { http: 500, exit: 1, type: 'server_error' },
   // the fleet
   NO_WORKER: { http: 503, exit: 69, type: 'server_error' },
   OVERLOADED: { http: 429, exit: 75, type: 'rate_limit_error' },

@@ -19,6 +19,8 @@ test('codes, HTTP statuses and exit statuses are what scripts rely on', () => {
     ADDRESS_IN_USE: [500, 73],
     OUT_OF_MEMORY: [503, 71],
     IO_FAILED: [500, 74],
+    GPU_FAILED: [500, 70],
+    CHECK_FAILED: [500, 1],
     NO_WORKER: [503, 69],
     OVERLOADED: [429, 75],
     REQUEST_TIMEOUT: [504, 75],

@@ -1,175 +1,254 @@
-#include "addon/arguments.h"
-
-#ifdef TPLA_WITH_CUDA
-#include <functional>
+// Attention problems for tests and benchmarks: drawn, checked against float64 and timed where the kernels run.
 #include <optional>
+#include <variant>
 
-#include "cuda/attention_bench.h"
+#include "addon/arguments.h"
+#include "addon/async_work.h"
+#include "bench/attention_shape.h"
+#include "bench/cpu_attention.h"
+#ifdef TPLA_WITH_CUDA
+#include "cuda/bench/gpu_attention.h"
 #endif
 
 namespace tpla::addon {
 
 namespace {
 
-#ifdef TPLA_WITH_CUDA
+using bench::DecodeShape;
+using bench::Outcome;
+using bench::PrefillShape;
+using bench::RunOptions;
 
-using cuda::AttentionPath;
-using cuda::DecodeShape;
-using cuda::PrefillShape;
+using Shape = std::variant<DecodeShape, PrefillShape>;
 
-constexpr int64_t kMaxTokens = 1 << 24;
+constexpr int kMostTokens = 1 << 24;  // of one sequence
 
-AttentionPath path_of(const Napi::Object& object) {
-  const std::string name = to_text(object.Get("path"), "path");
-  if (name == "auto") return AttentionPath::automatic;
-  if (name == "sm90") return AttentionPath::sm90;
-  if (name == "sm80") return AttentionPath::sm80;
-  refuse("path", "auto, sm90 or sm80");
-}
-
-std::vector<int> lengths_of(const Napi::Object& object, const char* field) {
-  const std::vector<int32_t> lengths = to_int32s(object.Get(field), field);
-  if (lengths.empty()) refuse(field, "at least one length");
-  for (const int32_t length : lengths) {
-    if (length < 0 || length > kMaxTokens) refuse(field, "lengths from 0 to " + std::to_string(kMaxTokens));
-  }
-  return {lengths.begin(), lengths.end()};
-}
-
-DecodeShape decode_shape(const Napi::Object& object) {
-  DecodeShape shape;
-  shape.latent = int(to_integer(object.Get("latent"), "latent", 1, 4096));
-  shape.heads = int(to_integer(object.Get("heads"), "heads", 1, 1024));
-  shape.q_tokens = int(to_integer(object.Get("qTokens"), "qTokens", 1, 1024));
-  shape.page_size = int(to_integer(object.Get("pageSize"), "pageSize", 1, 4096));
-  shape.kv_lens = lengths_of(object, "kvLens");
-  shape.causal = to_bool(object.Get("causal"), "causal");
-  shape.path = path_of(object);
-  shape.seed = unsigned(to_integer(object.Get("seed"), "seed", 0));
-  return shape;
-}
-
-PrefillShape prefill_shape(const Napi::Object& object) {
-  PrefillShape shape;
-  shape.heads = int(to_integer(object.Get("heads"), "heads", 1, 1024));
-  shape.q_lens = lengths_of(object, "qLens");
-  shape.kv_lens = lengths_of(object, "kvLens");
-  if (shape.q_lens.size() != shape.kv_lens.size()) refuse("kvLens", "as many lengths as qLens has");
-  shape.causal = to_bool(object.Get("causal"), "causal");
-  shape.seed = unsigned(to_integer(object.Get("seed"), "seed", 0));
-  return shape;
-}
-
-// What a request computes off the event loop; sets what the promise resolves to on the event loop.
-using Publish = std::function<void(Napi::Env, Napi::Object)>;
-using Work = std::function<Publish()>;
-
-Publish publish_verdict(const cuda::Verdict& verdict, const std::string& name) {
-  return [=](Napi::Env, Napi::Object result) {
-    result.Set("name", name);
-    result.Set("ok", verdict.ok);
-    result.Set("error", verdict.error);
-    result.Set("lseError", verdict.lse_error);
-    result.Set("sameBits", verdict.same_bits);
-  };
-}
-
-Publish publish_timing(const cuda::Timing& timing) {
-  return [=](Napi::Env, Napi::Object result) {
-    result.Set("ms", timing.ms);
-    result.Set("bytes", timing.bytes);
-    result.Set("flops", timing.flops);
-  };
-}
-
-Work work_of(const Napi::Object& request) {
-  const std::string operation = to_text(request.Get("operation"), "operation");
-  if (operation == "machine") {
-    return [] {
-      const cuda::MachineRates rates = cuda::measure_machine();
-      return [=](Napi::Env, Napi::Object result) {
-        result.Set("name", rates.name);
-        result.Set("copyBytesPerSecond", rates.copy_bytes_per_s);
-        result.Set("matrixFlopsPerSecond", rates.matrix_flops_per_s);
-      };
-    };
-  }
-  const std::string kind = to_text(request.Get("kind"), "kind");
-  if (kind != "decode" && kind != "prefill") refuse("kind", "decode or prefill");
-  const bool decode = kind == "decode";
-  if (operation == "checkRandom") {
-    const unsigned seed = unsigned(to_integer(request.Get("seed"), "seed", 0));
-    const int repeats = int(to_integer(request.Get("repeats"), "repeats", 1, 1000));
-    if (!decode) return [=] { const auto shape = cuda::random_prefill_shape(seed); return publish_verdict(cuda::check_prefill(shape, repeats), cuda::describe(shape)); };
-    const AttentionPath path = path_of(request);
-    return [=] { const auto shape = cuda::random_decode_shape(seed, path); return publish_verdict(cuda::check_decode(shape, repeats), cuda::describe(shape)); };
-  }
-  if (operation == "check") {
-    const int repeats = int(to_integer(request.Get("repeats"), "repeats", 1, 1000));
-    if (decode) return [=, shape = decode_shape(request)] { return publish_verdict(cuda::check_decode(shape, repeats), cuda::describe(shape)); };
-    return [=, shape = prefill_shape(request)] { return publish_verdict(cuda::check_prefill(shape, repeats), cuda::describe(shape)); };
-  }
-  if (operation == "time") {
-    if (decode) return [shape = decode_shape(request)] { return publish_timing(cuda::time_decode(shape)); };
-    return [shape = prefill_shape(request)] { return publish_timing(cuda::time_prefill(shape)); };
-  }
-  refuse("operation", "machine, check, checkRandom or time");
-}
-
-class BenchWorker : public Napi::AsyncWorker {
- public:
-  BenchWorker(Napi::Env env, Work work) : Napi::AsyncWorker(env), deferred_(Napi::Promise::Deferred::New(env)), work_(std::move(work)) {}
-  Napi::Promise promise() const { return deferred_.Promise(); }
-
- protected:
-  void Execute() override {
-    try {
-      publish_ = work_();
-    } catch (const tpla::Error& error) {
-      error_.emplace(error);
-    } catch (const cuda::AttentionError& error) {
-      error_.emplace("REQUEST_INVALID", error.what());
-    } catch (const std::exception& error) {
-      error_.emplace("INTERNAL", error.what());
-    }
-  }
-
-  void OnOK() override {
-    const Napi::Env env = Env();
-    if (error_) {
-      deferred_.Reject(to_js_error(env, *error_).Value());
-      return;
-    }
-    Napi::Object result = Napi::Object::New(env);
-    publish_(env, result);
-    deferred_.Resolve(result);
-  }
-
- private:
-  Napi::Promise::Deferred deferred_;
-  Work work_;
-  Publish publish_;
-  std::optional<tpla::Error> error_;
+// `gpu` empty: the CPU.
+struct Target {
+  std::optional<int> gpu;
+  int threads = 0;
 };
 
+int parse_gpu_index(const Napi::Value& value) {
+  const int index = int(to_integer(value, "index", 0, 1024));
+#ifndef TPLA_WITH_CUDA
+  throw Error("GPU_UNAVAILABLE", "this addon was built without CUDA: build it where nvcc is, with `TPLA_CUDA=on npm run build:native`");
+#endif
+  return index;
+}
+
+Target parse_target(const Napi::Value& value) {
+  const Napi::Object object = to_object(value, "target");
+  const std::string kind = to_text(object.Get("kind"), "target.kind");
+  Target target;
+  if (kind == "gpu") {
+    target.gpu = parse_gpu_index(object.Get("index"));
+  } else if (kind == "cpu") {
+    target.threads = int(to_integer(object.Get("threads"), "target.threads", 0, 4096));
+  } else {
+    refuse("target.kind", "gpu or cpu, got \"" + kind + "\"");
+  }
+  return target;
+}
+
+template <typename Value>
+Value one_of(const Napi::Value& value, const char* field, std::initializer_list<std::pair<const char*, Value>> choices) {
+  const std::string text = to_text(value, field);
+  std::string names;
+  for (const auto& [name, choice] : choices) {
+    if (text == name) return choice;
+    names += (names.empty() ? "" : ", ") + std::string(name);
+  }
+  refuse(field, "one of " + names + ", got \"" + text + "\"");
+}
+
+std::vector<int32_t> parse_lengths(const Napi::Value& value, const char* field) {
+  std::vector<int32_t> lengths = to_int32s(value, field);
+  if (lengths.empty()) refuse(field, "one length per sequence, got none");
+  for (const int32_t length : lengths) {
+    if (length < 0 || length > kMostTokens) refuse(field, "lengths from 0 to " + std::to_string(kMostTokens) + ", got " + std::to_string(length));
+  }
+  return lengths;
+}
+
+// Fields both kinds of problem have.
+template <typename Problem>
+void parse_common(const Napi::Object& object, Problem& shape) {
+  using bench::KernelPath;
+  shape.q_lens = parse_lengths(object.Get("qLens"), "qLens");
+  shape.kv_lens = parse_lengths(object.Get("kvLens"), "kvLens");
+  if (shape.q_lens.size() != shape.kv_lens.size()) refuse("qLens", "as many lengths as kvLens has");
+  shape.heads = int(to_integer(object.Get("heads"), "heads", 1, 4096));
+  shape.causal = to_bool(object.Get("causal"), "causal");
+  shape.query_scale = float(to_number(object.Get("queryScale"), "queryScale"));
+  shape.path = one_of<KernelPath>(object.Get("path"), "path", {{"auto", KernelPath::automatic}, {"sm90", KernelPath::sm90}, {"sm80", KernelPath::sm80}});
+}
+
+Shape parse_problem(const Napi::Value& value) {
+  using bench::KvType;
+  const Napi::Object object = to_object(value, "problem");
+  const std::string kind = to_text(object.Get("kind"), "kind");
+  if (kind == "prefill") {
+    PrefillShape shape;
+    parse_common(object, shape);
+    shape.key_dim = int(to_integer(object.Get("keyDim"), "keyDim", 1, 4096));
+    shape.value_dim = int(to_integer(object.Get("valueDim"), "valueDim", 1, 4096));
+    return shape;
+  }
+  if (kind != "decode") refuse("kind", "decode or prefill, got \"" + kind + "\"");
+  DecodeShape shape;
+  parse_common(object, shape);
+  shape.latent = int(to_integer(object.Get("latent"), "latent", 1, 8192));
+  shape.rope = int(to_integer(object.Get("rope"), "rope", 0, 1024));
+  shape.page_tokens = int(to_integer(object.Get("pageTokens"), "pageTokens", 1, 65536));
+  shape.page_gap_bytes = int(to_integer(object.Get("pageGapBytes"), "pageGapBytes", 0, 1 << 24));
+  if (shape.page_gap_bytes % 16 != 0) refuse("pageGapBytes", "a multiple of 16");
+  shape.kv = one_of<KvType>(object.Get("kvDType"), "kvDType", {{"bf16", KvType::bf16}, {"fp8", KvType::fp8}, {"f32", KvType::f32}});
+  shape.latent_scale = to_bool(object.Get("latentScale"), "latentScale");
+  return shape;
+}
+
+RunOptions parse_options(const Napi::Value& value) {
+  const Napi::Object object = to_object(value, "options");
+  RunOptions options;
+  options.seed = uint64_t(to_integer(object.Get("seed"), "options.seed", 0));
+  options.repeats = int(to_integer(object.Get("repeats"), "options.repeats", 0, 10000));
+  options.runs = int(to_integer(object.Get("runs"), "options.runs", 0, 100000));
+  options.host_reference = one_of<bool>(object.Get("reference"), "options.reference", {{"auto", false}, {"cpu", true}});
+  return options;
+}
+
+// ---------------------------------------------------------------- where it runs
+
+// The CPU path is the engine's decode; its prefill expands latents and is no kernel of its own.
+void check_cpu_shape(const Shape& shape) {
+  if (std::holds_alternative<PrefillShape>(shape)) throw Error("REQUEST_INVALID", "prefill attention is timed on GPUs only; the CPU runs decode shapes");
+  if (std::get<DecodeShape>(shape).path != bench::KernelPath::automatic) throw Error("REQUEST_INVALID", "sm90 and sm80 name kernels of GPUs; on the CPU the path is auto");
+  if (std::get<DecodeShape>(shape).page_gap_bytes != 0) throw Error("REQUEST_INVALID", "pages of the CPU's KV lie without gaps");
+}
+
+std::string plan(const Target& target, const Shape& shape) {
+#ifdef TPLA_WITH_CUDA
+  if (target.gpu) return std::visit([&](const auto& gpu_shape) { return bench::plan_on_gpu(*target.gpu, gpu_shape); }, shape);
+#endif
+  (void)target;
+  check_cpu_shape(shape);
+  return bench::cpu_kernel();
+}
+
+Outcome run(const Target& target, const Shape& shape, const RunOptions& options) {
+#ifdef TPLA_WITH_CUDA
+  if (target.gpu) return std::visit([&](const auto& gpu_shape) { return bench::run_on_gpu(*target.gpu, gpu_shape, options); }, shape);
+#endif
+  check_cpu_shape(shape);
+  return bench::run_on_cpu(target.threads, std::get<DecodeShape>(shape), options);
+}
+
+bench::Rates measure(const Target& target) {
+#ifdef TPLA_WITH_CUDA
+  if (target.gpu) return bench::measure_gpu(*target.gpu);
+#endif
+  return bench::cpu_rates(target.threads);
+}
+
+// ---------------------------------------------------------------- to JavaScript
+
+Napi::Value to_js(Napi::Env env, const Outcome& outcome) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("kernel", outcome.kernel);
+  object.Set("check", env.Null());
+  object.Set("timing", env.Null());
+  if (outcome.check) {
+    Napi::Object check = Napi::Object::New(env);
+    check.Set("worstRow", outcome.check->worst_row);
+    check.Set("overall", outcome.check->overall);
+    check.Set("worstLse", outcome.check->worst_lse);
+    check.Set("sameBits", outcome.check->same_bits);
+    check.Set("repeats", outcome.check->repeats);
+    check.Set("reference", outcome.check->reference);
+    object.Set("check", check);
+  }
+  if (outcome.timing) {
+    Napi::Object timing = Napi::Object::New(env);
+    timing.Set("medianMs", outcome.timing->median_ms);
+    timing.Set("minMs", outcome.timing->min_ms);
+    timing.Set("maxMs", outcome.timing->max_ms);
+    timing.Set("runs", outcome.timing->runs);
+    timing.Set("callsPerRun", outcome.timing->calls_per_run);
+    timing.Set("buffers", outcome.timing->buffers);
+    object.Set("timing", timing);
+  }
+  return object;
+}
+
+Napi::Value to_js(Napi::Env env, const bench::Rates& rates) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("copyBytesPerSecond", rates.copy_bytes_per_s);
+  object.Set("matrixFlopsPerSecond", rates.matrix_flops_per_s);
+  object.Set("matrixSource", rates.matrix_source);
+  return object;
+}
+
+#ifdef TPLA_WITH_CUDA
+Napi::Value to_js(Napi::Env env, const bench::GpuDescription& gpu) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("name", gpu.name);
+  object.Set("capability", gpu.capability);
+  object.Set("multiprocessors", gpu.multiprocessors);
+  object.Set("l2Bytes", double(gpu.l2_bytes));
+  object.Set("memoryBytes", double(gpu.memory_bytes));
+  object.Set("smClockHz", gpu.sm_clock_hz);
+  object.Set("memoryClockHz", gpu.memory_clock_hz);
+  return object;
+}
 #endif
 
-// benchAttention(request): Promise; see src/native/attention.ts.
-Napi::Value bench_attention(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  return guarded(env, [&]() -> Napi::Value {
+constexpr const char* kName = "tpla attention";
+
+Napi::Value describe_gpu(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    [[maybe_unused]] const int index = parse_gpu_index(info[0]);
 #ifdef TPLA_WITH_CUDA
-    auto* worker = new BenchWorker(env, work_of(to_object(info[0], "request")));
-    worker->Queue();
-    return worker->promise();
+    return AsyncWork<bench::GpuDescription>::start(
+        info.Env(), kName, [index] { return bench::describe_gpu(index); }, [](Napi::Env env, const bench::GpuDescription& gpu) { return to_js(env, gpu); });
 #else
-    throw Error("GPU_UNAVAILABLE", "this addon was built without CUDA: install the CUDA toolkit (nvcc) and rebuild with TPLA_CUDA=on npm run build:native");
+    return info.Env().Undefined();
 #endif
+  });
+}
+
+Napi::Value rates(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    return AsyncWork<bench::Rates>::start(
+        info.Env(), kName, [target = parse_target(info[0])] { return measure(target); }, [](Napi::Env env, const bench::Rates& found) { return to_js(env, found); });
+  });
+}
+
+Napi::Value plan_problem(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    return AsyncWork<std::string>::start(
+        info.Env(), kName, [target = parse_target(info[0]), shape = parse_problem(info[1])] { return plan(target, shape); },
+        [](Napi::Env env, const std::string& kernel) -> Napi::Value { return Napi::String::New(env, kernel); });
+  });
+}
+
+Napi::Value run_problem(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    return AsyncWork<Outcome>::start(
+        info.Env(), kName, [target = parse_target(info[0]), shape = parse_problem(info[1]), options = parse_options(info[2])] { return run(target, shape, options); },
+        [](Napi::Env env, const Outcome& outcome) { return to_js(env, outcome); });
   });
 }
 
 }  // namespace
 
-void export_attention(Napi::Env env, Napi::Object exports) { exports.Set("benchAttention", Napi::Function::New(env, bench_attention)); }
+void export_attention(Napi::Env env, Napi::Object exports) {
+  Napi::Object attention = Napi::Object::New(env);
+  attention.Set("describeGpu", Napi::Function::New(env, describe_gpu, "describeGpu"));
+  attention.Set("rates", Napi::Function::New(env, rates, "rates"));
+  attention.Set("plan", Napi::Function::New(env, plan_problem, "plan"));
+  attention.Set("run", Napi::Function::New(env, run_problem, "run"));
+  exports.Set("attention", attention);
+}
 
 }  // namespace tpla::addon

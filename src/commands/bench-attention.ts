@@ -1,92 +1,97 @@
-import { readFileSync, writeFileSync } from 'node:fs';
+import { writeFileSync } from 'node:fs';
 import { Flags } from '@oclif/core';
-import { parseCsv, rowOfRecord } from '../bench/attention/csv.js';
-import { PRESETS, type PresetName } from '../bench/attention/presets.js';
+import { resultsAsCsv } from '../bench/attention/columns.js';
+import { readComparison } from '../bench/attention/files.js';
+import { PRESETS } from '../bench/attention/presets.js';
+import { printResults } from '../bench/attention/print.js';
 import { rooflineSvg } from '../bench/attention/roofline.js';
-import { rowKey, type BenchRow } from '../bench/attention/rows.js';
-import { benchRows, RESULT_HEAD, resultCells, toCsv, type BenchResult } from '../bench/attention/run.js';
+import { benchAttention, resultAsJson } from '../bench/attention/run.js';
+import { parseTarget, selectShapes } from '../bench/attention/select.js';
 import { BaseCommand } from '../cli/base_command.js';
-import { TplaError } from '../errors.js';
-import type { KernelPath, MachineRates } from '../native/attention.js';
+import { ERRORS, TplaError } from '../errors.js';
+import type { AttentionPath } from '../native/attention.js';
 import { native } from '../native/loader.js';
-import { table } from '../report/table.js';
+import { consoleProgress, SILENT } from '../report/progress.js';
 
-const SHAPE_FLAGS = ['heads', 'kv-len'] as const;
+const SHAPE = { helpGroup: 'SHAPE' };
 
 export default class BenchAttention extends BaseCommand {
-  static override summary = 'Check the attention kernels on this GPU against float64, then time them';
-  static override description = `Shapes come from a preset, a CSV file or flags. Every row is first compared with a float64 reference on random data, with NaN in all memory
-that must not be read; a row that is wrong ends the run. Times are medians of graph replays over buffers that rotate beyond L2, scheduling and
-reduction included. --anchors puts somebody else's times beside them (columns batch, heads, kv_len or kv_lens, ms, and if wanted gpu, latent, q_tokens).`;
+  static override summary = 'Check and time the attention kernels on this machine';
+  static override description = `Draws random data for every shape, compares the result with a float64 reference, and only then times it: over input buffers that together
+outgrow the L2 cache, with events around replays of a graph. The bandwidth and matrix rate it is held against are measured in the same run.
+
+Shapes come from presets, from files (CSV, YAML or JSON with the columns of --csv), or from flags; a flag with a list such as 1,8,32 stands for
+each of its values. --compare reads other times from a CSV with the same columns and prints how many times longer they are.
+
+Ends with status ${ERRORS.CHECK_FAILED.exit} where a result is wrong.
+
+Presets:
+${Object.entries(PRESETS).map(([name, { summary }]) => `  ${name.padEnd(10)}  ${summary}`).join('\n')}`;
   static override examples = [
-    '<%= config.bin %> <%= command.id %> --preset flashmla --anchors flashmla.csv',
-    '<%= config.bin %> <%= command.id %> --preset tpla --csv tpla.csv --svg roofline.svg',
-    '<%= config.bin %> <%= command.id %> --latent 256 --batch 32 --heads 64 --kv-len 32768 --json',
+    '<%= config.bin %> <%= command.id %> --preset flashmla',
+    '<%= config.bin %> <%= command.id %> --preset tpla --compare fa3_decode.csv --svg roofline.svg',
+    '<%= config.bin %> <%= command.id %> --latent 256 --heads 16,64,128 --batch 1,32 --kv-len 8192 --csv > times.csv',
+    '<%= config.bin %> <%= command.id %> --kind prefill --heads 128 --kv-len 4096,8192',
+    '<%= config.bin %> <%= command.id %> --device cpu --heads 16 --kv-len 1024 --check-only',
   ];
   static override enableJsonFlag = true;
   static override flags = {
-    preset: Flags.string({ options: Object.keys(PRESETS), multiple: true, description: 'named set of shapes; may be given more than once' }),
-    file: Flags.string({ description: 'CSV of shapes: columns heads, batch, kv_len or kv_lens (a;b;…), and if wanted latent, q_tokens, page_size' }),
-    latent: Flags.integer({ default: 512, description: 'latent width of a single decode shape' }),
-    batch: Flags.integer({ min: 1, description: 'sequences; default 1, or as many as --kv-len lists' }),
-    heads: Flags.integer({ min: 1, description: 'query heads' }),
-    'kv-len': Flags.string({ description: 'cached tokens, one number or a;b;… for uneven lengths' }),
-    'q-tokens': Flags.integer({ min: 1, default: 1, description: 'query tokens per sequence' }),
-    'page-size': Flags.integer({ default: 64, description: 'tokens of a page, a multiple of 16' }),
-    path: Flags.string({ options: ['auto', 'sm90', 'sm80'], default: 'auto', description: 'decode implementation' }),
-    anchors: Flags.string({ description: "CSV of somebody else's times" }),
-    repeats: Flags.integer({ min: 1, default: 3, description: 'runs of each check, which must agree to the bit' }),
-    seed: Flags.integer({ min: 0, default: 1, description: 'of the random data' }),
-    csv: Flags.string({ description: 'write the results to this file' }),
-    svg: Flags.string({ description: 'write a roofline plot to this file' }),
+    device: Flags.string({ default: 'gpu', description: 'gpu, gpu:N, or cpu for the decode attention of the CPU engine', helpValue: 'DEVICE' }),
+    threads: Flags.integer({ default: 0, min: 0, description: 'threads of --device cpu; 0 for all cores' }),
+    preset: Flags.string({ multiple: true, delimiter: ',', options: Object.keys(PRESETS), description: 'published workloads, see above', default: [] }),
+    shapes: Flags.string({ multiple: true, description: 'shapes of a CSV, YAML or JSON file', helpValue: 'FILE', default: [] }),
+    compare: Flags.string({ multiple: true, description: 'CSV of other times to print beside these', helpValue: 'FILE', default: [] }),
+    path: Flags.option({ options: ['auto', 'sm90', 'sm80'] as const, default: 'auto' as AttentionPath, description: 'kernels to use; auto takes the fastest this GPU has' })(),
+    runs: Flags.integer({ default: 20, min: 1, description: 'timed repetitions per shape' }),
+    repeats: Flags.integer({ default: 2, min: 1, description: 'checked launches per shape, whose results must have the same bits' }),
+    seed: Flags.integer({ default: 1, min: 0, description: 'of the random data' }),
+    'check-only': Flags.boolean({ description: 'compare with the reference, time nothing', exclusive: ['svg'] }),
+    csv: Flags.boolean({ description: 'print CSV, one row per shape', exclusive: ['json'] }),
+    svg: Flags.string({ description: 'write a roofline plot', helpValue: 'FILE' }),
+    kind: Flags.string({ ...SHAPE, options: ['decode', 'prefill'], description: 'absorbed decode over paged latents, or un-absorbed prefill' }),
+    heads: Flags.string({ ...SHAPE, description: 'query heads of a rank (default 128)', helpValue: 'N,…' }),
+    batch: Flags.string({ ...SHAPE, description: 'sequences of --kv-len each (default 1)', helpValue: 'N,…' }),
+    'kv-len': Flags.string({ ...SHAPE, description: 'tokens per sequence, the query tokens included', helpValue: 'N,…' }),
+    'kv-lens': Flags.string({ ...SHAPE, description: 'tokens of each sequence of a batch', helpValue: 'N;N;…' }),
+    'q-tokens': Flags.string({ ...SHAPE, description: 'query tokens per sequence (default 1; prefill: the whole sequence)', helpValue: 'N,…' }),
+    'q-lens': Flags.string({ ...SHAPE, description: 'query tokens of each sequence', helpValue: 'N;N;…' }),
+    latent: Flags.string({ ...SHAPE, description: 'decode: latent values per token on a rank (default 512)', helpValue: 'N,…' }),
+    rope: Flags.string({ ...SHAPE, description: 'decode: rope values per token (default 64)', helpValue: 'N' }),
+    page: Flags.string({ ...SHAPE, description: 'decode: tokens per page (default 64)', helpValue: 'N,…' }),
+    'kv-dtype': Flags.string({ ...SHAPE, description: 'decode: bf16, fp8, or f32 on the CPU (default bf16)', helpValue: 'TYPE,…' }),
+    'latent-scale': Flags.boolean({ ...SHAPE, description: "decode: with TPLA's logit factor per head" }),
+    'key-dim': Flags.string({ ...SHAPE, description: 'prefill: values of a key (default 192)', helpValue: 'N' }),
+    'value-dim': Flags.string({ ...SHAPE, description: 'prefill: values of a value (default 128)', helpValue: 'N' }),
+    causal: Flags.boolean({ ...SHAPE, allowNo: true, description: 'queries see only tokens up to their own (the default)' }),
   };
 
-  async run(): Promise<{ machine: MachineRates; results: BenchResult[] }> {
+  async run(): Promise<unknown> {
     const { flags } = await this.parse(BenchAttention);
-    const rows = this.rows(flags);
-    const addon = native();
-    const gpu = addon.probe().cuda;
-    if (gpu.devices.length === 0) throw new TplaError('GPU_UNAVAILABLE', `bench-attention needs an NVIDIA GPU of compute capability 8.0 or newer: ${gpu.reason ?? 'none was found'}`);
-    const others = flags.anchors === undefined ? new Map<string, number>() : readAnchors(flags.anchors, gpu.devices[0]!.name);
-    const found = await benchRows(addon, rows, {
-      path: flags.path as KernelPath, seed: flags.seed, repeats: flags.repeats, others,
-      onResult: (result) => { if (!this.jsonEnabled()) process.stderr.write(`${resultCells(result).join('  ')}\n`); },
+    const { device, threads, preset, shapes, compare, path, runs, repeats, seed, 'check-only': checkOnly, csv, svg, json: _json, ...shapeFlags } = flags;
+    const result = await benchAttention(native(), {
+      target: parseTarget(device, threads),
+      shapes: selectShapes(preset, shapes, shapeFlags, path),
+      repeats,
+      runs: checkOnly ? 0 : runs,
+      seed,
+      comparisons: (gpu) => compare.map((file) => readComparison(file, gpu)),
+      progress: this.jsonEnabled() || csv || !process.stderr.isTTY ? SILENT : consoleProgress(),
     });
-    this.log(`${found.machine.name}: copy ${(found.machine.copyBytesPerSecond / 1e9).toFixed(0)} GB/s, bf16 matrix product ${(found.machine.matrixFlopsPerSecond / 1e12).toFixed(0)} TFLOP/s`);
-    this.log(table(RESULT_HEAD, found.results.map(resultCells), ['left', ...RESULT_HEAD.slice(1).map(() => 'right' as const)]));
-    if (flags.csv !== undefined) writeFileSync(flags.csv, toCsv(found.results));
-    if (flags.svg !== undefined) writeFileSync(flags.svg, rooflineSvg(found.machine, found.results));
-    return found;
-  }
-
-  private rows(flags: { preset?: string[]; file?: string; latent: number; batch?: number; heads?: number; 'kv-len'?: string; 'q-tokens': number; 'page-size': number }): BenchRow[] {
-    const rows: BenchRow[] = (flags.preset ?? []).flatMap((name) => PRESETS[name as PresetName]);
-    if (flags.file !== undefined) rows.push(...parseCsv(readText(flags.file)).map(rowOfRecord));
-    if (SHAPE_FLAGS.some((name) => flags[name] !== undefined)) {
-      const missing = SHAPE_FLAGS.filter((name) => flags[name] === undefined);
-      if (missing.length > 0) throw new TplaError('USAGE', `a single shape needs ${missing.map((name) => `--${name}`).join(' and ')} as well`);
-      const lens = flags['kv-len']!;
-      const uneven = lens.includes(';');
-      rows.push(rowOfRecord({
-        latent: String(flags.latent), heads: String(flags.heads), q_tokens: String(flags['q-tokens']), page_size: String(flags['page-size']),
-        batch: flags.batch === undefined ? (uneven ? '' : '1') : String(flags.batch), kv_len: uneven ? '' : lens, kv_lens: uneven ? lens : '',
-      }));
+    if (csv) process.stdout.write(resultsAsCsv(result));
+    else this.log(printResults(result));
+    if (svg !== undefined && result.rates !== null) writeSvg(svg, rooflineSvg(result, result.rates));
+    if (result.failed > 0) {
+      process.stderr.write(`tpla: CHECK_FAILED: ${result.failed} of ${result.rows.length} shapes differ from the float64 reference or between launches\n`);
+      process.exitCode = ERRORS.CHECK_FAILED.exit;
     }
-    if (rows.length === 0) throw new TplaError('USAGE', 'nothing to run: give --preset, --file, or --heads and --kv-len');
-    return rows;
+    return resultAsJson(result);
   }
 }
 
-function readText(file: string): string {
+function writeSvg(file: string, svg: string): void {
   try {
-    return readFileSync(file, 'utf8');
+    writeFileSync(file, svg);
   } catch (cause) {
-    throw new TplaError('USAGE', `${file}: ${(cause as Error).message}`, { cause });
+    throw new TplaError('IO_FAILED', `cannot write ${file}: ${(cause as Error).message}`, { cause });
   }
-}
-
-/** Times by row, of the rows measured on this GPU (`gpu` is part of its name) or on an unnamed one. */
-function readAnchors(file: string, gpu: string): Map<string, number> {
-  const rows = parseCsv(readText(file)).map(rowOfRecord);
-  return new Map(rows.filter((row) => row.ms !== null && gpu.includes(row.gpu)).map((row) => [rowKey(row), row.ms!]));
 }

@@ -1,67 +1,112 @@
-/** The part of the addon that checks and times attention kernels on a GPU; see native/cuda/attention_bench.h. */
+/** The part of the addon that draws attention problems, holds kernels against a float64 reference and times them. */
 
-export type KernelPath = 'auto' | 'sm90' | 'sm80';
+/** Where a problem runs: a GPU by index, or the CPU with `threads` threads (0: all this process may use). */
+export type AttentionTarget = { kind: 'gpu'; index: number } | { kind: 'cpu'; threads: number };
 
-export interface DecodeCase {
-  kind: 'decode';
-  /** Width of the cached latent; a token adds 64 rope values. */
-  latent: number;
-  heads: number;
-  /** Query tokens per sequence. */
-  qTokens: number;
-  pageSize: number;
-  /** Cached tokens of each sequence. */
-  kvLens: Int32Array;
-  causal: boolean;
-  path: KernelPath;
-}
+export type AttentionPath = 'auto' | 'sm90' | 'sm80';
 
-export interface PrefillCase {
-  kind: 'prefill';
-  heads: number;
+interface AttentionProblemBase {
+  /** Per sequence; kvLens counts the query tokens too. */
   qLens: Int32Array;
   kvLens: Int32Array;
+  heads: number;
+  /** Among the query tokens: query i of q sees keys up to kvLen - q + i. */
   causal: boolean;
+  /** Standard deviation of the queries; keys and values have 1. Large ones make the softmax pick single tokens. */
+  queryScale: number;
+  path: AttentionPath;
 }
 
-export type AttentionCase = DecodeCase | PrefillCase;
+/** Absorbed MLA or TPLA decode over paged latents. */
+export interface DecodeProblem extends AttentionProblemBase {
+  kind: 'decode';
+  latent: number;
+  rope: number;
+  pageTokens: number;
+  /** Bytes between one page and the next, a multiple of 16. */
+  pageGapBytes: number;
+  kvDType: 'bf16' | 'fp8' | 'f32';
+  /** Draws TPLA's logit factor per head. */
+  latentScale: boolean;
+}
 
-export interface Verdict {
-  name: string;
-  ok: boolean;
-  /** Worst row of ‖out − reference‖ / ‖reference‖ against float64; NaN where an output was not written. */
-  error: number;
-  lseError: number;
-  /** Whether every repeat gave the same bits. */
+/** Un-absorbed prefill, every head with keys and values of its own. */
+export interface PrefillProblem extends AttentionProblemBase {
+  kind: 'prefill';
+  keyDim: number;
+  valueDim: number;
+}
+
+export type AttentionProblem = DecodeProblem | PrefillProblem;
+
+export interface AttentionRunOptions {
+  seed: number;
+  /** Launches whose results must have the same bits, outputs poisoned with NaN before each; 0: no check. */
+  repeats: number;
+  /** Timed repetitions; 0: no timing. */
+  runs: number;
+  /** Where the reference is computed: `auto` is where the problem runs. */
+  reference: 'auto' | 'cpu';
+}
+
+export interface AttentionCheck {
+  /** Largest ‖out - reference‖ / ‖reference‖ of a query row; absolute where the reference is zero; NaN where the result is. */
+  worstRow: number;
+  /** The same over the whole output. */
+  overall: number;
+  /** Largest difference of a row's log-sum-exp. */
+  worstLse: number;
   sameBits: boolean;
+  repeats: number;
+  reference: string;
 }
 
-export interface Timing {
-  /** Median of graph replays; buffers rotate beyond L2. */
-  ms: number;
-  /** Each input read once, each output written once. */
-  bytes: number;
-  flops: number;
+/** Milliseconds of one call; a run is `callsPerRun` calls that take `buffers` sets of inputs in turn. */
+export interface AttentionTiming {
+  medianMs: number;
+  minMs: number;
+  maxMs: number;
+  runs: number;
+  callsPerRun: number;
+  buffers: number;
 }
 
-export interface MachineRates {
-  name: string;
-  /** Device to device, read + written. */
+export interface AttentionOutcome {
+  /** Kernel family, or the CPU's instruction set. */
+  kernel: string;
+  check: AttentionCheck | null;
+  timing: AttentionTiming | null;
+}
+
+export interface AttentionRates {
+  /** Large copies, bytes read and written. */
   copyBytesPerSecond: number;
-  /** Dense bf16 matrix product. */
+  /** Dense matrix products: bf16 on GPUs, fp32 on CPUs. */
   matrixFlopsPerSecond: number;
+  matrixSource: string;
 }
 
-export type AttentionRequest =
-  | { operation: 'machine' }
-  | ({ operation: 'check'; repeats: number; seed: number } & AttentionCase)
-  | ({ operation: 'time'; seed: number } & AttentionCase)
-  | { operation: 'checkRandom'; kind: 'decode'; path: KernelPath; repeats: number; seed: number }
-  | { operation: 'checkRandom'; kind: 'prefill'; repeats: number; seed: number };
+export interface GpuDescription {
+  name: string;
+  capability: string;
+  multiprocessors: number;
+  l2Bytes: number;
+  memoryBytes: number;
+  /** Highest clocks; 0 where the driver does not say. */
+  smClockHz: number;
+  memoryClockHz: number;
+}
 
 export interface AttentionModule {
-  /** Throws GPU_UNAVAILABLE in an addon built without CUDA, REQUEST_INVALID for shapes no kernel takes. */
-  benchAttention(request: { operation: 'machine' }): Promise<MachineRates>;
-  benchAttention(request: Extract<AttentionRequest, { operation: 'check' | 'checkRandom' }>): Promise<Verdict>;
-  benchAttention(request: Extract<AttentionRequest, { operation: 'time' }>): Promise<Timing>;
+  /**
+   * Errors: GPU_UNAVAILABLE where the addon has no CUDA or the GPU cannot be used, REQUEST_INVALID for a shape the kernels do not take, OUT_OF_MEMORY,
+   * GPU_FAILED. One problem runs at a time.
+   */
+  attention: {
+    describeGpu(index: number): Promise<GpuDescription>;
+    rates(target: AttentionTarget): Promise<AttentionRates>;
+    /** The kernel that would run. */
+    plan(target: AttentionTarget, problem: AttentionProblem): Promise<string>;
+    run(target: AttentionTarget, problem: AttentionProblem, options: AttentionRunOptions): Promise<AttentionOutcome>;
+  };
 }

@@ -22,6 +22,7 @@
 #include "transfer/reshard.h"
 
 using namespace tpla;
+using cuda::hash;
 using cuda::DeviceMemory;
 using cuda::KvRoute;
 

@@ -15,6 +15,8 @@
 #include "transfer/reshard.h"
 
 using namespace tpla;
+using cuda::Buffer;
+using cuda::finish;
 
 namespace {
 

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "attention.h"
-#include "bench_support.cuh"
+#include "support.cuh"
 
 using namespace tpla::cuda;
 

@@ -1,27 +1,67 @@
-import type { BenchRow } from './rows.js';
+import { shapeFromFields, type AttentionShape, type ShapeFields } from './shape.js';
 
-function decode(latent: number, heads: number, kvLens: number[], qTokens = 1): BenchRow {
-  return { kind: 'decode', latent, batch: kvLens.length, heads, kvLens, qTokens, pageSize: 64, causal: true };
+/** Batch and KV length of decode workloads that others publish times for. */
+const DECODE_SIZES = [[1, 32768], [8, 32768], [32, 4096], [32, 32768], [64, 8192], [128, 4096], [128, 8192]] as const;
+const HEADS = [128, 64, 32, 16];
+/** ThunderMLA's example of uneven lengths. */
+const UNEVEN = '4641;45118;1730;1696';
+/** ThunderMLA's batch of random lengths from 256 to 1024, as it was published. */
+const RANDOM_64 = '871;568;711;329;617;1015;348;978;543;837;650;1020;924;679;560;497;650;406;381;423;511;423;569;943;645;820;829;883;937;765;711;847;'
+  + '722;546;519;279;516;315;664;845;850;546;670;871;527;329;446;764;582;1011;453;655;532;985;1019;810;317;305;949;317;669;768;530;349';
+
+interface Preset {
+  summary: string;
+  shapes: ShapeFields[];
 }
 
-function prefill(tokens: number, causal: boolean): BenchRow {
-  return { kind: 'prefill', latent: 0, batch: 1, heads: 128, kvLens: [tokens], qTokens: tokens, pageSize: 64, causal };
+const PRESET_TABLE = {
+  flashmla: {
+    summary: 'MLA decode (512 + 64) at the sizes of FlashMLA\'s benchmark, with uneven lengths and several query tokens',
+    shapes: [
+      ...decodeGrid({ latent: 512 }, DECODE_SIZES),
+      { latent: 512, heads: 128, kv_lens: UNEVEN, q_tokens: 1 },
+      { latent: 512, heads: 128, kv_lens: UNEVEN, q_tokens: 4 },
+      { latent: 512, heads: 16, kv_lens: UNEVEN, q_tokens: 1 },
+    ],
+  },
+  thundermla: {
+    summary: 'the five workloads of ThunderMLA: 16 heads, uneven lengths, several query tokens',
+    shapes: [
+      { heads: 16, kv_lens: UNEVEN, q_tokens: 4 },
+      { heads: 16, kv_len: 65536, batch: 1, q_tokens: 1 },
+      { heads: 16, kv_lens: RANDOM_64, q_tokens: 4 },
+      { heads: 16, kv_len: 512, batch: 64, q_tokens: 2 },
+      { heads: 16, kv_len: 4096, batch: 132, q_tokens: 4 },
+    ],
+  },
+  tpla: {
+    summary: 'TPLA decode: a rank\'s slice of 256 beside the 320 of a shared subspace and the 128 of four ranks',
+    shapes: [
+      ...decodeGrid({ latent: 256 }, DECODE_SIZES.filter(([batch, length]) => batch !== 128 || length !== 4096)),
+      { latent: 256, heads: 128, kv_lens: UNEVEN, q_tokens: 1 },
+      { latent: 256, heads: 16, kv_lens: UNEVEN, q_tokens: 1 },
+      ...[320, 128].flatMap((latent) => [128, 16].flatMap((heads) => ([[1, 32768], [128, 8192]] as const).map(([batch, kv_len]) => ({ latent, heads, batch, kv_len })))),
+    ],
+  },
+  prefill: {
+    summary: 'un-absorbed prefill, 192/128: whole prompts, a chunk behind a cached prefix, a ragged batch',
+    shapes: [
+      ...[2048, 4096, 8192, 16384].map((kv_len) => ({ kind: 'prefill', heads: 128, kv_len })),
+      { kind: 'prefill', heads: 128, kv_len: 8192, causal: false },
+      { kind: 'prefill', heads: 128, kv_len: 16384, q_tokens: 2048 },
+      { kind: 'prefill', heads: 128, kv_lens: '4096;1024;2500;300;170;90;2048;3000' },
+    ],
+  },
+} satisfies Record<string, Preset>;
+
+export type PresetName = keyof typeof PRESET_TABLE;
+
+export const PRESETS: Record<PresetName, Preset> = PRESET_TABLE;
+
+export function presetShapes(name: PresetName): AttentionShape[] {
+  return PRESETS[name].shapes.map((fields, i) => shapeFromFields(fields, `preset ${name}, shape ${i + 1}`));
 }
 
-const same = (batch: number, length: number): number[] => new Array<number>(batch).fill(length);
-const UNEVEN = [4641, 45118, 1730, 1696];
-const GRID: [number, number][] = [[1, 32768], [8, 32768], [32, 4096], [32, 32768], [64, 8192], [128, 4096], [128, 8192]];
-const grid = (latent: number): BenchRow[] => [128, 64, 32, 16].flatMap((heads) => GRID.map(([batch, length]) => decode(latent, heads, same(batch, length))));
-
-export const PRESETS = {
-  /** MLA decode, the shapes FlashMLA is measured on. */
-  flashmla: [...grid(512), decode(512, 128, UNEVEN), decode(512, 128, UNEVEN, 4), decode(512, 16, UNEVEN)],
-  /** One rank of two: 256 of 512 latent columns, all heads. */
-  tpla: [...grid(256), decode(256, 128, UNEVEN), decode(256, 16, UNEVEN), ...[320, 128].flatMap((latent) => [128, 64].map((heads) => decode(latent, heads, same(128, 8192))))],
-  /** The workloads ThunderMLA published, 16 heads. */
-  thundermla: [decode(512, 16, UNEVEN, 4), decode(512, 16, [65536]), decode(512, 16, same(64, 512), 2), decode(512, 16, same(132, 4096), 4)],
-  /** Un-absorbed 192/128, 128 heads. */
-  prefill: [true, false].flatMap((causal) => [2048, 4096, 8192, 16384].map((tokens) => prefill(tokens, causal))),
-} as const satisfies Record<string, BenchRow[]>;
-
-export type PresetName = keyof typeof PRESETS;
+function decodeGrid(fields: ShapeFields, sizes: readonly (readonly [number, number])[]): ShapeFields[] {
+  return HEADS.flatMap((heads) => sizes.map(([batch, kv_len]) => ({ ...fields, heads, batch, kv_len })));
+}

@@ -1,87 +1,197 @@
-import { TplaError } from '../../errors.js';
-import type { AttentionModule, KernelPath, MachineRates } from '../../native/attention.js';
-import { caseOf, lengthsText, rowKey, type BenchRow } from './rows.js';
-
-export interface BenchResult extends BenchRow {
-  gpu: string;
-  ms: number;
-  bytes: number;
-  flops: number;
-  gb_per_s: number;
-  tflops: number;
-  /** Share of this GPU's measured copy bandwidth. */
-  mbu: number;
-  /** Share of this GPU's measured matrix rate. */
-  mfu: number;
-  /** Worst row against float64. */
-  error: number;
-  /** Somebody else's time for the same work on the same GPU, and how many times faster this is. */
-  other_ms: number | null;
-  ratio: number | null;
-}
+import { TplaError, toTplaError } from '../../errors.js';
+import type { AttentionCheck, AttentionModule, AttentionTarget, AttentionTiming } from '../../native/attention.js';
+import type { ProbeResult } from '../../native/types.js';
+import type { Progress } from '../../report/progress.js';
+import { costOfShape } from './cost.js';
+import type { Comparison } from './files.js';
+import { describeShape, fieldsOfShape, problemOfShape, workOfShape, type AttentionShape } from './shape.js';
 
 export interface BenchOptions {
-  path: KernelPath;
-  seed: number;
-  /** Runs of the check, which must agree to the bit. */
+  target: AttentionTarget;
+  shapes: AttentionShape[];
+  /** Launches per check. */
   repeats: number;
-  others: ReadonlyMap<string, number>;
-  onResult?: (result: BenchResult) => void;
+  /** Timed repetitions; 0: check only. */
+  runs: number;
+  seed: number;
+  comparisons: (gpu: string) => Comparison[];
+  progress: Progress;
 }
 
-/** Checks a row against float64, then times it. A wrong result is an error: no time is reported for it. */
-export async function benchRow(addon: AttentionModule, machine: MachineRates, row: BenchRow, options: BenchOptions): Promise<BenchResult> {
-  const work = caseOf(row, options.path);
-  const verdict = await addon.benchAttention({ operation: 'check', repeats: options.repeats, seed: options.seed, ...work });
-  if (!verdict.ok) {
-    throw new TplaError('INTERNAL', `${verdict.name}: wrong result, so it was not timed (error ${verdict.error.toExponential(2)}, log-sum-exp ${verdict.lseError.toExponential(2)}${verdict.sameBits ? '' : ', bits differ between runs'})`);
+export interface BenchDevice {
+  /** "H100", "A100", …, or "cpu": what the column gpu of a results file holds. */
+  gpu: string;
+  name: string;
+  capability: string | null;
+  multiprocessors: number | null;
+  l2_bytes: number | null;
+  memory_bytes: number | null;
+  sm_clock_mhz: number | null;
+  memory_clock_mhz: number | null;
+}
+
+export interface BenchRates {
+  /** Read plus written, GB = 1e9 bytes. */
+  copy_gb_per_s: number;
+  matrix_tflops: number;
+  matrix_source: string;
+}
+
+export interface RowTiming {
+  /** Median, least and most of the runs. */
+  ms: number;
+  min_ms: number;
+  max_ms: number;
+  runs: number;
+  calls_per_run: number;
+  buffers: number;
+  /** The least bytes the shape must move, over the time. */
+  gb_per_s: number;
+  tflops: number;
+  /** Of the copy bandwidth and of the matrix rate measured in the same run. */
+  copy_fraction: number;
+  mfu: number;
+  /** What the shape runs into first, and the time that alone would take over the measured one. */
+  bound: 'memory' | 'matrix';
+  bound_fraction: number;
+}
+
+export interface BenchRow {
+  shape: AttentionShape;
+  kernel: string;
+  /** `ok`, or what is wrong. */
+  verdict: string;
+  check: AttentionCheck | null;
+  timing: RowTiming | null;
+  /** ratio: their time over ours. */
+  compared: { name: string; ms: number; ratio: number | null }[];
+}
+
+export interface BenchResult {
+  device: BenchDevice;
+  rates: BenchRates | null;
+  comparisons: { name: string; rows: number; matched: number }[];
+  rows: BenchRow[];
+  /** Rows whose verdict is not ok. */
+  failed: number;
+}
+
+/**
+ * Largest errors a right kernel shows. bf16 rounds probabilities and outputs to 8 bits; the CPU computes in fp32. A wrong token, page or mask
+ * is off by far more.
+ */
+const TOLERANCES = { gpu: { row: 8e-3, lse: 2e-3 }, cpu: { row: 1e-4, lse: 1e-4 } };
+
+/** Checks and times every shape, in order. A shape that no kernel takes is refused before anything runs. */
+export async function benchAttention(native: AttentionModule & { probe(): ProbeResult }, options: BenchOptions): Promise<BenchResult> {
+  const device = await describeDevice(native, options.target);
+  const comparisons = options.comparisons(device.gpu);
+  for (const shape of options.shapes) await refuseUnsupported(native, options.target, shape);
+  const rates = options.runs > 0 ? await measureRates(native, options.target) : null;
+  const rows: BenchRow[] = [];
+  options.progress.start('attention', options.shapes.length);
+  for (const shape of options.shapes) {
+    rows.push(await benchShape(native, options, shape, rates, comparisons));
+    options.progress.advance(1);
   }
-  const timing = await addon.benchAttention({ operation: 'time', seed: options.seed, ...work });
-  const seconds = timing.ms / 1e3;
-  const other = options.others.get(rowKey(row)) ?? null;
+  options.progress.finish();
   return {
-    ...row, gpu: machine.name, ms: timing.ms, bytes: timing.bytes, flops: timing.flops,
-    gb_per_s: timing.bytes / seconds / 1e9, tflops: timing.flops / seconds / 1e12,
-    mbu: timing.bytes / seconds / machine.copyBytesPerSecond, mfu: timing.flops / seconds / machine.matrixFlopsPerSecond,
-    error: verdict.error, other_ms: other, ratio: other === null ? null : other / timing.ms,
+    device,
+    rates,
+    comparisons: comparisons.map(({ name, ms }) => ({ name, rows: ms.size, matched: rows.filter((row) => row.compared.some((one) => one.name === name)).length })),
+    rows,
+    failed: rows.filter((row) => row.verdict !== 'ok').length,
   };
 }
 
-export async function benchRows(addon: AttentionModule, rows: readonly BenchRow[], options: BenchOptions): Promise<{ machine: MachineRates; results: BenchResult[] }> {
-  const machine = await addon.benchAttention({ operation: 'machine' });
-  const results: BenchResult[] = [];
-  for (const row of rows) {
-    const result = await benchRow(addon, machine, row, options);
-    results.push(result);
-    options.onResult?.(result);
+/** The result as JSON prints it. */
+export function resultAsJson(result: BenchResult): unknown {
+  return {
+    ...result,
+    rows: result.rows.map(({ shape, check, ...row }) => ({
+      shape: fieldsOfShape(shape),
+      ...row,
+      check: check && { row_error: check.worstRow, overall_error: check.overall, lse_error: check.worstLse, same_bits: check.sameBits, repeats: check.repeats, reference: check.reference },
+    })),
+  };
+}
+
+async function describeDevice(native: AttentionModule & { probe(): ProbeResult }, target: AttentionTarget): Promise<BenchDevice> {
+  if (target.kind === 'cpu') {
+    const { model } = native.probe().cpu;
+    return { gpu: 'cpu', name: model, capability: null, multiprocessors: null, l2_bytes: null, memory_bytes: null, sm_clock_mhz: null, memory_clock_mhz: null };
   }
-  return { machine, results };
-}
-
-const COLUMNS = ['gpu', 'kind', 'latent', 'rope', 'batch', 'heads', 'kv_len', 'q_tokens', 'kv_lens', 'causal', 'ms', 'latency_us', 'gb_per_s', 'tflops', 'mbu', 'mfu', 'error', 'other_ms', 'ratio'] as const;
-
-/** Columns of the field's tables (`ms`, InferSim's `latency_us` and `mfu`), so that planners can read it. */
-export function toCsv(results: readonly BenchResult[]): string {
-  const lines = results.map((result) => {
-    const even = new Set(result.kvLens).size === 1;
-    const cells: Record<(typeof COLUMNS)[number], string | number> = {
-      gpu: result.gpu.replaceAll(',', ' '), kind: result.kind, latent: result.kind === 'decode' ? result.latent : 128, rope: 64, batch: result.batch, heads: result.heads,
-      kv_len: even ? result.kvLens[0]! : '', q_tokens: result.qTokens, kv_lens: even ? '' : result.kvLens.join(';'), causal: result.causal ? 1 : 0,
-      ms: result.ms.toFixed(4), latency_us: (result.ms * 1e3).toFixed(1), gb_per_s: result.gb_per_s.toFixed(0), tflops: result.tflops.toFixed(1),
-      mbu: result.mbu.toFixed(3), mfu: result.mfu.toFixed(3), error: result.error.toExponential(2),
-      other_ms: result.other_ms ?? '', ratio: result.ratio?.toFixed(2) ?? '',
+  try {
+    const gpu = await native.attention.describeGpu(target.index);
+    return {
+      gpu: shortName(gpu.name), name: gpu.name, capability: gpu.capability, multiprocessors: gpu.multiprocessors, l2_bytes: gpu.l2Bytes, memory_bytes: gpu.memoryBytes,
+      sm_clock_mhz: gpu.smClockHz / 1e6, memory_clock_mhz: gpu.memoryClockHz / 1e6,
     };
-    return COLUMNS.map((column) => cells[column]).join(',');
+  } catch (thrown) {
+    const error = toTplaError(thrown);
+    if (error.code !== 'GPU_UNAVAILABLE') throw error;
+    throw new TplaError('GPU_UNAVAILABLE', `${error.message}; \`--device cpu\` runs the CPU's decode attention, and \`tpla doctor\` says what this machine has`, { cause: thrown });
+  }
+}
+
+/** "NVIDIA H100 80GB HBM3" → "H100". */
+export function shortName(name: string): string {
+  return /\b[A-Z]{1,4}\d{2,4}[A-Z]*\b/.exec(name)?.[0] ?? name.replace(/^NVIDIA /, '');
+}
+
+async function refuseUnsupported(native: AttentionModule, target: AttentionTarget, shape: AttentionShape): Promise<void> {
+  try {
+    await native.attention.plan(target, problemOfShape(shape));
+  } catch (thrown) {
+    const error = toTplaError(thrown);
+    throw error.code === 'REQUEST_INVALID' ? new TplaError('REQUEST_INVALID', `${error.message} (${describeShape(shape)})`, { cause: thrown }) : error;
+  }
+}
+
+async function measureRates(native: AttentionModule, target: AttentionTarget): Promise<BenchRates> {
+  const rates = await native.attention.rates(target);
+  return { copy_gb_per_s: rates.copyBytesPerSecond / 1e9, matrix_tflops: rates.matrixFlopsPerSecond / 1e12, matrix_source: rates.matrixSource };
+}
+
+async function benchShape(native: AttentionModule, options: BenchOptions, shape: AttentionShape, rates: BenchRates | null, comparisons: Comparison[]): Promise<BenchRow> {
+  const { target, seed, repeats, runs } = options;
+  const outcome = await native.attention.run(target, problemOfShape(shape), { seed, repeats, runs, reference: 'auto' }).catch((thrown: unknown) => {
+    const error = toTplaError(thrown);
+    throw new TplaError(error.code, `${error.message} (${describeShape(shape)})`, { cause: thrown });
   });
-  return `${[COLUMNS.join(','), ...lines].join('\n')}\n`;
+  const timing = outcome.timing && rates ? timingOf(shape, outcome.timing, rates) : null;
+  const work = workOfShape(shape);
+  return {
+    shape,
+    kernel: outcome.kernel,
+    verdict: outcome.check === null ? 'not checked' : judge(outcome.check, target.kind),
+    check: outcome.check,
+    timing,
+    compared: comparisons.flatMap(({ name, ms }) => {
+      const theirs = ms.get(work);
+      return theirs === undefined ? [] : [{ name, ms: theirs, ratio: timing === null ? null : theirs / timing.ms }];
+    }),
+  };
 }
 
-export function resultCells(result: BenchResult): string[] {
-  return [
-    result.kind === 'decode' ? `decode ${result.latent}` : result.causal ? 'prefill causal' : 'prefill', String(result.batch), String(result.heads), lengthsText(result), String(result.qTokens),
-    result.ms.toFixed(4), result.gb_per_s.toFixed(0), result.tflops.toFixed(0), `${(100 * result.mbu).toFixed(0)} %`, `${(100 * result.mfu).toFixed(0)} %`,
-    result.other_ms === null ? '' : result.other_ms.toFixed(4), result.ratio === null ? '' : `${result.ratio.toFixed(2)}×`,
-  ];
+/** `ok`, or the first thing that is wrong. */
+export function judge(check: AttentionCheck, device: 'gpu' | 'cpu'): string {
+  const tolerance = TOLERANCES[device];
+  if (Number.isNaN(check.worstRow) || Number.isNaN(check.worstLse)) return 'NaN in the result';
+  if (check.worstRow > tolerance.row) return `error ${check.worstRow.toExponential(1)}`;
+  if (check.worstLse > tolerance.lse) return `lse error ${check.worstLse.toExponential(1)}`;
+  return check.sameBits ? 'ok' : 'results differ';
 }
 
-export const RESULT_HEAD = ['kernel', 'batch', 'heads', 'KV tokens', 'q', 'ms', 'GB/s', 'TFLOP/s', 'of copy', 'of matrix', 'other ms', 'ratio'];
+export function timingOf(shape: AttentionShape, timing: AttentionTiming, rates: BenchRates): RowTiming {
+  const { bytes, flops } = costOfShape(shape);
+  const seconds = timing.medianMs / 1000;
+  const gb_per_s = bytes / seconds / 1e9;
+  const tflops = flops / seconds / 1e12;
+  const copy_fraction = gb_per_s / rates.copy_gb_per_s;
+  const mfu = tflops / rates.matrix_tflops;
+  return {
+    ms: timing.medianMs, min_ms: timing.minMs, max_ms: timing.maxMs, runs: timing.runs, calls_per_run: timing.callsPerRun, buffers: timing.buffers,
+    gb_per_s, tflops, copy_fraction, mfu, bound: copy_fraction >= mfu ? 'memory' : 'matrix', bound_fraction: Math.max(copy_fraction, mfu),
+  };
+}

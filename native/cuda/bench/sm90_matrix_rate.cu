@@ -1,13 +1,12 @@
-#include "sm90_matrix_rate.h"
+#include "cuda/bench/matrix_rate.h"
+#include "cuda/sm90_primitives.cuh"
+#include "cuda/sm90_wgmma.cuh"
 
-#include <cuda_runtime.h>
+namespace tpla::bench {
 
-#include "device.h"
-#include "sm90_primitives.cuh"
-#include "sm90_wgmma.cuh"
-
-namespace tpla::cuda {
 namespace {
+
+using namespace tpla::cuda;
 
 constexpr int kGroups = 2;
 constexpr int kTileBytes = 256 * 128;  // 256 rows of 64 bf16
@@ -49,13 +48,8 @@ __global__ void __launch_bounds__(kGroups * 128, 1) matrix_rate_kernel(float* si
 
 }  // namespace
 
-void launch_matrix_rate_sm90(float* sink, int steps, int blocks, Stream stream) {
-  constexpr int kShared = 2 * kTileBytes + 1024;
-  check(cudaFuncSetAttribute(matrix_rate_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "cudaFuncSetAttribute");
-  matrix_rate_kernel<<<blocks, kGroups * 128, kShared, stream>>>(sink, steps);
-  check(cudaGetLastError(), "matrix_rate_kernel");
+MatrixRateKernel sm90_matrix_rate_kernel() {
+  return {reinterpret_cast<const void*>(&matrix_rate_kernel), kGroups * 128, 2 * kTileBytes + 1024, kGroups * 2.0 * 64 * 256 * 64};
 }
 
-double matrix_rate_sm90_flops_per_step() { return kGroups * 2.0 * 64 * 256 * 64; }
-
-}  // namespace tpla::cuda
+}  // namespace tpla::bench

@@ -1,0 +1,73 @@
+#include "cuda/bench/gpu_attention.h"
+
+#include <memory>
+
+#include "core/error.h"
+#include "cuda/attention.h"
+#include "cuda/bench/gpu.h"
+#include "cuda/bench/gpu_decode.h"
+#include "cuda/bench/gpu_prefill.h"
+#include "cuda/bench/gpu_rates.h"
+
+namespace tpla::bench {
+
+namespace {
+
+// The kernels' own error says both "not this shape" and "the driver refused"; only the second leaves a trace in the runtime.
+template <class Body>
+auto with_gpu(int device, Body&& body) {
+  const GpuSession session(device);
+  try {
+    return body();
+  } catch (const cuda::AttentionError& error) {
+    throw Error(cudaGetLastError() == cudaSuccess ? "REQUEST_INVALID" : "GPU_FAILED", error.what());
+  }
+}
+
+std::unique_ptr<GpuProblem> make_problem(const DecodeShape& shape, const RunOptions& options) { return make_gpu_decode(shape, options.seed, options.runs > 0); }
+std::unique_ptr<GpuProblem> make_problem(const PrefillShape& shape, const RunOptions& options) { return make_gpu_prefill(shape, options.seed, options.runs > 0); }
+
+template <class Shape>
+Outcome run(int device, const Shape& shape, const RunOptions& options) {
+  return with_gpu(device, [&] { return run_problem(*make_problem(shape, options), options); });
+}
+
+}  // namespace
+
+GpuDescription describe_gpu(int device) {
+  return with_gpu(device, [&] {
+    cudaDeviceProp properties;
+    gpu_check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      if (cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) cudaGetLastError();
+      return value;
+    };
+    GpuDescription gpu;
+    gpu.name = properties.name;
+    gpu.capability = std::to_string(properties.major) + "." + std::to_string(properties.minor);
+    gpu.multiprocessors = properties.multiProcessorCount;
+    gpu.l2_bytes = static_cast<size_t>(properties.l2CacheSize);
+    gpu.memory_bytes = properties.totalGlobalMem;
+    gpu.sm_clock_hz = attribute(cudaDevAttrClockRate) * 1e3;
+    gpu.memory_clock_hz = attribute(cudaDevAttrMemoryClockRate) * 1e3;
+    return gpu;
+  });
+}
+
+Rates measure_gpu(int device) {
+  return with_gpu(device, [] { return gpu_rates(); });
+}
+
+std::string plan_on_gpu(int device, const DecodeShape& shape) {
+  return with_gpu(device, [&] { return gpu_kernel_for(shape); });
+}
+
+std::string plan_on_gpu(int device, const PrefillShape& shape) {
+  return with_gpu(device, [&] { return gpu_kernel_for(shape); });
+}
+
+Outcome run_on_gpu(int device, const DecodeShape& shape, const RunOptions& options) { return run(device, shape, options); }
+Outcome run_on_gpu(int device, const PrefillShape& shape, const RunOptions& options) { return run(device, shape, options); }
+
+}  // namespace tpla::bench

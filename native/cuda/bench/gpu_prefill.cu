@@ -1,0 +1,204 @@
+#include "cuda/bench/gpu_prefill.h"
+
+#include <cuda_bf16.h>
+
+#include <algorithm>
+
+#include "bench/host_reference.h"
+#include "bench/page_tables.h"
+#include "bench/random.h"
+#include "cuda/attention.h"
+#include "cuda/bench/gpu_reference.cuh"
+#include "cuda/device.h"
+
+namespace tpla::bench {
+
+namespace {
+
+constexpr int kPoisonedKeys = 128;  // rows of NaN behind the last sequence's keys
+
+size_t align_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+struct StoredKey {
+  const __nv_bfloat16* k;
+  const __nv_bfloat16* v;
+
+  __device__ double operator[](int c) const { return __bfloat162float(k[c]); }
+  __device__ double value(int c) const { return __bfloat162float(v[c]); }
+};
+
+struct QueryRow {
+  const __nv_bfloat16* q;
+  __device__ double operator[](int c) const { return __bfloat162float(q[c]); }
+};
+
+struct PrefillView {
+  int key_dim, value_dim;
+  int heads;
+  bool causal;
+  const __nv_bfloat16 *q, *k, *v;
+  const int32_t *q_indptr, *kv_indptr;
+
+  __device__ int64_t index(int sequence, int head, int i) const { return static_cast<int64_t>(q_indptr[sequence] + i) * heads + head; }
+  __device__ QueryRow row(int sequence, int head, int i) const { return {q + index(sequence, head, i) * key_dim}; }
+  __device__ StoredKey key(int sequence, int head, int t) const {
+    const int64_t row = static_cast<int64_t>(kv_indptr[sequence] + t) * heads + head;
+    return {k + row * key_dim, v + row * value_dim};
+  }
+  __device__ int limit(int sequence, int i) const {
+    const int q_len = q_indptr[sequence + 1] - q_indptr[sequence], kv_len = kv_indptr[sequence + 1] - kv_indptr[sequence];
+    return causal ? min(kv_len, max(0, kv_len - q_len + i + 1)) : kv_len;
+  }
+};
+
+__global__ void draw(__nv_bfloat16* data, size_t count, float deviation, uint64_t seed) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
+    data[i] = __float2bfloat16(deviation * random_normal(seed, i));
+  }
+}
+
+// Sizes only: enough for the kernel to say whether it takes the shape.
+cuda::MlaPrefill describe(const PrefillShape& shape) {
+  cuda::MlaPrefill call;
+  call.heads = shape.heads;
+  call.key_dim = shape.key_dim;
+  call.value_dim = shape.value_dim;
+  call.causal = shape.causal;
+  call.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(shape.key_dim)));
+  call.workspace_bytes = cuda::mla_prefill_workspace_bytes(call);
+  return call;
+}
+
+class GpuPrefill : public GpuProblem {
+ public:
+  GpuPrefill(const PrefillShape& shape, uint64_t seed, bool timed)
+      : shape_(shape),
+        kernel_(gpu_kernel_for(shape)),
+        q_offsets_(prefix_sums(shape.q_lens)),
+        kv_offsets_(prefix_sums(shape.kv_lens)),
+        q_rows_(static_cast<size_t>(q_offsets_.back()) * shape.heads),
+        kv_rows_(static_cast<size_t>(kv_offsets_.back()) * shape.heads),
+        kv_rows_held_(kv_rows_ + static_cast<size_t>(kPoisonedKeys) * shape.heads),
+        sets_(timed ? sets_that_outgrow_l2((q_rows_ * shape.key_dim + kv_rows_ * (shape.key_dim + shape.value_dim)) * 2, q_rows_ * shape.value_dim * 2) : 1),
+        q_(sets_ * q_rows_ * shape.key_dim),
+        k_(sets_ * kv_rows_held_ * shape.key_dim),
+        v_(sets_ * kv_rows_held_ * shape.value_dim),
+        q_indptr_(q_offsets_),
+        kv_indptr_(kv_offsets_),
+        kept_q_indptr_(q_offsets_),
+        kept_kv_indptr_(kv_offsets_),
+        out_bytes_(align_up(q_rows_ * shape.value_dim * 2)),
+        outputs_(out_bytes_ + q_rows_ * 4) {
+    k_.fill_bytes(0xff, nullptr);
+    v_.fill_bytes(0xff, nullptr);
+    draw<<<1024, 256>>>(q_.data(), q_.count(), shape.query_scale, stream_seed(seed, 0));
+    for (size_t set = 0; set < sets_; ++set) {
+      draw<<<1024, 256>>>(k(set), kv_rows_ * shape.key_dim, 1.0f, stream_seed(seed, 1 + 2 * set));
+      draw<<<1024, 256>>>(v(set), kv_rows_ * shape.value_dim, 1.0f, stream_seed(seed, 2 + 2 * set));
+    }
+    gpu_check(cudaGetLastError(), "drawing a prefill problem");
+    call_ = describe(shape);
+    call_.q_indptr = q_indptr_.data();
+    call_.kv_indptr = kv_indptr_.data();
+    call_.out = outputs_.data();
+    call_.lse = lse();
+    call_.batch = static_cast<int>(shape.q_lens.size());
+    call_.q_tokens = q_offsets_.back();
+    call_.kv_tokens = kv_offsets_.back() + kPoisonedKeys;
+    call_.max_q_tokens = *std::max_element(shape.q_lens.begin(), shape.q_lens.end());
+    call_.max_kv_tokens = *std::max_element(shape.kv_lens.begin(), shape.kv_lens.end());
+    call_.workspace_bytes = cuda::mla_prefill_workspace_bytes(call_);
+    workspace_ = DeviceBuffer<uint8_t>(call_.workspace_bytes);
+    workspace_.fill_bytes(0, nullptr);
+    call_.workspace = workspace_.data();
+    gpu_check(cudaDeviceSynchronize(), "drawing a prefill problem");
+  }
+
+  std::string kernel() const override { return kernel_; }
+  int sets() const override { return static_cast<int>(sets_); }
+  DeviceBuffer<uint8_t>& outputs() override { return outputs_; }
+
+  void launch(int set, cudaStream_t stream) override {
+    cuda::MlaPrefill call = call_;
+    call.q = q_.data() + set * q_rows_ * shape_.key_dim;
+    call.k = k(set);
+    call.v = v(set);
+    cuda::mla_prefill(call, stream);
+  }
+
+  void set_lengths_to_zero(bool zero, cudaStream_t stream) override {
+    const auto set = [&](DeviceBuffer<int32_t>& live, const DeviceBuffer<int32_t>& kept) {
+      if (zero) live.fill_bytes(0, stream);
+      else gpu_check(cudaMemcpyAsync(live.data(), kept.data(), live.bytes(), cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
+    };
+    set(q_indptr_, kept_q_indptr_);
+    set(kv_indptr_, kept_kv_indptr_);
+  }
+
+  Check compare_on_gpu(GpuStream& stream) override {
+    const PrefillView view{shape_.key_dim, shape_.value_dim, shape_.heads, shape_.causal, q_.data(), k(0), v(0), q_indptr_.data(), kv_indptr_.data()};
+    std::vector<ReferenceRows> groups;
+    for (size_t s = 0; s < shape_.q_lens.size(); ++s) {
+      for (int head = 0; head < shape_.heads; ++head) groups.push_back({static_cast<int>(s), head, 0, shape_.q_lens[s], shape_.kv_lens[s], 0, 0});
+    }
+    return compare_with_reference_on_gpu(view, groups, static_cast<double>(call_.softmax_scale), reinterpret_cast<const __nv_bfloat16*>(outputs_.data()), lse(), stream);
+  }
+
+  Check compare_on_host() override {
+    const std::vector<float> q = widen(q_.read()), keys = widen(k_.read()), values = widen(v_.read());
+    const auto row = [&](int sequence, int t, int head) { return (static_cast<size_t>(kv_offsets_[sequence]) + t) * shape_.heads + head; };
+    HostAttention problem;
+    problem.q_lens = shape_.q_lens;
+    problem.kv_lens = shape_.kv_lens;
+    problem.heads = shape_.heads;
+    problem.key_dim = shape_.key_dim;
+    problem.value_dim = shape_.value_dim;
+    problem.causal = shape_.causal;
+    problem.scale = call_.softmax_scale;
+    problem.q = q.data();
+    problem.key = [&](int sequence, int t, int head) { return keys.data() + row(sequence, t, head) * shape_.key_dim; };
+    problem.value = [&](int sequence, int t, int head) { return values.data() + row(sequence, t, head) * shape_.value_dim; };
+    const std::vector<uint8_t> bytes = outputs_.read();
+    HostResult result;
+    const auto* out = reinterpret_cast<const __nv_bfloat16*>(bytes.data());
+    for (size_t i = 0; i < q_rows_ * shape_.value_dim; ++i) result.out.push_back(__bfloat162float(out[i]));
+    const auto* lse_values = reinterpret_cast<const float*>(bytes.data() + out_bytes_);
+    result.lse.assign(lse_values, lse_values + q_rows_);
+    return compare_with_reference(problem, result);
+  }
+
+ private:
+  __nv_bfloat16* k(size_t set) const { return k_.data() + set * kv_rows_held_ * shape_.key_dim; }
+  __nv_bfloat16* v(size_t set) const { return v_.data() + set * kv_rows_held_ * shape_.value_dim; }
+  float* lse() const { return reinterpret_cast<float*>(outputs_.data() + out_bytes_); }
+
+  static std::vector<float> widen(const std::vector<__nv_bfloat16>& stored) {
+    std::vector<float> values(stored.size());
+    for (size_t i = 0; i < stored.size(); ++i) values[i] = __bfloat162float(stored[i]);
+    return values;
+  }
+
+  const PrefillShape shape_;
+  const std::string kernel_;
+  const std::vector<int32_t> q_offsets_, kv_offsets_;
+  const size_t q_rows_, kv_rows_, kv_rows_held_;
+  const size_t sets_;
+  DeviceBuffer<__nv_bfloat16> q_, k_, v_;
+  DeviceBuffer<int32_t> q_indptr_, kv_indptr_, kept_q_indptr_, kept_kv_indptr_;
+  const size_t out_bytes_;
+  DeviceBuffer<uint8_t> outputs_;
+  DeviceBuffer<uint8_t> workspace_;
+  cuda::MlaPrefill call_;
+};
+
+}  // namespace
+
+std::string gpu_kernel_for(const PrefillShape& shape) {
+  if (shape.path == KernelPath::sm80) throw cuda::AttentionError("MLA prefill has a kernel for compute capability 9.0 only; the sm80 path cannot be forced");
+  cuda::mla_prefill(describe(shape), nullptr);  // an empty batch: checks the shape and launches nothing
+  return "sm90";
+}
+
+std::unique_ptr<GpuProblem> make_gpu_prefill(const PrefillShape& shape, uint64_t seed, bool timed) { return std::make_unique<GpuPrefill>(shape, seed, timed); }
+
+}  // namespace tpla::bench

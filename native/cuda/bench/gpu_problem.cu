@@ -1,0 +1,100 @@
+#include "cuda/bench/gpu_problem.h"
+
+#include <cmath>
+
+#include "core/error.h"
+
+namespace tpla::bench {
+
+namespace {
+
+constexpr int kMostSets = 256;
+constexpr double kReplayMs = 2;      // a replay should last this long, so that the events around it cost nothing
+constexpr int kMostCallsPerRun = 256;
+
+__global__ void count_different_bytes(const uint8_t* a, const uint8_t* b, size_t count, unsigned long long* different) {
+  unsigned long long found = 0;
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) found += a[i] != b[i];
+  if (found) atomicAdd(different, found);
+}
+
+bool same_bytes(const DeviceBuffer<uint8_t>& a, const DeviceBuffer<uint8_t>& b, GpuStream& stream) {
+  DeviceBuffer<unsigned long long> different(1);
+  different.fill_bytes(0, stream.get());
+  count_different_bytes<<<1024, 256, 0, stream.get()>>>(a.data(), b.data(), a.count(), different.data());
+  gpu_check(cudaGetLastError(), "count_different_bytes");
+  stream.finish("comparing outputs");
+  return different.read()[0] == 0;
+}
+
+// Outputs are NaN before every launch. Every second repetition replays a graph that was captured, and run once, with all lengths zero.
+Check check_problem(GpuProblem& problem, const RunOptions& options, GpuStream& stream, DeviceBuffer<uint8_t>& first) {
+  problem.outputs().fill_bytes(0xff, stream.get());
+  problem.launch(0, stream.get());
+  stream.finish("the kernel");
+  gpu_check(cudaMemcpyAsync(first.data(), problem.outputs().data(), first.bytes(), cudaMemcpyDeviceToDevice, stream.get()), "cudaMemcpyAsync");
+  Check check = options.host_reference ? problem.compare_on_host() : problem.compare_on_gpu(stream);
+  check.repeats = options.repeats;
+  if (options.repeats < 2) return check;
+
+  problem.set_lengths_to_zero(true, stream.get());
+  GpuGraph graph(stream, [&](cudaStream_t into) { problem.launch(0, into); });
+  graph.replay(stream);
+  problem.set_lengths_to_zero(false, stream.get());
+  for (int i = 1; i < options.repeats; ++i) {
+    problem.outputs().fill_bytes(0xff, stream.get());
+    if (i % 2 == 1) graph.replay(stream);
+    else problem.launch(0, stream.get());
+    stream.finish("the kernel");
+    check.same_bits = check.same_bits && same_bytes(first, problem.outputs(), stream);
+  }
+  return check;
+}
+
+// Calls in one replay: whole rounds over the input sets, long enough to time.
+int calls_per_run(const GpuProblem& problem, double one_call_ms) {
+  const double wanted = std::min<double>(kMostCallsPerRun, kReplayMs / std::max(one_call_ms, 1e-4));
+  const int rounds = std::max(1, static_cast<int>(std::ceil(wanted / problem.sets())));
+  return rounds * problem.sets();
+}
+
+Timing time_problem(GpuProblem& problem, int runs, GpuStream& stream) {
+  const double one_call_ms = time_on_gpu(stream, 1, [&] { problem.launch(0, stream.get()); })[0];
+  const int calls = calls_per_run(problem, one_call_ms);
+  // Set 0 last, whose result is known.
+  GpuGraph graph(stream, [&](cudaStream_t into) {
+    for (int i = 1; i <= calls; ++i) problem.launch(i % problem.sets(), into);
+  });
+  std::vector<double> times = time_on_gpu(stream, runs, [&] { graph.replay(stream); });
+  for (double& ms : times) ms /= calls;
+  return {times[times.size() / 2], times.front(), times.back(), runs, calls, problem.sets()};
+}
+
+}  // namespace
+
+int sets_that_outgrow_l2(size_t bytes_per_set, size_t fixed_bytes) {
+  int device = 0, l2 = 0;
+  size_t free = 0, total = 0;
+  gpu_check(cudaGetDevice(&device), "cudaGetDevice");
+  gpu_check(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device), "cudaDeviceGetAttribute");
+  gpu_check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  const size_t bytes = std::max<size_t>(bytes_per_set, 1);
+  const size_t wanted = std::clamp<size_t>((3 * static_cast<size_t>(l2) + bytes - 1) / bytes, 2, kMostSets);
+  const size_t affordable = free / 2 > fixed_bytes ? (free / 2 - fixed_bytes) / bytes : 0;
+  return static_cast<int>(std::max<size_t>(1, std::min(wanted, affordable)));
+}
+
+Outcome run_problem(GpuProblem& problem, const RunOptions& options) {
+  GpuStream stream;
+  DeviceBuffer<uint8_t> first(options.repeats > 0 ? problem.outputs().count() : 0);
+  Outcome outcome;
+  outcome.kernel = problem.kernel();
+  if (options.repeats > 0) outcome.check = check_problem(problem, options, stream, first);
+  if (options.runs > 0) {
+    outcome.timing = time_problem(problem, options.runs, stream);
+    if (outcome.check) outcome.check->same_bits = outcome.check->same_bits && same_bytes(first, problem.outputs(), stream);
+  }
+  return outcome;
+}
+
+}  // namespace tpla::bench

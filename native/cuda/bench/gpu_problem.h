@@ -1,0 +1,36 @@
+// A problem on the device that can be launched, checked and timed, whatever the kernel behind it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "bench/attention_shape.h"
+#include "cuda/bench/gpu.h"
+
+namespace tpla::bench {
+
+class GpuProblem {
+ public:
+  virtual ~GpuProblem() = default;
+
+  virtual std::string kernel() const = 0;
+  // Sets of inputs of one shape, of which set 0 is the one that is checked.
+  virtual int sets() const = 0;
+  virtual void launch(int set, cudaStream_t stream) = 0;
+  // Everything a launch writes.
+  virtual DeviceBuffer<uint8_t>& outputs() = 0;
+  // Makes every length zero, or what it was: a captured launch must read them at each replay.
+  virtual void set_lengths_to_zero(bool zero, cudaStream_t stream) = 0;
+  // Errors of the outputs for set 0, against float64.
+  virtual Check compare_on_gpu(GpuStream& stream) = 0;
+  virtual Check compare_on_host() = 0;
+};
+
+// Number of input sets that together exceed what the device's L2 can keep, within half of the free memory; at least 1.
+int sets_that_outgrow_l2(size_t bytes_per_set, size_t fixed_bytes);
+
+// Checks first, then times; the timed launches' last result must still have the checked bits.
+Outcome run_problem(GpuProblem& problem, const RunOptions& options);
+
+}  // namespace tpla::bench

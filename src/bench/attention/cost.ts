@@ -1,0 +1,42 @@
+import type { AttentionShape } from './shape.js';
+
+/** The least a shape takes: what must move through device memory once, and multiplications and additions. */
+export interface AttentionCost {
+  bytes: number;
+  flops: number;
+}
+
+export function costOfShape(shape: AttentionShape): AttentionCost {
+  const queries = sum(shape.qLens);
+  const keys = sum(shape.kvLens);
+  const pairs = sum(shape.kvLens.map((keyCount, i) => visiblePairs(shape.qLens[i] as number, keyCount, shape.causal)));
+  if (shape.kind === 'prefill') {
+    const values = shape.keyDim + shape.valueDim;
+    return { bytes: (queries + keys) * shape.heads * values * 2, flops: 2 * pairs * shape.heads * values };
+  }
+  const width = shape.latent + shape.rope;
+  return {
+    bytes: keys * kvTokenBytes(shape.kvDType, shape.latent, shape.rope) + queries * shape.heads * (width + shape.latent) * 2,
+    flops: 2 * pairs * shape.heads * (width + shape.latent),
+  };
+}
+
+/** One cached token of one layer: in fp8, one fp32 scale per 128 latent values and the rope values in bf16. */
+export function kvTokenBytes(dtype: 'bf16' | 'fp8' | 'f32', latent: number, rope: number): number {
+  if (dtype === 'f32') return (latent + rope) * 4;
+  if (dtype === 'bf16') return (latent + rope) * 2;
+  return Math.ceil(latent / 4) * 4 + Math.ceil(latent / 128) * 4 + rope * 2;
+}
+
+/** Pairs of a query and a key it sees. With `causal`, query i sees keys - queries + i + 1 of them. */
+function visiblePairs(queries: number, keys: number, causal: boolean): number {
+  if (!causal) return queries * keys;
+  const blind = Math.max(0, queries - keys);
+  const seeing = queries - blind;
+  const first = keys - queries + blind + 1;
+  return seeing * first + (seeing * (seeing - 1)) / 2;
+}
+
+function sum(values: number[]): number {
+  return values.reduce((total, value) => total + value, 0);
+}

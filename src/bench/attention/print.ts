@@ -1,0 +1,55 @@
+import { facts, table, type Align } from '../../report/table.js';
+import type { BenchResult, BenchRow } from './run.js';
+import type { AttentionShape } from './shape.js';
+
+/** The results for a person to read. */
+export function printResults(result: BenchResult): string {
+  const { device, rates } = result;
+  const about: [string, string][] = [['device', device.capability === null ? device.name : `${device.name}, compute capability ${device.capability}, ${device.multiprocessors} SMs`]];
+  if (rates) {
+    about.push(['copy', `${rates.copy_gb_per_s.toFixed(0)} GB/s, read + written`]);
+    about.push(['matrix', `${rates.matrix_tflops.toFixed(rates.matrix_tflops < 10 ? 2 : 0)} TFLOP/s (${rates.matrix_source})`]);
+  }
+  for (const { name, rows, matched } of result.comparisons) about.push([name, matched === 0 ? `none of its ${rows} rows for ${device.gpu} has a shape of this run` : `${matched} of its ${rows} rows for ${device.gpu} match`]);
+  return `${facts(about)}\n\n${rowTable(result)}`;
+}
+
+function rowTable(result: BenchResult): string {
+  const timed = result.rows.some((row) => row.timing !== null);
+  const names = result.comparisons.filter(({ matched }) => matched > 0).map(({ name }) => name);
+  const head = ['shape', 'heads', 'batch', 'kv', 'q', 'kernel'];
+  const align: Align[] = ['left', 'right', 'right', 'right', 'right', 'left'];
+  if (timed) {
+    head.push('ms', 'GB/s', 'TFLOP/s', 'of copy', 'of matrix', ...names.map((name) => `× ${name}`));
+    align.push('right', 'right', 'right', 'right', 'right', ...names.map(() => 'right' as const));
+  }
+  head.push('error', 'check');
+  align.push('right', 'left');
+  return table(head, result.rows.map((row) => cells(row, timed, names)), align);
+}
+
+function cells(row: BenchRow, timed: boolean, names: string[]): (string | number)[] {
+  const { shape, timing } = row;
+  const before = [label(shape), shape.heads, shape.kvLens.length, span(shape.kvLens), span(shape.qLens), row.kernel];
+  const times = !timed ? [] : timing === null ? ['', '', '', '', '', ...names.map(() => '')] : [
+    timing.ms.toFixed(4), timing.gb_per_s.toFixed(timing.gb_per_s < 10 ? 2 : 0), timing.tflops.toFixed(timing.tflops < 10 ? 2 : 0), percent(timing.copy_fraction), percent(timing.mfu),
+    ...names.map((name) => row.compared.find((one) => one.name === name)?.ratio?.toFixed(2) ?? ''),
+  ];
+  return [...before, ...times, row.check === null ? '' : row.check.worstRow.toExponential(1), row.verdict];
+}
+
+/** Widths and what departs from the plain case. */
+export function label(shape: AttentionShape): string {
+  if (shape.kind === 'prefill') return `prefill ${shape.keyDim}/${shape.valueDim}${shape.causal ? '' : ' full'}`;
+  return `decode ${shape.latent}+${shape.rope}${shape.kvDType === 'bf16' ? '' : ` ${shape.kvDType}`}${shape.page === 64 ? '' : ` page ${shape.page}`}${shape.latentScale ? ' scaled' : ''}`;
+}
+
+function span(lens: number[]): string {
+  const least = Math.min(...lens);
+  const most = Math.max(...lens);
+  return least === most ? String(least) : `${least}..${most}`;
+}
+
+function percent(fraction: number): string {
+  return `${(fraction * 100).toFixed(1)} %`;
+}

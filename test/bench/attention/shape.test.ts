@@ -1,0 +1,66 @@
+import { test } from 'uvu';
+import * as assert from 'uvu/assert';
+import { PRESETS, presetShapes, type PresetName } from '../../../src/bench/attention/presets.js';
+import { selectShapes } from '../../../src/bench/attention/select.js';
+import { fieldsOfShape, shapeFromFields, workOfShape } from '../../../src/bench/attention/shape.js';
+
+const refusal = (fields: Record<string, unknown>): string => {
+  try {
+    shapeFromFields(fields, 'here');
+  } catch (error) {
+    return (error as Error).message;
+  }
+  return assert.unreachable(`${JSON.stringify(fields)} was taken`) as never;
+};
+
+test('absent fields have the defaults of DeepSeek-V3, empty ones count as absent', () => {
+  assert.equal(shapeFromFields({ kv_len: '100', heads: '', gpu: undefined }, 'here'), {
+    kind: 'decode', heads: 128, qLens: [1], kvLens: [100], causal: true, path: 'auto', latent: 512, rope: 64, page: 64, kvDType: 'bf16', latentScale: false,
+  });
+  const prefill = shapeFromFields({ kind: 'prefill', kv_lens: '5;9' }, 'here');
+  assert.equal(prefill, { kind: 'prefill', heads: 128, qLens: [5, 9], kvLens: [5, 9], causal: true, path: 'auto', keyDim: 192, valueDim: 128 });
+});
+
+test('a shape written as fields reads back as itself, every preset included', () => {
+  const shapes = [
+    ...(Object.keys(PRESETS) as PresetName[]).flatMap(presetShapes),
+    shapeFromFields({ kv_lens: [3, 0, 7], q_lens: '1;0;4', latent: 320, page: 16, causal: 'false', latent_scale: 1, kv_dtype: 'fp8', path: 'sm80' }, 'here'),
+    shapeFromFields({ kind: 'prefill', batch: 2, kv_len: 64, q_tokens: 16, causal: false }, 'here'),
+  ];
+  for (const shape of shapes) assert.equal(shapeFromFields(fieldsOfShape(shape), 'again'), shape);
+});
+
+test('presets hold the published workloads', () => {
+  assert.is(presetShapes('flashmla').length, 31);
+  assert.equal(presetShapes('thundermla').map(({ kvLens, qLens }) => [kvLens.length, qLens[0]]), [[4, 4], [1, 1], [64, 4], [64, 2], [132, 4]]);
+  assert.equal([...new Set(presetShapes('tpla').map((shape) => shape.kind === 'decode' && shape.latent))], [256, 320, 128]);
+  for (const shape of presetShapes('prefill')) assert.is(shape.kind, 'prefill');
+});
+
+test('what cannot be meant is refused, saying where and what is taken', () => {
+  assert.is(refusal({ heads: 1 }), 'here: give kv_len, or kv_lens for sequences of different lengths');
+  assert.is(refusal({ kv_len: 1, latnet: 256 }), 'here: a decode shape has no field latnet; did you mean latent?');
+  assert.match(refusal({ kind: 'prefill', kv_len: 1, latent: 256 }), /a prefill shape has no field latent; it has kind, key_dim/);
+  assert.is(refusal({ kv_len: 1, heads: '12.5' }), 'here: heads is "12.5"; it takes an integer of at least 1');
+  assert.is(refusal({ kv_lens: '5;x' }), 'here: kv_lens is "x"; it takes an integer of at least 0');
+  assert.is(refusal({ kv_lens: '5;6', batch: 3 }), 'here: batch is 3, but kv_lens has 2 lengths');
+  assert.is(refusal({ kv_lens: '5;6', q_lens: '1' }), 'here: q_lens has 1 lengths for 2 sequences');
+  assert.is(refusal({ kv_len: 5, kv_dtype: 'int4' }), 'here: kv_dtype is "int4"; it takes bf16, fp8, f32');
+  assert.is(refusal({ kv_len: 5, causal: 'maybe' }), 'here: causal is "maybe"; it takes true or false');
+});
+
+test('equal work is equal whatever the page, the kernel, or how the lengths were written', () => {
+  const work = (fields: Record<string, unknown>) => workOfShape(shapeFromFields(fields, 'here'));
+  assert.is(work({ batch: 2, kv_len: 7, page: 16, path: 'sm80', causal: false }), work({ kv_lens: '7;7', q_lens: '1;1' }));
+  assert.is.not(work({ kv_len: 7, q_tokens: 2, causal: false }), work({ kv_len: 7, q_tokens: 2 }));
+  assert.is.not(work({ kv_len: 7, kv_dtype: 'fp8' }), work({ kv_len: 7 }));
+});
+
+test('flags with lists stand for every combination, after presets', () => {
+  const shapes = selectShapes(['thundermla'], [], { heads: '8,16', 'kv-len': '64', 'q-tokens': '1,2', causal: false }, 'sm80');
+  assert.is(shapes.length, 5 + 4);
+  assert.equal(shapes.slice(5).map(({ heads, qLens, causal, path }) => [heads, qLens[0], causal, path]), [[8, 1, false, 'sm80'], [8, 2, false, 'sm80'], [16, 1, false, 'sm80'], [16, 2, false, 'sm80']]);
+  assert.throws(() => selectShapes([], [], {}, 'auto'), /name what to run: --preset flashmla/);
+});
+
+test.run();

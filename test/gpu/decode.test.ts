@@ -1,0 +1,38 @@
+// time limit: 600 s
+import { suite } from 'uvu';
+import type { AttentionPath } from '../../src/native/attention.js';
+import { Draw } from '../support/random.js';
+import { LATENTS, mustBeRight, randomDecode } from './problems.js';
+
+const test = suite('decode attention on the GPU');
+
+const SHAPES_PER_LATENT = 15;
+
+for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
+  for (const latent of LATENTS) {
+    test(`latent ${latent}, path ${path}: ${SHAPES_PER_LATENT} random shapes against float64, ten launches with the same bits`, async () => {
+      for (let seed = 1; seed <= SHAPES_PER_LATENT; seed++) {
+        await mustBeRight(randomDecode(new Draw(seed * 1000 + latent), path, latent), { seed });
+      }
+    });
+  }
+}
+
+test('the longest sequence of a batch may be far longer than the others', async () => {
+  for (const heads of [16, 128]) {
+    for (const latent of [512, 256]) {
+      await mustBeRight({
+        kind: 'decode', kvLens: Int32Array.of(1, 60000, 0, 17, 300), qLens: Int32Array.of(1, 1, 1, 1, 1), heads, latent, rope: 64, pageTokens: 64, pageGapBytes: 0,
+        kvDType: 'bf16', causal: true, latentScale: false, queryScale: 1, path: 'auto',
+      }, { seed: heads + latent, repeats: 4 });
+    }
+  }
+});
+
+test('every length zero gives zeros', async () => {
+  for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
+    await mustBeRight({ ...randomDecode(new Draw(5), path, 256), kvLens: Int32Array.of(0, 0), qLens: Int32Array.of(2, 2) }, { seed: 5 });
+  }
+});
+
+test.run();

@@ -1,0 +1,58 @@
+/** What the GPU tests share: random problems over the whole supported range, and the judgement of their outcome. */
+import * as assert from 'uvu/assert';
+import { judge } from '../../src/bench/attention/run.js';
+import type { AttentionPath, AttentionProblem, AttentionRunOptions, DecodeProblem, PrefillProblem } from '../../src/native/attention.js';
+import { native } from '../../src/native/loader.js';
+import type { Draw } from '../support/random.js';
+
+export const GPU = { kind: 'gpu', index: 0 } as const;
+
+export const LATENTS = [512, 256, 320, 128];
+
+/** Lengths may be zero, and shorter than the query; some batches are ragged, some have gaps between their pages. */
+export function randomDecode(draw: Draw, path: AttentionPath, latent: number): DecodeProblem {
+  const batch = draw.integer(1, draw.chance(1 / 3) ? 40 : 6);
+  const longest = draw.of([6000, 700, 700, 150]);
+  const qTokens = draw.chance(1 / 3) ? draw.integer(1, 4) : 1;
+  const ragged = draw.chance(1 / 4);
+  return {
+    kind: 'decode',
+    kvLens: Int32Array.from({ length: batch }, () => (draw.chance(1 / 6) ? 0 : draw.integer(0, longest))),
+    qLens: Int32Array.from({ length: batch }, () => (ragged ? draw.integer(0, qTokens) : qTokens)),
+    heads: draw.of([1, 2, 5, 8, 16, 16, 24, 32, 40, 64, 64, 96, 128, 128]),
+    latent,
+    rope: 64,
+    pageTokens: draw.of([16, 32, 48, 64, 64, 80, 128, 256]),
+    pageGapBytes: draw.chance(1 / 4) ? 16 * draw.integer(1, 100) : 0,
+    kvDType: 'bf16',
+    causal: draw.chance(3 / 4),
+    latentScale: draw.chance(1 / 4),
+    queryScale: draw.chance(1 / 3) ? 6 : 1,
+    path,
+  };
+}
+
+/** Chunks at the end of their keys, whole prompts, and queries that see nothing. */
+export function randomPrefill(draw: Draw): PrefillProblem {
+  const qLens = Array.from({ length: draw.integer(1, 4) }, () => (draw.chance(1 / 5) ? draw.integer(0, 2) : draw.integer(0, 700)));
+  const kvLens = qLens.map((len) => (draw.chance(1 / 2) ? len : draw.chance(1 / 6) ? draw.integer(0, 100) : len + draw.integer(0, 500)));
+  return {
+    kind: 'prefill',
+    qLens: Int32Array.from(qLens),
+    kvLens: Int32Array.from(kvLens),
+    heads: draw.integer(1, 5),
+    keyDim: 192,
+    valueDim: 128,
+    causal: draw.chance(3 / 4),
+    queryScale: draw.chance(1 / 3) ? 6 : 1,
+    path: 'auto',
+  };
+}
+
+/** Runs a problem and fails, naming it, where its result is not right. */
+export async function mustBeRight(problem: AttentionProblem, options: Partial<AttentionRunOptions> & { seed: number }): Promise<void> {
+  const { check } = await native().attention.run(GPU, problem, { repeats: 10, runs: 0, reference: 'auto', ...options });
+  assert.ok(check);
+  const text = JSON.stringify(problem, (_, value: unknown) => (value instanceof Int32Array ? [...value] : value));
+  assert.is(judge(check, 'gpu'), 'ok', `seed ${options.seed}: ${text}: ${JSON.stringify(check)}`);
+}
