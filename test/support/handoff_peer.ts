@@ -2,6 +2,7 @@
  * One end of a hand-off as a process of its own, to be killed. Prints one line a step and stops at the step it is told to.
  *
  *   prefill ADDRESS STOP   reads tickets, one JSON a line, from stdin; steps: ready, opened, pushing, pushed, committing, committed
+ *                          (`pushing` never commits, so that a kill comes first however fast it is; `pushing-on` goes through)
  *   decode ADDRESS LEASE   prints `ticket JSON`; then `committed` or `failed CODE`
  */
 import { createInterface } from 'node:readline';
@@ -35,11 +36,12 @@ async function prefill(): Promise<void> {
       await at('opened');
       const pushes: Promise<void>[] = [];
       for (let layer = 0; layer < BIG.layers; layer++) pushes.push(session.push([layer, layer + 1], BIG_TOKENS, pages));
-      if (argument === 'pushing') {
+      if (argument.startsWith('pushing')) {
         await pushes[0];
         say('pushing');
       }
       await Promise.all(pushes);
+      if (argument === 'pushing') await forever();
       await at('pushed');
       const committing = session.commit({ firstTokens: [sampled(1)], prefill: stats(BIG_TOKENS[1]) });
       await at('committing');

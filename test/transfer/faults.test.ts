@@ -127,7 +127,7 @@ test('a killed prefill is replaced by another one on the same receiver', () => w
 }));
 
 test('prefill is stopped in the middle of writing: its lease runs out, and not one late byte lands in pages given back', () => withReceiver(async (receiver) => {
-  const peer = new Peer(['prefill', receiver.address, 'pushing']);
+  const peer = new Peer(['prefill', receiver.address, 'pushing-on']);
   await peer.line('ready');
   let caught = 0;
   for (let round = 0; round < 30 && caught < 4; round++) {
