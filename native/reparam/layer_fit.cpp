@@ -299,7 +299,6 @@ static constexpr double kCovarianceMix = 1.0;
 void LayerFit::fit_queries(Design& design) {
   const int64_t r = shape_.latent;
   Matrix tokens(r, r);
-  std::vector<float> ones;
   Matrix mean(r, 1);
   int64_t count = 0;
   for (int i = 0; i < train_; ++i) {

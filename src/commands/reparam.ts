@@ -1,15 +1,15 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { Args, Flags } from '@oclif/core';
+import { Args, Flags, type Interfaces } from '@oclif/core';
 import { BaseCommand } from '../cli/base_command.js';
 import { TplaError } from '../errors.js';
-import { MOST_TOKENS, QUERY_BYTES } from '../reparam/calibration.js';
-import { convert, type ConversionResult } from '../reparam/convert.js';
-import type { OutputDType } from '../reparam/layer_tensors.js';
-import type { KvDType } from '../native/types.js';
 import { loadModelConfig } from '../model/config.js';
+import type { KvDType } from '../native/types.js';
+import { MOST_TOKENS, QUERY_BYTES, type CalibrationOptions } from '../reparam/calibration.js';
+import { convert, type ConversionOptions, type ConversionResult } from '../reparam/convert.js';
+import type { OutputDType } from '../reparam/layer_tensors.js';
 import { METHODS, withinBudget, type Method } from '../reparam/method.js';
-import { report, type Report } from '../reparam/report.js';
+import { report, type Report, type ReportOptions } from '../reparam/report.js';
 import { printReport } from '../reparam/report_table.js';
 import { consoleProgress, SILENT } from '../report/progress.js';
 import { facts } from '../report/table.js';
@@ -67,50 +67,78 @@ conversion that was interrupted goes on where it stopped when the same command i
 
   async run(): Promise<ConversionResult | Report> {
     const { args, flags } = await this.parse(Reparam);
-    const own = (name: string) => (existsSync(join(args.model, name)) ? join(args.model, name) : null);
-    const file = flags.calibration ?? own('calibration.txt');
-    const calibration = file === null ? null : { file, context: flags['calibration-context'], tokens: flags['calibration-tokens'] ?? null, queries: flags['calibration-queries'], seed: flags.seed };
+    const request: Request = { ...flags, model: args.model, out: args.out ?? flags.out };
     const progress = this.jsonEnabled() ? SILENT : consoleProgress();
     if (flags.report) {
-      const text = flags.text ?? own('heldout.txt');
-      if (calibration === null) throw new TplaError('USAGE', `${args.model} has no calibration.txt; name a text with --calibration FILE`);
-      if (text === null || !existsSync(text)) throw new TplaError('USAGE', text === null ? `${args.model} has no heldout.txt; name a text with --text FILE` : `text ${text}: no such file`);
-      const found = await report({
-        model: args.model, groups: flags.groups, only: flags.only ?? [], calibration, text, recall: flags.recall ?? own('recall.jsonl'), recallPrompts: flags['recall-prompts'], context: flags.context,
-        tokens: flags.tokens, seed: flags.seed, dtype: flags['kv-dtype'] as KvDType, threads: flags.threads, picture: flags.picture ?? null,
-      }, progress);
+      const found = await report(reportOptions(request), progress);
       this.log(printReport(found));
       return found;
     }
-    const out = args.out ?? flags.out;
-    if (out === undefined) throw new TplaError('USAGE', 'name the output directory: tpla reparam MODEL OUT');
-    const base = METHODS[flags.method]!;
-    const chosen: Method = {
-      ...base,
-      shared: flags.shared ?? base.shared,
-      basis: (flags.basis ?? base.basis) as Method['basis'],
-      scale: (flags.scale ?? base.scale) as Method['scale'],
-      queries: (flags.queries ?? base.queries) as Method['queries'],
-      values: (flags.values ?? base.values) as Method['values'],
-      refine: flags.refine ?? base.refine,
-      norm: (flags.norm ?? base.norm) as Method['norm'],
-    };
-    const budget = flags['budget-bytes-per-token'];
-    const method = budget === undefined ? chosen : withinBudget({ ...chosen, basis: (flags.basis ?? 'best') as Method['basis'] }, budget, { groups: flags.groups, ...loadModelConfig(args.model).spec });
-    const result = await convert({
-      model: args.model, out, methodName: flags.method, method, groups: flags.groups, output: flags['output-dtype'] as OutputDType, seed: flags.seed, threads: flags.threads,
-      calibration,
-    }, progress);
-    const errors = result.layers.map(({ output_error }) => output_error).filter((error): error is number => error !== null);
-    this.log(facts([
-      ['written', `${result.out} (${(result.bytes_written / 1e9).toFixed(3)} GB)${result.resumed ? ', resumed' : ''}`],
-      ['method', `${result.method}, ${result.groups} groups, ${result.shared} shared`],
-      ['KV values per token, layer and rank', result.kv_values_per_token_per_rank],
-      ...(errors.length > 0 ? [['attention output error, mean over layers', `${((100 * errors.reduce((a, b) => a + b, 0)) / errors.length).toFixed(2)} %`] as [string, string]] : []),
-      ['fingerprint', result.fingerprint],
-      ['peak memory', `${(result.peak_rss_bytes / 1e9).toFixed(2)} GB`],
-      ['time', `${result.seconds.toFixed(1)} s`],
-    ]));
+    const result = await convert(conversionOptions(request), progress);
+    this.log(printConversion(result));
     return result;
   }
+}
+
+type Request = Interfaces.InferredFlags<typeof Reparam.flags> & { model: string; out: string | undefined };
+
+function conversionOptions(request: Request): ConversionOptions {
+  if (request.out === undefined) throw new TplaError('USAGE', 'name the output directory: tpla reparam MODEL OUT');
+  return {
+    model: request.model, out: request.out, methodName: request.method, method: methodOf(request), groups: request.groups, calibration: calibrationOf(request),
+    output: request['output-dtype'] as OutputDType, seed: request.seed, threads: request.threads,
+  };
+}
+
+/** The named combination with the parts that flags change; under a budget, the widest shared subspace within it. */
+function methodOf(request: Request): Method {
+  const base = METHODS[request.method]!;
+  const budget = request['budget-bytes-per-token'];
+  const method: Method = {
+    ...base,
+    shared: request.shared ?? base.shared,
+    basis: (request.basis ?? (budget === undefined ? base.basis : 'best')) as Method['basis'],
+    scale: (request.scale ?? base.scale) as Method['scale'],
+    queries: (request.queries ?? base.queries) as Method['queries'],
+    values: (request.values ?? base.values) as Method['values'],
+    refine: request.refine ?? base.refine,
+    norm: (request.norm ?? base.norm) as Method['norm'],
+  };
+  return budget === undefined ? method : withinBudget(method, budget, { groups: request.groups, ...loadModelConfig(request.model).spec });
+}
+
+function reportOptions(request: Request): ReportOptions {
+  const calibration = calibrationOf(request);
+  const text = request.text ?? ownFile(request.model, 'heldout.txt');
+  if (calibration === null) throw new TplaError('USAGE', `${request.model} has no calibration.txt; name a text with --calibration FILE`);
+  if (text === null) throw new TplaError('USAGE', `${request.model} has no heldout.txt; name a text with --text FILE`);
+  if (!existsSync(text)) throw new TplaError('USAGE', `text ${text}: no such file`);
+  return {
+    model: request.model, groups: request.groups, only: request.only ?? [], calibration, text, recall: request.recall ?? ownFile(request.model, 'recall.jsonl'),
+    recallPrompts: request['recall-prompts'], context: request.context, tokens: request.tokens, seed: request.seed, dtype: request['kv-dtype'] as KvDType, threads: request.threads,
+    picture: request.picture ?? null,
+  };
+}
+
+function calibrationOf(request: Request): CalibrationOptions | null {
+  const file = request.calibration ?? ownFile(request.model, 'calibration.txt');
+  if (file === null) return null;
+  return { file, context: request['calibration-context'], tokens: request['calibration-tokens'] ?? null, queries: request['calibration-queries'], seed: request.seed };
+}
+
+function ownFile(model: string, name: string): string | null {
+  return existsSync(join(model, name)) ? join(model, name) : null;
+}
+
+function printConversion(result: ConversionResult): string {
+  const errors = result.layers.map(({ output_error }) => output_error).filter((error): error is number => error !== null);
+  return facts([
+    ['written', `${result.out} (${(result.bytes_written / 1e9).toFixed(3)} GB)${result.resumed ? ', resumed' : ''}`],
+    ['method', `${result.method}, ${result.groups} groups, ${result.shared} shared`],
+    ['KV values per token, layer and rank', result.kv_values_per_token_per_rank],
+    ...(errors.length > 0 ? [['attention output error, mean over layers', `${((100 * errors.reduce((a, b) => a + b, 0)) / errors.length).toFixed(2)} %`] as [string, string]] : []),
+    ['fingerprint', result.fingerprint],
+    ['peak memory', `${(result.peak_rss_bytes / 1e9).toFixed(2)} GB`],
+    ['time', `${result.seconds.toFixed(1)} s`],
+  ]);
 }
