@@ -7,9 +7,31 @@
 #include "transfer/kv_put.h"
 #include "transfer/row_kernels.h"
 
+#ifdef TPLA_WITH_CUDA
+#include "cuda/device_kv.h"
+#endif
+
 namespace tpla::addon {
 
 namespace {
+
+// On the CPU, or on the GPU that either side names.
+KvPutResult put_anywhere(const std::shared_ptr<const KvRegion>& src, const std::shared_ptr<const KvRegion>& dst, const KvPut& work) {
+#ifdef TPLA_WITH_CUDA
+  if (src->device >= 0 || dst->device >= 0) return cuda::device_put(src, dst, work);
+#else
+  static_cast<void>(src);
+  static_cast<void>(dst);
+#endif
+  return kv_put(work);
+}
+
+std::vector<uint64_t> checksum_anywhere(const std::shared_ptr<const KvRegion>& region, const PageTables& pages, Range layers, Range tokens) {
+#ifdef TPLA_WITH_CUDA
+  if (region->device >= 0) return cuda::device_checksum(region, pages, layers, tokens);
+#endif
+  return kv_checksum(*region, pages, layers, tokens);
+}
 
 Napi::Value put(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
@@ -28,7 +50,7 @@ Napi::Value put(const Napi::CallbackInfo& info) {
       work.pass = {gate.get(), int(to_integer(pass.Get("slot"), "slot", 0, gate->slots() - 1)), uint32_t(to_integer(pass.Get("epoch"), "epoch", 0, UINT32_MAX))};
     }
     return AsyncWork<KvPutResult>::start(
-        env, "tpla transfer", [src, dst, gate, work = std::move(work)] { return kv_put(work); },
+        env, "tpla transfer", [src, dst, gate, work = std::move(work)] { return put_anywhere(src, dst, work); },
         put_result_to_js);
   });
 }
@@ -41,14 +63,16 @@ Napi::Value checksum(const Napi::CallbackInfo& info) {
     const Range tokens = parse_range(info[2], "tokens");
     PageTables pages = parse_tables(info[3], info[4], "pages");
     return AsyncWork<std::vector<uint64_t>>::start(
-        env, "tpla transfer", [region, layers, tokens, pages = std::move(pages)] { return kv_checksum(*region, pages, layers, tokens); }, words_to_js);
+        env, "tpla transfer", [region, layers, tokens, pages = std::move(pages)] { return checksum_anywhere(region, pages, layers, tokens); }, words_to_js);
   });
 }
 
 void copy_page(const Napi::CallbackInfo& info) {
   guarded(info.Env(), [&] {
     const bool has_rank = info.Length() > 3 && !info[3].IsUndefined();
-    kv_copy_page(*kv_region_of(info[0]), int(to_integer(info[1], "from")), int(to_integer(info[2], "to")), has_rank ? int(to_integer(info[3], "rank")) : -1);
+    const auto region = kv_region_of(info[0]);
+    if (region->device >= 0) refuse("arena", "host memory: pages of a GPU arena are copied by its engine");
+    kv_copy_page(*region, int(to_integer(info[1], "from")), int(to_integer(info[2], "to")), has_rank ? int(to_integer(info[3], "rank")) : -1);
   });
 }
 

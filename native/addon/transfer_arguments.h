@@ -29,6 +29,7 @@ inline Napi::Value words_to_js(Napi::Env env, const std::vector<uint64_t>& words
 inline Napi::Value put_result_to_js(Napi::Env env, const KvPutResult& result) {
   Napi::Object object = Napi::Object::New(env);
   object.Set("bytes", static_cast<double>(result.bytes));
+  object.Set("wireBytes", static_cast<double>(result.wire_bytes));
   object.Set("checksums", words_to_js(env, result.checksums));
   return object;
 }

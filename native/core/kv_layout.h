@@ -61,6 +61,8 @@ struct KvRegion {
   KvLayout layout;
   int pages = 0;
   std::byte* base[64] = {};
+  // CUDA device whose addresses `base` holds (its own memory, a peer's, or registered host memory); -1 for plain host memory.
+  int device = -1;
 
   std::byte* row(int memory, int layer, int page, int token) const {
     return base[memory] + ((size_t(layer) * pages + page) * layout.page_tokens + token) * layout.row_bytes();

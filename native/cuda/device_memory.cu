@@ -3,6 +3,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -84,16 +86,18 @@ class OnDevice {
   int before_ = 0;
 };
 
-CUdeviceptr map_handle(CUmemGenericAllocationHandle handle, size_t mapped, int device) {
+CUdeviceptr map_handle(CUmemGenericAllocationHandle handle, size_t mapped, const std::vector<int>& devices) {
   CUdeviceptr at = 0;
   check_driver(driver().reserve(&at, mapped, 0, 0, 0), "cuMemAddressReserve");
   CUresult status = driver().map(at, mapped, 0, handle, 0);
   if (status == CUDA_SUCCESS) {
-    CUmemAccessDesc access{};
-    access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-    access.location.id = device;
-    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-    status = driver().set_access(at, mapped, &access, 1);
+    std::vector<CUmemAccessDesc> access(devices.size());
+    for (size_t i = 0; i < devices.size(); i++) {
+      access[i].location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+      access[i].location.id = devices[i];
+      access[i].flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    }
+    status = driver().set_access(at, mapped, access.data(), access.size());
     if (status != CUDA_SUCCESS) driver().unmap(at, mapped);
   }
   if (status != CUDA_SUCCESS) driver().free_address(at, mapped);
@@ -103,8 +107,12 @@ CUdeviceptr map_handle(CUmemGenericAllocationHandle handle, size_t mapped, int d
 
 }  // namespace
 
-DeviceMemory DeviceMemory::create(int device, size_t bytes, Sharing sharing) {
+DeviceMemory DeviceMemory::create(int device, size_t bytes, Sharing sharing, const std::vector<int>& others) {
   const OnDevice on(device);
+  std::vector<int> devices = {device};
+  for (int other : others) {
+    if (std::find(devices.begin(), devices.end(), other) == devices.end()) devices.push_back(other);
+  }
   DeviceMemory memory;
   memory.device_ = device;
   memory.size_ = bytes;
@@ -113,6 +121,9 @@ DeviceMemory DeviceMemory::create(int device, size_t bytes, Sharing sharing) {
     check(cudaMalloc(&data, bytes), "cudaMalloc");
     memory.data_ = static_cast<std::byte*>(data);
     memory.kind_ = Kind::malloced;
+    for (int other : devices) {
+      if (other != device) enable_peer(other, device);
+    }
     return memory;
   }
   const CUmemAllocationProp prop = properties(device);
@@ -120,7 +131,7 @@ DeviceMemory DeviceMemory::create(int device, size_t bytes, Sharing sharing) {
   CUmemGenericAllocationHandle handle = 0;
   check_driver(driver().create(&handle, memory.mapped_, &prop, 0), "cuMemCreate");
   try {
-    memory.data_ = reinterpret_cast<std::byte*>(map_handle(handle, memory.mapped_, device));
+    memory.data_ = reinterpret_cast<std::byte*>(map_handle(handle, memory.mapped_, devices));
   } catch (...) {
     driver().release(handle);
     throw;
@@ -140,7 +151,7 @@ DeviceMemory DeviceMemory::map(int device, size_t bytes, int fd) {
   check_driver(driver().import_handle(&handle, reinterpret_cast<void*>(static_cast<intptr_t>(fd)), CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
                "the peer's GPU memory cannot be imported", "PROTOCOL");
   try {
-    memory.data_ = reinterpret_cast<std::byte*>(map_handle(handle, memory.mapped_, device));
+    memory.data_ = reinterpret_cast<std::byte*>(map_handle(handle, memory.mapped_, {device}));
   } catch (...) {
     driver().release(handle);
     throw;
@@ -204,6 +215,18 @@ DeviceMemory::IpcHandle DeviceMemory::export_ipc() const {
   IpcHandle handle;
   std::memcpy(handle.data(), &native, sizeof(native));
   return handle;
+}
+
+std::string device_uuid(int device) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  std::string text;
+  for (const char byte : properties.uuid.bytes) {
+    char hex[3];
+    std::snprintf(hex, sizeof(hex), "%02x", static_cast<unsigned char>(byte));
+    text += hex;
+  }
+  return text;
 }
 
 void enable_peer(int device, int peer) {

@@ -3,6 +3,8 @@
 
 #include <array>
 #include <cstddef>
+#include <string>
+#include <vector>
 
 #include "transfer/socket.h"
 
@@ -15,8 +17,8 @@ class DeviceMemory {
   enum class Sharing { descriptor, ipc };
   using IpcHandle = std::array<std::byte, 64>;
 
-  // Not cleared. Throws OUT_OF_MEMORY, or INTERNAL with the driver's words.
-  static DeviceMemory create(int device, size_t bytes, Sharing sharing);
+  // Not cleared. `others`: further devices of this process that use it. Throws OUT_OF_MEMORY, or INTERNAL with the driver's words.
+  static DeviceMemory create(int device, size_t bytes, Sharing sharing, const std::vector<int>& others = {});
   // Maps a peer's allocation for use by `device`; `bytes` as it was created. Throws PROTOCOL where the driver refuses the descriptor.
   static DeviceMemory map(int device, size_t bytes, int fd);
   static DeviceMemory open(int device, size_t bytes, const IpcHandle& handle);
@@ -47,6 +49,9 @@ class DeviceMemory {
   int device_ = -1;
   Kind kind_ = Kind::none;
 };
+
+// Names one GPU of the host in every process: 32 hex digits.
+std::string device_uuid(int device);
 
 // Lets `device` use a peer GPU's plain allocations. Throws INTERNAL where the two are not linked.
 void enable_peer(int device, int peer);

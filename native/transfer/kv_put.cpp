@@ -127,7 +127,7 @@ KvPutResult kv_put(const KvPut& put) {
 
   const size_t copies = copies_per_page(put.dst->layout);
   KvPutResult result;
-  result.bytes = put.dst->layout.row_bytes() * put.layers.size() * put.tokens.size() * copies;
+  result.bytes = result.wire_bytes = put.dst->layout.row_bytes() * put.layers.size() * put.tokens.size() * copies;
   result.checksums.assign(pages_of(put.dst->layout, put.tokens).size() * copies, 0);
 
   const RowMover mover(*put.src, put.dst->layout, result.bytes >= kStreamBytes);

@@ -48,8 +48,9 @@ struct KvPut {
 };
 
 struct KvPutResult {
-  // Bytes written at the destination.
+  // Bytes written at the destination, and what travelled for them: more where frames have headers.
   size_t bytes = 0;
+  size_t wire_bytes = 0;
   // Of what was written: [logical page of the destination from the first touched][copy], summed over layers and tokens of this call.
   std::vector<uint64_t> checksums;
 };

@@ -451,6 +451,7 @@ void StreamSender::put(StreamPut put, Done done) {
   }
   job->frames = job->ranges.size() * job->put.layers.size();
   job->result.bytes = token_bytes * tokens.size() * job->put.layers.size();
+  job->result.wire_bytes = job->result.bytes + job->frames * (sizeof(FrameHeader) + sizeof(uint64_t));
   job->result.checksums.assign(size_t(pages_of(dst, tokens).size()) * core_->copies, 0);
   {
     const std::lock_guard lock(core_->mutex);

@@ -238,6 +238,19 @@ export interface ChannelServer {
 
 // ---------------------------------------------------------------- transfer
 
+/**
+ * KV pages in GPU memory, rank r on devices[r % devices.length]; page() gives a copy. kvPut and kvChecksum take it like any arena and work
+ * on the GPU; host memory goes together with it once it is pinned (pinKvRegion).
+ */
+export interface CudaKvArena extends KvArena {
+  /** Index, in this process, of the GPU that does the work. */
+  readonly device: number;
+  /** UUID of the GPU behind each rank's memory, the same in every process of the host. */
+  readonly devices: string[];
+  /** With sharing 'ipc' what a peer opens instead of descriptors; else empty. */
+  ipcHandles(): string[];
+}
+
 /** One side of a KV transfer: an arena of this process, or a peer's arena mapped here. */
 export interface KvRegion {
   readonly layout: KvLayout;
@@ -315,6 +328,8 @@ export interface KvStreamOptions {
 
 export interface KvPutResult {
   bytes: number;
+  /** What travelled: more than `bytes` where frames have headers and answers. */
+  wireBytes: number;
   /**
    * Checksums of what was written: [logical destination page, from the first that `tokens` touch][copy], summed over the layers and tokens of
    * this call; parts of one page add modulo 2^64. tpla keeps one copy of a page per rank, the other forms keep one.
@@ -342,6 +357,13 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   listenChannel(address: ChannelAddress, onConnection: (channel: Channel) => void, handlers: ChannelHandlers): ChannelServer;
   connectChannel(address: ChannelAddress, handlers: ChannelHandlers): Promise<Channel>;
   WriteGate: { create(slots: number): WriteGate; map(fd: number, slots: number): WriteGate };
+  /** Of builds with CUDA; others throw REQUEST_INVALID. Sharing: 'descriptor' (VMM, fds() travel over a Channel) or 'ipc'. */
+  CudaKvArena: new (layout: KvLayout, pages: number, devices: number[], sharing?: 'descriptor' | 'ipc') => CudaKvArena;
+  /** Maps a peer's GPU arena, from its descriptors or IPC handles, for puts by `device`. */
+  mapCudaKvRegion(layout: KvLayout, pages: number, memories: number[] | string[], device: number): KvRegion;
+  /** Host pages as `device` uses them directly. The region stays mapped as long as the result is open. */
+  pinKvRegion(region: KvRegion | KvArena, device: number): KvRegion;
+  cudaDeviceUuid(device: number): string;
   /** Listens for KV on any port of `host`. Throws IO_FAILED. */
   listenKvStream(host: string, arena: KvArena): KvStreamReceiver;
   connectKvStream(options: KvStreamOptions): Promise<KvStreamSender>;
@@ -353,6 +375,18 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   kvChecksum(region: KvRegion | KvArena, layers: [number, number], tokens: [number, number], pages: Int32Array[], rank?: number): Promise<BigUint64Array>;
   /** Copies a whole page, all layers (copy-on-write): on every rank with mla and tpla, on `rank` with dcp and dp. */
   kvCopyPage(arena: KvRegion | KvArena, from: number, to: number, rank?: number): void;
+  /** For benchmarks: values that seed, layer (from `firstLayer` on), token and column decide, in canonical host pages. */
+  kvFillPattern(arena: KvRegion | KvArena, pages: Int32Array[], tokens: [number, number], firstLayer: number, seed: number): Promise<void>;
+  /** For benchmarks: the same bytes moved with nothing done to them, in seconds: memory to memory, and over TCP into a sink. */
+  kvPlainCopy(src: KvRegion | KvArena, dst: KvRegion | KvArena, bytes: number, threads: number): Promise<number>;
+  listenSink(host: string): ChannelServer;
+  plainSend(host: string, port: number, connections: number, bytes: number): Promise<number>;
+  /** For benchmarks: values that seed, layer (from `firstLayer` on), token and column decide, in canonical host pages. */
+  kvFillPattern(arena: KvRegion | KvArena, pages: Int32Array[], tokens: [number, number], firstLayer: number, seed: number): Promise<void>;
+  /** For benchmarks: the same bytes moved with nothing done to them, in seconds: memory to memory, and over TCP into a sink. */
+  kvPlainCopy(src: KvRegion | KvArena, dst: KvRegion | KvArena, bytes: number, threads: number): Promise<number>;
+  listenSink(host: string): ChannelServer;
+  plainSend(host: string, port: number, connections: number, bytes: number): Promise<number>;
   /** Instruction set of the CPU transfer loops, chosen by name where one is given (avx512, avx2, portable): for tests and benchmarks. */
   kvKernels(name?: string): string;
 }

@@ -16,12 +16,15 @@
  */
 import { TplaError, ERRORS, type ErrorCode } from '../errors.js';
 import type { KvDType, KvForm, KvLayout, SampledToken } from '../native/types.js';
-import type { Handshake, PrefillStats, TransferPath } from './types.js';
+import { PATHS, type Handshake, type PrefillStats, type TransferPath } from './types.js';
 
 /** How the receiver lets KV bytes in, best first in a welcome. */
 export type PathOffer =
   /** Memory descriptors come with the welcome: the write gate, then one per memory of the layout. */
   | { path: 'shm'; gateSlots: number }
+  /** GPU memory of this host; with the welcome come the write gate and, for cuda-fd, a descriptor per memory. `devices` are the GPUs' UUIDs. */
+  | { path: 'cuda-fd'; gateSlots: number; devices: string[] }
+  | { path: 'cuda-ipc'; gateSlots: number; devices: string[]; handles: string[] }
   /** Data connections to `port` of the host the channel was dialled at, each opened with `key`. */
   | { path: 'tcp'; port: number; key: string };
 
@@ -38,7 +41,7 @@ export type Message =
   | { type: 'cancel'; session: string; code: ErrorCode; message: string }
   | { type: 'alive' };
 
-const PATHS: readonly TransferPath[] = ['same-gpu', 'cuda-ipc', 'cuda-fd', 'shm', 'pinned', 'ucx', 'nixl', 'tcp'];
+const OFFERED = ['shm', 'cuda-fd', 'cuda-ipc', 'tcp'] as const;
 const FORMS: readonly KvForm[] = ['mla', 'tpla', 'dcp', 'dp'];
 const DTYPES: readonly KvDType[] = ['f32', 'bf16', 'fp8'];
 
@@ -174,11 +177,17 @@ function readLayout(fields: Fields): KvLayout {
   return layout;
 }
 
+const readSlots = (fields: Fields) => fields.integer('gateSlots', 1, 2 ** 16);
+
 function readOffer(fields: Fields): PathOffer {
-  const path = fields.oneOf('path', ['shm', 'tcp'] as const);
-  const offer: PathOffer = path === 'shm'
-    ? { path, gateSlots: fields.integer('gateSlots', 1, 2 ** 16) }
-    : { path, port: fields.integer('port', 1, 65535), key: fields.text('key') };
+  const path = fields.oneOf('path', OFFERED);
+  let offer: PathOffer;
+  switch (path) {
+    case 'shm': offer = { path, gateSlots: readSlots(fields) }; break;
+    case 'cuda-fd': offer = { path, gateSlots: readSlots(fields), devices: fields.texts('devices', MAX_RANKS) }; break;
+    case 'cuda-ipc': offer = { path, gateSlots: readSlots(fields), devices: fields.texts('devices', MAX_RANKS), handles: fields.texts('handles', MAX_RANKS) }; break;
+    case 'tcp': offer = { path, port: fields.integer('port', 1, 65535), key: fields.text('key') }; break;
+  }
   fields.end();
   return offer;
 }
@@ -265,6 +274,14 @@ class Fields {
       throw this.#wrong(field, `at most ${mostEntries} whole numbers up to ${most}`);
     }
     return value as number[];
+  }
+
+  texts(field: string, mostEntries: number): string[] {
+    const value = this.#take(field);
+    if (!Array.isArray(value) || value.length > mostEntries || !value.every((entry) => typeof entry === 'string' && entry.length <= MAX_TEXT)) {
+      throw this.#wrong(field, `at most ${mostEntries} texts`);
+    }
+    return value as string[];
   }
 
   /** [begin, end) with 0 <= begin < end <= most. */

@@ -7,16 +7,24 @@ import { formatAddress, parseAddress, type Address } from '../http/address.js';
 import { removeStaleSocket } from '../http/server.js';
 import { native } from '../native/loader.js';
 import type { Channel, ChannelServer, KvArena, KvStreamReceiver } from '../native/types.js';
+import { CudaLanding, isOnGpu } from './cuda_path.js';
 import { Coverage } from './coverage.js';
 import { checkHandshake, describeLayout, handshakeFingerprint } from './handshake.js';
-import { decodeMessage, encodeMessage, type Message } from './messages.js';
+import { decodeMessage, encodeMessage, type Message, type PathOffer } from './messages.js';
 import type { Admission, Landing } from './path.js';
 import { Pulse } from './pulse.js';
 import { ShmLanding } from './shm_path.js';
 import { TcpLanding } from './tcp_path.js';
-import type { Handshake, HandoffCommit, HandoffEndpointOptions, HandoffGrant, HandoffReceiver, HandoffStats, HandoffTicket, OpenHandoff } from './types.js';
+import type { Handshake, HandoffCommit, HandoffEndpointOptions, HandoffGrant, HandoffReceiver, HandoffStats, HandoffTicket, OpenHandoff, TransferPath } from './types.js';
 
 const HELLO_MS = 5000;
+/** What a sender may make of an offer, depending on where its own pages are. */
+const PATHS_OF: Record<PathOffer['path'], TransferPath[]> = {
+  shm: ['shm', 'pinned'],
+  'cuda-fd': ['cuda-fd', 'same-gpu', 'pinned'],
+  'cuda-ipc': ['cuda-ipc', 'same-gpu', 'pinned'],
+  tcp: ['tcp'],
+};
 /** How often a session whose last writer is still inside is looked at. */
 const DRAIN_POLL_MS = 2;
 /** How long close() waits for writers of peers that do not answer. */
@@ -30,6 +38,9 @@ const CLOSE_DRAIN_MS = 1000;
 export async function createHandoffReceiver(address: string, options: HandoffEndpointOptions & { log: Logger; clock: Clock }): Promise<HandoffReceiver> {
   const target = parseAddress(address);
   if (target.kind === 'unix') await removeStaleSocket(target.path);
+  if (target.kind === 'tcp' && isOnGpu(options.arena)) {
+    throw new TplaError('CONFIG_INVALID', `hand-offs into GPU memory come from the same host: listen on a unix: address, not ${address}`);
+  }
   if (target.kind === 'tcp' && ['0.0.0.0', '::'].includes(target.host)) {
     throw new TplaError('CONFIG_INVALID', `hand-offs cannot listen on ${address}: prefill workers are told this address; give the one of the interface they reach`);
   }
@@ -142,10 +153,15 @@ class Receiver implements HandoffReceiver {
   #welcome(connection: Connection, handshake: Handshake): void {
     checkHandshake(handshake, this.#handshake);
     clearTimeout(connection.helloTimer);
-    connection.landing = this.#stream ? new TcpLanding(this.#stream) : new ShmLanding(this.#arena);
+    connection.landing = this.#newLanding();
     const { offer, fds } = connection.landing;
     connection.send({ type: 'welcome', handshake: this.#handshake, pages: this.#arena.pages, offers: [offer] }, fds);
     this.#log.info({ peer: connection.channel.peer, path: offer.path, layout: describeLayout(handshake.layout) }, 'prefill connected');
+  }
+
+  #newLanding(): Landing {
+    if (this.#stream) return new TcpLanding(this.#stream);
+    return isOnGpu(this.#arena) ? new CudaLanding(this.#arena) : new ShmLanding(this.#arena);
   }
 
   /** Ends a connection that broke the rules, telling why. */
@@ -179,7 +195,7 @@ class Receiver implements HandoffReceiver {
     if (!session || session.failure) return refuse('HANDOFF_FAILED', 'decode knows no such hand-off; it was cancelled, or decode has restarted');
     if (session.attachment) return refuse('PROTOCOL', 'the hand-off belongs to another connection');
     const landing = connection.landing!;
-    if (path !== landing.offer.path) throw new TplaError('PROTOCOL', `path ${path} was not offered`);
+    if (!PATHS_OF[landing.offer.path].includes(path)) throw new TplaError('PROTOCOL', `path ${path} was not offered`);
     const { tokens, pages, rank = 0, leaseMs } = session.grant;
     let admission: Admission;
     try {
@@ -188,7 +204,7 @@ class Receiver implements HandoffReceiver {
       const error = toTplaError(thrown);
       return refuse(error.code, error.message);
     }
-    session.attachment = { connection, landing, slot: admission.slot };
+    session.attachment = { connection, landing, slot: admission.slot, path };
     connection.sessions.set(id, session);
     connection.send({ type: 'granted', session: id, tokens, rank, leaseMs, ...admission, pages });
   }
@@ -246,7 +262,7 @@ class Receiver implements HandoffReceiver {
       return this.#fail(session, new TplaError('PROTOCOL', 'prefill committed while it was still writing'));
     }
     const result: HandoffCommit = {
-      firstTokens: commit.firstTokens, path: attachment.landing.offer.path, bytes: session.bytes, transferMs: commit.transferMs, prefill: commit.prefill,
+      firstTokens: commit.firstTokens, path: attachment.path, bytes: session.bytes, transferMs: commit.transferMs, prefill: commit.prefill,
     };
     this.#stats.committed++;
     this.#stats.bytes += session.bytes;
@@ -353,6 +369,7 @@ interface Attachment {
   connection: Connection;
   landing: Landing;
   slot: number;
+  path: TransferPath;
 }
 
 /** The process that writes has ended, and the kernel closed its socket after its last write. */

@@ -5,13 +5,15 @@ import { TplaError, toTplaError } from '../errors.js';
 import { parseAddress } from '../http/address.js';
 import { native } from '../native/loader.js';
 import type { Channel, KvArena, SampledToken } from '../native/types.js';
+import { CudaReach, isOnGpu } from './cuda_path.js';
 import { checkHandshake, describeLayout } from './handshake.js';
 import { decodeMessage, encodeMessage, type Message } from './messages.js';
 import type { Credit, Reach, Welcome } from './path.js';
 import { Pulse } from './pulse.js';
 import { ShmReach } from './shm_path.js';
 import { TcpReach } from './tcp_path.js';
-import type { Handshake, HandoffEndpointOptions, HandoffSender, HandoffSession, HandoffTicket, PrefillStats, TransferPath } from './types.js';
+import { PATHS, type TransferPath } from './types.js';
+import type { Handshake, HandoffEndpointOptions, HandoffSender, HandoffSession, HandoffTicket, PrefillStats } from './types.js';
 
 const WELCOME_MS = 5000;
 
@@ -21,20 +23,14 @@ export function createHandoffSender(options: HandoffEndpointOptions & { log: Log
 }
 
 class Sender implements HandoffSender {
-  readonly #handshake: Handshake;
-  readonly #arena: KvArena;
-  readonly #log: Logger;
-  readonly #clock: Clock;
+  readonly #options: HandoffEndpointOptions & { log: Logger; clock: Clock };
   readonly #connections = new Map<string, Promise<Connection>>();
   readonly #pulse: Pulse;
   #isClosing = false;
 
-  constructor({ handshake, arena, log, clock }: HandoffEndpointOptions & { log: Logger; clock: Clock }) {
-    this.#handshake = handshake;
-    this.#arena = arena;
-    this.#log = log;
-    this.#clock = clock;
-    this.#pulse = new Pulse(clock, (isLate) => void this.#beat(isLate));
+  constructor(options: HandoffEndpointOptions & { log: Logger; clock: Clock }) {
+    this.#options = options;
+    this.#pulse = new Pulse(options.clock, (isLate) => void this.#beat(isLate));
   }
 
   async open(ticket: HandoffTicket): Promise<HandoffSession> {
@@ -66,9 +62,9 @@ class Sender implements HandoffSender {
   }
 
   async #connect(address: string, onGone: () => void): Promise<Connection> {
-    const connection = new Connection(address, this.#arena, this.#clock, onGone);
-    await connection.dial(this.#handshake);
-    this.#log.info({ address, path: connection.path, peer: connection.peer }, `connected to decode (${describeLayout(connection.layout)})`);
+    const connection = new Connection(address, this.#options, onGone);
+    await connection.dial(this.#options.handshake);
+    this.#options.log.info({ address, path: connection.path, peer: connection.peer }, `connected to decode (${describeLayout(connection.layout)})`);
     return connection;
   }
 
@@ -84,7 +80,7 @@ class Sender implements HandoffSender {
   }
 
   async #beat(isLate: boolean): Promise<void> {
-    for (const connection of await this.#live()) connection.beat(this.#clock.now(), isLate);
+    for (const connection of await this.#live()) connection.beat(this.#options.clock.now(), isLate);
     await this.#followLeases();
   }
 }
@@ -94,6 +90,7 @@ class Connection {
   readonly #address: string;
   readonly #arena: KvArena;
   readonly #clock: Clock;
+  readonly #requirePath: TransferPath | undefined;
   readonly #onGone: () => void;
   readonly #sessions = new Map<string, Session>();
   readonly #welcomed = deferred<void>();
@@ -107,10 +104,11 @@ class Connection {
   #heard: number;
   #failure: TplaError | undefined;
 
-  constructor(address: string, arena: KvArena, clock: Clock, onGone: () => void) {
+  constructor(address: string, { arena, clock, requirePath }: HandoffEndpointOptions & { clock: Clock }, onGone: () => void) {
     this.#address = address;
     this.#arena = arena;
     this.#clock = clock;
+    this.#requirePath = requirePath;
     this.#onGone = onGone;
     this.#heard = clock.now();
     this.#welcomed.promise.catch(() => {});
@@ -224,11 +222,12 @@ class Connection {
     const offer = offers[0];
     if (!offer) throw new TplaError('PROTOCOL', 'decode offered no path');
     this.#peerHandshake = handshake;
-    openReach({ address: this.#address, layout: handshake.layout, pages, offer, fds }).then((reach) => {
+    openReach(this.#arena, { address: this.#address, layout: handshake.layout, pages, offer, fds }).then((reach) => {
       if (this.#failure) return reach.close();
       this.#reach = reach;
+      checkPath(reach.path, this.#requirePath);
       this.#welcomed.resolve();
-    }, (thrown: unknown) => this.#fail(toTplaError(thrown)));
+    }).catch((thrown: unknown) => this.#fail(toTplaError(thrown)));
   }
 
   #onClose(reason: string): void {
@@ -256,17 +255,28 @@ class Connection {
 }
 
 /** Builds the path that decode offered. Descriptors are used before the first await. */
-async function openReach(welcome: Welcome): Promise<Reach> {
+async function openReach(source: KvArena, welcome: Welcome): Promise<Reach> {
   switch (welcome.offer.path) {
-    case 'shm': return new ShmReach(welcome);
-    case 'tcp': return TcpReach.connect(welcome);
+    case 'cuda-fd':
+    case 'cuda-ipc': return new CudaReach(source, welcome);
+    case 'shm': return isOnGpu(source) ? new CudaReach(source, welcome) : new ShmReach(welcome);
+    case 'tcp':
+      if (isOnGpu(source)) throw new TplaError('HANDSHAKE_REFUSED', 'KV in GPU memory goes to workers of the same host (unix: addresses); over TCP it has to be in host memory');
+      return TcpReach.connect(welcome);
   }
+}
+
+/** Throws HANDSHAKE_REFUSED for a path slower than the one asked for. */
+function checkPath(path: TransferPath, required: TransferPath | undefined): void {
+  if (required === undefined || PATHS.indexOf(path) <= PATHS.indexOf(required)) return;
+  throw new TplaError('HANDSHAKE_REFUSED', `the path to decode is ${path}, at least ${required} is required; see docs/transfer.md for what each path needs`);
 }
 
 class Session implements HandoffSession {
   readonly id: string;
   readonly granted: Promise<HandoffSession>;
   readonly aborted: AbortSignal;
+  readonly sent = { bytes: 0, wireBytes: 0 };
   leaseMs: number | undefined;
   readonly #connection: Connection;
   readonly #tokens: [number, number];
@@ -306,7 +316,9 @@ class Session implements HandoffSession {
     }
     this.#firstPush ??= performance.now();
     try {
-      const { bytes, checksums } = await this.#connection.put(srcPages, this.#credit!, layers, tokens);
+      const { bytes, wireBytes, checksums } = await this.#connection.put(srcPages, this.#credit!, layers, tokens);
+      this.sent.bytes += bytes;
+      this.sent.wireBytes += wireBytes;
       this.#throwIfOver();
       this.#connection.send({ type: 'pushed', session: this.id, layers, tokens, bytes, checksums });
     } catch (thrown) {

@@ -4,7 +4,8 @@ import type { ModelIdentity } from '../model/spec.js';
 import type { KvArena, KvLayout, SampledToken } from '../native/types.js';
 
 /** How bytes move; stated in the handshake, in metrics and in every benchmark line. Best first. */
-export type TransferPath = 'same-gpu' | 'cuda-ipc' | 'cuda-fd' | 'shm' | 'pinned' | 'ucx' | 'nixl' | 'tcp';
+export const PATHS = ['same-gpu', 'cuda-ipc', 'cuda-fd', 'shm', 'pinned', 'ucx', 'nixl', 'tcp'] as const;
+export type TransferPath = (typeof PATHS)[number];
 
 /** Both sides must agree on every field but `layout`, which may differ in form, ranks, page size and dtype. */
 export interface Handshake {
@@ -92,6 +93,8 @@ export interface HandoffGrant {
 /** Prefill's side of one session. */
 export interface HandoffSession {
   readonly path: TransferPath;
+  /** What pushes have put in place so far, and what travelled for it. */
+  readonly sent: { bytes: number; wireBytes: number };
   /** Pushes layers [begin, end) of tokens [begin, end); calls may overlap computing and one another. */
   push(layers: [number, number], tokens: [number, number], srcPages: Int32Array): Promise<void>;
   /** Sends checksums and results; resolves when decode has verified and accepted. */
@@ -110,5 +113,8 @@ export interface HandoffSender {
 
 export interface HandoffEndpointOptions {
   handshake: Handshake;
+  /** In host memory, or a CudaKvArena. */
   arena: KvArena;
+  /** Refuse a connection whose path is slower than this one. */
+  requirePath?: TransferPath;
 }

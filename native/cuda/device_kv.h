@@ -1,0 +1,62 @@
+// KV arenas in GPU memory, and the transfer calls over them. Plain C++: no CUDA header.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/kv_layout.h"
+#include "cuda/device_memory.h"
+#include "transfer/kv_put.h"
+
+namespace tpla::cuda {
+
+// Pages on one GPU or several: an arena of this process, or a peer's mapped here.
+class DeviceKv {
+ public:
+  // Zeroed. Memory of rank r on devices[r % devices.size()]; region().device is the first. Throws OUT_OF_MEMORY, REQUEST_INVALID.
+  static std::shared_ptr<DeviceKv> create(const KvLayout& layout, int pages, const std::vector<int>& devices, DeviceMemory::Sharing sharing);
+  // A peer's, for use by `device`: one descriptor, or one IPC handle, a memory. Throws PROTOCOL.
+  static std::shared_ptr<DeviceKv> map(const KvLayout& layout, int pages, const std::vector<int>& fds, int device);
+  static std::shared_ptr<DeviceKv> open(const KvLayout& layout, int pages, const std::vector<DeviceMemory::IpcHandle>& handles, int device);
+
+  const KvRegion& region() const { return region_; }
+  size_t bytes() const;
+  DeviceMemory::Sharing sharing() const { return sharing_; }
+  // Of Sharing::descriptor; the arena keeps them.
+  const std::vector<UniqueFd>& fds();
+  std::vector<DeviceMemory::IpcHandle> ipc_handles() const;
+  // Copies one page of one layer to the host.
+  void read_page(int memory, int layer, int page, std::byte* to) const;
+  int device_of(int memory) const { return memories_[memory].device(); }
+
+ private:
+  DeviceKv(const KvLayout& layout, int pages, std::vector<DeviceMemory> memories, DeviceMemory::Sharing sharing);
+
+  KvRegion region_;
+  std::vector<DeviceMemory> memories_;
+  std::vector<UniqueFd> fds_;
+  DeviceMemory::Sharing sharing_;
+};
+
+// Host pages that a GPU uses directly. Registering takes about a second for each 2 GB: once, at connect.
+class PinnedKv {
+ public:
+  PinnedKv(std::shared_ptr<const KvRegion> host, int device);
+  const KvRegion& region() const { return region_; }
+
+ private:
+  std::shared_ptr<const KvRegion> host_;
+  std::vector<std::unique_ptr<RegisteredHost>> registered_;
+  KvRegion region_;
+};
+
+// kv_put and kv_checksum where either region is a device's; both must have been made for the same device. They block until the GPU is
+// done, and hold the gate as long.
+KvPutResult device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst, const KvPut& put);
+// Seconds of one plain copy between the first memories of two regions of one device. Throws REQUEST_INVALID where either is smaller.
+double device_plain_copy(const KvRegion& src, const KvRegion& dst, size_t bytes);
+std::vector<uint64_t> device_checksum(std::shared_ptr<const KvRegion> region, const PageTables& pages, Range layers, Range tokens);
+
+}  // namespace tpla::cuda

@@ -1,0 +1,78 @@
+import { TplaError } from '../errors.js';
+import { native } from '../native/loader.js';
+import type { CudaKvArena, KvArena, KvPutResult, KvRegion, WriteGate } from '../native/types.js';
+import { GATE_SLOTS, GateSlots } from './gate_slots.js';
+import type { PathOffer } from './messages.js';
+import type { Admission, Credit, Landing, Reach, Welcome } from './path.js';
+import type { TransferPath } from './types.js';
+
+export function isOnGpu(arena: KvArena): arena is CudaKvArena {
+  return 'devices' in arena;
+}
+
+/** Decode lends GPU memory, by VMM descriptors or IPC handles as the arena was made. */
+export class CudaLanding implements Landing {
+  readonly offer: PathOffer;
+  readonly fds: number[];
+  readonly peerWrites = true;
+  readonly #slots = new GateSlots();
+
+  constructor(arena: CudaKvArena) {
+    const handles = arena.ipcHandles();
+    this.offer = handles.length > 0
+      ? { path: 'cuda-ipc', gateSlots: GATE_SLOTS, devices: arena.devices, handles }
+      : { path: 'cuda-fd', gateSlots: GATE_SLOTS, devices: arena.devices };
+    this.fds = [this.#slots.gate.fd, ...(handles.length > 0 ? [] : arena.fds())];
+  }
+
+  admit(): Admission { return this.#slots.admit(); }
+  revoke(slot: number): boolean { return this.#slots.revoke(slot); }
+  isDrained(slot: number): boolean { return this.#slots.isDrained(slot); }
+  release(slot: number): void { this.#slots.release(slot); }
+  close(): void { this.#slots.gate.close(); }
+}
+
+/**
+ * A GPU of prefill writes into decode's memory: its own, a peer GPU's, or pinned host memory. Where only decode's memory is on a GPU,
+ * prefill's pages are pinned and that GPU reads them.
+ */
+export class CudaReach implements Reach {
+  readonly path: TransferPath;
+  readonly #region: KvRegion;
+  readonly #gate: WriteGate;
+  /** Prefill's pages as the GPU sees them, where they are host memory. */
+  readonly #pinnedSource: KvRegion | null;
+
+  constructor(source: KvArena, { layout, pages, offer, fds }: Welcome) {
+    if (offer.path === 'tcp') throw new TplaError('INTERNAL', 'a CUDA path was built from an offer of tcp');
+    if (fds.length === 0) throw new TplaError('PROTOCOL', `decode offered ${offer.path} and sent no write gate`);
+    const addon = native();
+    const device = isOnGpu(source) ? source.device : 0;
+    this.#gate = addon.WriteGate.map(fds[0]!, offer.gateSlots);
+    if (offer.path === 'shm') {
+      const mapped = addon.mapKvRegion(layout, pages, fds.slice(1));
+      this.#region = addon.pinKvRegion(mapped, device);
+      mapped.close();
+      this.path = 'pinned';
+    } else {
+      this.#region = addon.mapCudaKvRegion(layout, pages, offer.path === 'cuda-ipc' ? offer.handles : fds.slice(1), device);
+      const own = addon.cudaDeviceUuid(device);
+      this.path = !isOnGpu(source) ? 'pinned' : offer.devices.every((uuid) => uuid === own) ? 'same-gpu' : offer.path;
+    }
+    this.#pinnedSource = isOnGpu(source) ? null : addon.pinKvRegion(source, device);
+  }
+
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<KvPutResult> {
+    return native().kvPut({
+      src: this.#pinnedSource ?? source, dst: this.#region, layers, tokens,
+      srcPages: [srcPages], dstPages: credit.pages, dstRank: credit.rank,
+      pass: { gate: this.#gate, slot: credit.slot, epoch: credit.epoch },
+    });
+  }
+
+  close(): void {
+    this.#region.close();
+    this.#pinnedSource?.close();
+    this.#gate.close();
+  }
+}
