@@ -34,6 +34,26 @@ inline constexpr int kv_token_bytes(KvFormat format, int latent) {
 // Which implementation runs; automatic takes the fastest one the GPU has.
 enum class AttentionPath { automatic, sm90, sm80 };
 
+// What decode may do to its logits beside scaling them; the defaults do nothing. For a query at position p = kv_len - query tokens + i
+// and a token at t, in this order:
+//   softcap   logit := softcap · tanh(logit / softcap)
+//   ALiBi     logit := logit - slope_h · |p - t|
+//   window    t is hidden unless t > p - window
+//   blocks    t is hidden unless its block of mask_block tokens is listed
+// Hidden tokens are neither scheduled nor loaded (but for those that share a run of 16 to 64 tokens with a visible one), so their pages
+// need not exist. A query that sees nothing gives zeros and lse = -inf.
+struct LogitVariants {
+  float softcap = 0.0f;                    // 0: off
+  int window = 0;                          // tokens, the query's own included; 0: off
+  const float* alibi_slopes = nullptr;     // [query heads]; null: off
+  const int32_t* block_list = nullptr;     // [batch, block_list_stride]: numbers of the visible blocks, ascending; null: off
+  const int32_t* block_counts = nullptr;   // [batch], entries of each list; those past the end of the sequence are ignored
+  int block_list_stride = 0;
+  int mask_block = 0;                      // tokens, a multiple of 16
+
+  bool any() const { return softcap > 0.0f || window > 0 || alibi_slopes || block_list; }
+};
+
 // Absorbed MLA decode: for query row (token i, head h) of sequence b, over its cached tokens t < limit
 //   logit_t = scale · (mu_h · q_latent · c_t + q_rope · k_t),   out = sum_t softmax(logit)_t · c_t
 // where one cached token is the row [c_t | k_t]. limit = kv_len, or with `causal` kv_len - (query tokens of b - 1 - i).
@@ -58,6 +78,7 @@ struct MlaDecode {
   int block_table_stride = 0;
   bool causal = true;
   KvFormat format = KvFormat::bf16;
+  LogitVariants variants;
   AttentionPath path = AttentionPath::automatic;
   void* workspace = nullptr;               // mla_decode_workspace_bytes(); zeroed once after allocation; one launch at a time may use it
   size_t workspace_bytes = 0;

@@ -5,8 +5,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <numeric>
 
+#include "decode_logits.h"
 #include "device.h"
 #include "mla_decode_args.h"
 #include "mla_decode_kernel.h"
@@ -32,6 +32,7 @@ struct DecodePlan {
 
 DecodeKernel choose_kernel(const MlaDecode& call, const Device& device) {
   const int rows = call.heads * call.q_tokens;
+  const LogitKind logits = call.variants.any() ? LogitKind::variant : LogitKind::plain;
   const bool sm90 = device.major == 9 && call.path != AttentionPath::sm80;
   if (call.path == AttentionPath::sm90 && device.major != 9) {
     throw AttentionError("the sm90 attention path needs a GPU of compute capability 9.0; this one is " + std::to_string(device.major) + "." +
@@ -42,13 +43,13 @@ DecodeKernel choose_kernel(const MlaDecode& call, const Device& device) {
     if (device.major < 8) {
       throw AttentionError("the attention kernels need compute capability 8.0 or newer; this GPU is " + std::to_string(device.major) + "." + std::to_string(device.minor));
     }
-    kernel = sm80_mla_decode_kernel(call.latent, rows);
+    kernel = sm80_mla_decode_kernel(call.latent, rows, logits);
   } else if (rows <= 32) {
-    kernel = sm90_mla_decode_narrow_kernel(call.latent, rows);
+    kernel = sm90_mla_decode_narrow_kernel(call.latent, rows, logits);
   } else if (call.latent == 512) {
-    kernel = sm90_mla_decode_shared_kernel(call.latent, rows);
+    kernel = sm90_mla_decode_shared_kernel(call.latent, rows, logits);
   } else {
-    kernel = sm90_mla_decode_tile_kernel(call.latent, rows);
+    kernel = sm90_mla_decode_tile_kernel(call.latent, rows, logits);
   }
   if (!kernel.function) {
     throw AttentionError("MLA decode has kernels for latents of 128, 256, 320 and 512; got " + std::to_string(call.latent));
@@ -67,6 +68,7 @@ void validate(const MlaDecode& call) {
          "page_size must be a multiple of 16 from 16 to 1024; got " + std::to_string(call.page_size));
   expect(call.format == KvFormat::bf16, "only bf16 KV has a kernel");
   expect(call.softmax_scale > 0.0f, "softmax_scale must be positive");
+  validate_variants(call.variants, "MLA decode");
 }
 
 DecodePlan plan(const MlaDecode& call) {
@@ -114,13 +116,14 @@ void mla_decode(const MlaDecode& call, Stream stream) {
   args.heads = call.heads;
   args.q_tokens = call.q_tokens;
   args.page_size = call.page_size;
-  args.box_tokens = std::gcd(call.page_size, kTokenTile);
+  args.box_tokens = box_tokens(call.variants, call.page_size);
   args.num_pages = call.num_pages;
   args.page_stride = call.page_stride ? call.page_stride : call.page_size * row_bytes;
   args.block_table_stride = call.block_table_stride;
   args.causal = call.causal;
   args.row_tiles = decode.row_tiles;
   args.slots = decode.slots;
+  args.logits = logit_args(call.variants, call.softmax_scale);
   uint8_t* workspace = static_cast<uint8_t*>(call.workspace);
   args.arrivals = reinterpret_cast<int*>(workspace);
   args.partial_out = reinterpret_cast<float*>(workspace + kArrivalBytes);

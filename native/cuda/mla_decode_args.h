@@ -7,6 +7,20 @@ namespace tpla::cuda {
 
 constexpr int kTokenTile = 64;  // tokens a kernel handles at a time; unit of scheduling
 
+// What VariantLogits reads (mla_decode_logits.cuh).
+struct LogitArgs {
+  float softcap_in;              // 2 · log2(e) · softmax scale / softcap
+  float softcap_out;             // softcap · log2(e); 0: no softcap
+  int window;                    // tokens; at most kNoWindow, which hides none
+  const float* slopes;           // [query heads]; null: no bias
+  const int32_t* block_list;     // [sequences][block_list_stride], ascending; null: every block is visible
+  const int32_t* block_counts;   // [sequences]
+  int block_list_stride;
+  int mask_block;                // tokens
+};
+
+constexpr int kNoWindow = 1 << 30;
+
 // Blocks of the launch form row_tiles × slots: block = slot · row_tiles + row tile. Blocks of one slot read the same tokens at
 // about the same time, so that all but the first of them find the tokens in L2.
 struct MlaDecodeArgs {
@@ -23,7 +37,7 @@ struct MlaDecodeArgs {
   int heads;
   int q_tokens;
   int page_size;
-  int box_tokens;  // tokens a TMA box takes: gcd(page_size, kTokenTile)
+  int box_tokens;  // tokens that are loaded at a time, always from one page: gcd of page_size, kTokenTile and, with a block mask, its block
   int num_pages;
   int64_t page_stride;  // bytes
   int block_table_stride;
@@ -33,6 +47,7 @@ struct MlaDecodeArgs {
   float* partial_out;   // [block][2][rows of the tile][latent], not normalised
   float2* partial_sum;  // [block][2][rows of the tile]: running maximum (log2 units), sum
   int* arrivals;        // [block], zero between launches
+  LogitArgs logits;     // behind everything the plain kernels read
 };
 
 }  // namespace tpla::cuda

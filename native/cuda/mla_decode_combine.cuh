@@ -26,8 +26,8 @@ __device__ __forceinline__ void publish_part(int* arrivals) {
 
 // Reduces this block's share of one split sequence: kThreads threads, numbered `thread`, that meet at `barrier()`.
 // scratch: shared memory, 16-byte aligned, (kBlockRows + 2 · participants + 2) · 8 + kThreads · 16 bytes.
-template <int kLatent, int kThreads, int kBlockRows, int kOverhead, class Barrier>
-__device__ void combine_parts(const MlaDecodeArgs& args, const DecodeSchedule<kBlockRows, kOverhead>& schedule, const DecodePiece& piece,
+template <int kLatent, int kThreads, int kBlockRows, int kOverhead, class Logits, class Barrier>
+__device__ void combine_parts(const MlaDecodeArgs& args, const DecodeSchedule<kBlockRows, kOverhead, Logits>& schedule, const DecodePiece& piece,
                               void* scratch, int thread, Barrier barrier) {
   const int parts = piece.participants;
   const int row0 = schedule.row_tile * kBlockRows;

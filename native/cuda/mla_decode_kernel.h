@@ -13,10 +13,13 @@ struct DecodeKernel {
   bool tensor_map = false;  // first kernel parameter is the CUtensorMap of the pages
 };
 
+// Which instantiation: the plain one pays nothing for what the other can do.
+enum class LogitKind { plain, variant };
+
 // Smallest kernel that takes `rows` rows at once, or the largest there is.
-DecodeKernel sm90_mla_decode_narrow_kernel(int latent, int rows);
-DecodeKernel sm90_mla_decode_tile_kernel(int latent, int rows);
-DecodeKernel sm90_mla_decode_shared_kernel(int latent, int rows);
-DecodeKernel sm80_mla_decode_kernel(int latent, int rows);
+DecodeKernel sm90_mla_decode_narrow_kernel(int latent, int rows, LogitKind logits);
+DecodeKernel sm90_mla_decode_tile_kernel(int latent, int rows, LogitKind logits);
+DecodeKernel sm90_mla_decode_shared_kernel(int latent, int rows, LogitKind logits);
+DecodeKernel sm80_mla_decode_kernel(int latent, int rows, LogitKind logits);
 
 }  // namespace tpla::cuda

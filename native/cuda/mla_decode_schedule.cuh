@@ -8,21 +8,9 @@
 #pragma once
 
 #include "mla_decode_args.h"
+#include "mla_decode_logits.cuh"
 
 namespace tpla::cuda {
-
-// A run of tiles of one sequence that one block computes.
-struct DecodePiece {
-  int sequence;
-  int kv_len;
-  int q_begin;       // first query token
-  int q_tokens;      // of this sequence
-  int rows;          // q_tokens · heads
-  int tile_begin;
-  int tile_end;
-  int participants;  // blocks that share the sequence; 1: nothing to reduce
-  int participant;   // which of them this block is
-};
 
 struct DecodeShare {
   int parts;  // aligned: parts of the one sequence; 0: stream
@@ -34,7 +22,8 @@ struct DecodeShare {
   int sequence_begin;  // its first unit
 };
 
-template <int kBlockRows, int kOverhead>
+// Logits says which tokens of a sequence there are at all: what a window or a block mask hides is not scheduled.
+template <int kBlockRows, int kOverhead, class Logits = PlainLogits>
 struct DecodeSchedule {
   static constexpr int kMinUnits = 2;
 
@@ -48,7 +37,7 @@ struct DecodeSchedule {
     return args.q_indptr ? args.q_indptr[sequence + 1] - args.q_indptr[sequence] : args.q_tokens;
   }
 
-  __device__ int tiles(int sequence) const { return (args.kv_lens[sequence] + kTokenTile - 1) / kTokenTile; }
+  __device__ int tiles(int sequence) const { return (Logits::tokens(args, sequence) + kTokenTile - 1) / kTokenTile; }
 
   // 0 where the sequence has no rows in this row tile.
   __device__ int cost(int sequence) const {
@@ -165,7 +154,7 @@ struct DecodeSchedule {
 
   __device__ void describe(int sequence, DecodePiece& piece) const {
     piece.sequence = sequence;
-    piece.kv_len = args.kv_lens[sequence];
+    piece.kv_len = Logits::tokens(args, sequence);
     piece.q_begin = args.q_indptr ? args.q_indptr[sequence] : sequence * args.q_tokens;
     piece.q_tokens = query_tokens(sequence);
     piece.rows = piece.q_tokens * args.heads;

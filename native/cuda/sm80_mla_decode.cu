@@ -53,7 +53,7 @@ __device__ __forceinline__ void multiply_16x8x16(float (&d)[4], const uint32_t (
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-template <int kLatent>
+template <int kLatent, class Logits>
 __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_constant__ MlaDecodeArgs args) {
   using Shape = Sm80Shape<kLatent>;
   constexpr int kUnits = Shape::kWidth / 8;  // 16-byte units of a token
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
   float* row_maxima = factors + 32;                              // [16]
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const DecodeSchedule<kRows, kOverhead> schedule(args);
+  const DecodeSchedule<kRows, kOverhead, Logits> schedule(args);
   const int row0 = schedule.row_tile * kRows;
   DecodeShare share = schedule.share(plan_scratch);
   DecodePiece piece;
@@ -96,6 +96,8 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
       *reinterpret_cast<uint4*>(query + row * Shape::kRowBytes + unit * 16) = value;
     }
 
+    const Logits policy(args, piece);
+    const int hidden_places = policy.hidden_places();
     const int token_begin = piece.tile_begin * kTokenTile;
     const int token_end = min(piece.tile_end * kTokenTile, piece.kv_len);
     const int steps = (token_end - token_begin + kStep - 1) / kStep;
@@ -104,10 +106,11 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
         uint8_t* stage = stages + (step & 1) * Shape::kStageBytes;
         for (int i = thread; i < kStep * kUnits; i += kThreads) {
           const int token_in_step = i / kUnits, unit = i % kUnits;
-          const int token = token_begin + step * kStep + token_in_step;
-          const bool valid = token < piece.kv_len;
+          const int place = token_begin + step * kStep + token_in_step;
+          const bool valid = place < piece.kv_len && (Logits::kPlain || place >= hidden_places);
           const uint8_t* source = static_cast<const uint8_t*>(args.kv);
           if (valid) {
+            const int token = policy.position(place);
             const int page = args.block_table[static_cast<int64_t>(piece.sequence) * args.block_table_stride + token / args.page_size];
             source += page * args.page_stride + (token % args.page_size) * (Shape::kWidth * 2) + unit * 16;
           }
@@ -125,6 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
     // Softmax: 16 threads a row, each two tokens of a step.
     const int softmax_row = thread / 16, softmax_lane = thread % 16;
     const int limit = schedule.limit(piece, row0 + softmax_row);
+    const float logit_scale = Logits::scale(args);
     float maximum = -INFINITY, sum = 0.0f;
 
     load_stage(0);
@@ -162,9 +166,18 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
         for (int j = 0; j < 2; ++j) {
           const int token = softmax_lane * 2 + j;
           const float* both = logits_shared + softmax_row * Shape::kLogitStride + token;
-          value[j] = (both[0] + both[kRows * Shape::kLogitStride]) * args.softmax_scale_log2;
-          if (token_begin + step * kStep + token >= min(limit, token_end)) value[j] = -INFINITY;
-          top = fmaxf(top, value[j]);
+          value[j] = (both[0] + both[kRows * Shape::kLogitStride]) * logit_scale;
+          if constexpr (Logits::kPlain) {
+            if (token_begin + step * kStep + token >= min(limit, token_end)) value[j] = -INFINITY;
+            top = fmaxf(top, value[j]);
+          }
+        }
+        if constexpr (!Logits::kPlain) {
+          const int position = policy.position(token_begin + step * kStep + softmax_lane * 2);
+          const typename Logits::Row row = policy.row(row0 + softmax_row);
+          policy.apply(
+              value, [&](int j) { return position + j; }, [&](int) { return row; });
+          top = fmaxf(top, fmaxf(value[0], value[1]));
         }
 #pragma unroll
         for (int d = 8; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
@@ -253,18 +266,20 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
 }
 
 template <int kLatent>
-DecodeKernel describe() {
-  return {reinterpret_cast<const void*>(&sm80_mla_decode<kLatent>), kRows, Sm80Shape<kLatent>::kSharedBytes, kThreads, false};
+DecodeKernel describe(LogitKind logits) {
+  const void* function = logits == LogitKind::plain ? reinterpret_cast<const void*>(&sm80_mla_decode<kLatent, PlainLogits>)
+                                                    : reinterpret_cast<const void*>(&sm80_mla_decode<kLatent, VariantLogits>);
+  return {function, kRows, Sm80Shape<kLatent>::kSharedBytes, kThreads, false};
 }
 
 }  // namespace
 
-DecodeKernel sm80_mla_decode_kernel(int latent, int) {
+DecodeKernel sm80_mla_decode_kernel(int latent, int, LogitKind logits) {
   switch (latent) {
-    case 128: return describe<128>();
-    case 256: return describe<256>();
-    case 320: return describe<320>();
-    case 512: return describe<512>();
+    case 128: return describe<128>(logits);
+    case 256: return describe<256>(logits);
+    case 320: return describe<320>(logits);
+    case 512: return describe<512>(logits);
     default: return {};
   }
 }

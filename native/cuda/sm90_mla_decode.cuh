@@ -20,6 +20,7 @@ struct TileBoxes {
   int offsets[4];  // first token within the page
 };
 
+template <class Logits = PlainLogits>
 class PageWalk {
  public:
   __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece)
@@ -29,11 +30,12 @@ class PageWalk {
   __device__ TileBoxes boxes(int tile) {
     const int lane = threadIdx.x % 32;
     if (next_ == 0) {
-      const int token = (tile + lane / boxes_per_tile_) * kTokenTile + lane % boxes_per_tile_ * args_.box_tokens;
+      const int place = (tile + lane / boxes_per_tile_) * kTokenTile + lane % boxes_per_tile_ * args_.box_tokens;
+      const int token = Logits(args_, piece_).position(place);
       const int index = token / args_.page_size;
       offset_ = token - index * args_.page_size;
       // A page past the end of the tensor map reads as zeros.
-      page_ = token < piece_.kv_len ? args_.block_table[static_cast<int64_t>(piece_.sequence) * args_.block_table_stride + index] : args_.num_pages;
+      page_ = place < piece_.kv_len ? args_.block_table[static_cast<int64_t>(piece_.sequence) * args_.block_table_stride + index] : args_.num_pages;
     }
     TileBoxes result;
 #pragma unroll
@@ -85,15 +87,17 @@ struct ChunkRing {
   }
 
   // Position 0 of a tile is the rope chunk, the last column; the latent chunks follow.
-  __device__ void fill(const CUtensorMap& map, const PageWalk& walk, const TileBoxes& boxes, int slot, int position, int use) const {
+  template <class Logits>
+  __device__ void fill(const CUtensorMap& map, const PageWalk<Logits>& walk, const TileBoxes& boxes, int slot, int position, int use) const {
     mbarrier_wait(empty + slot * 8, (use & 1) ^ 1);
     mbarrier_arrive_expect_bytes(full + slot * 8, kChunkBytes);
     walk.load(map, boxes, position == 0 ? kChunks - 1 : position - 1, chunk(slot), full + slot * 8);
   }
 
   // One warp feeds all tiles of a piece. `count` numbers the block's chunks from 0 across pieces.
+  template <class Logits = PlainLogits>
   __device__ void feed(const CUtensorMap& map, const MlaDecodeArgs& args, const DecodePiece& piece, int& count) const {
-    PageWalk walk(args, piece);
+    PageWalk<Logits> walk(args, piece);
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       const TileBoxes boxes = walk.boxes(tile);
       if (threadIdx.x % 32 == 0) {
@@ -154,12 +158,17 @@ __device__ __forceinline__ void load_rope_query(const MlaDecodeArgs& args, const
     }
 }
 
-// Zeroes the tokens from `valid` on in one chunk, so that 0 · garbage cannot become NaN. kThreads threads.
+// Zeroes the tokens [begin, end) of one chunk, so that 0 · garbage cannot become NaN. kThreads threads.
 template <int kThreads>
-__device__ __forceinline__ void zero_chunk_tail(uint32_t chunk, int valid, int thread) {
-  for (int i = valid * 8 + thread; i < kTokenTile * 8; i += kThreads) {
+__device__ __forceinline__ void zero_chunk(uint32_t chunk, int begin, int end, int thread) {
+  for (int i = begin * 8 + thread; i < end * 8; i += kThreads) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(chunk + i * 16), "r"(0) : "memory");
   }
+}
+
+template <int kThreads>
+__device__ __forceinline__ void zero_chunk_tail(uint32_t chunk, int valid, int thread) {
+  zero_chunk<kThreads>(chunk, valid, kTokenTile, thread);
 }
 
 }  // namespace tpla::cuda

@@ -24,7 +24,7 @@ struct NarrowShape {
   static constexpr int kThreads = 384;
 };
 
-template <int kLatent, int kRows>
+template <int kLatent, int kRows, class Logits>
 __global__ void __launch_bounds__(384, 1)
     sm90_mla_decode_narrow(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ MlaDecodeArgs args) {
   using Shape = NarrowShape<kLatent, kRows>;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(384, 1)
   float* row_values = warp_values + 2 * 4 * kRows;                  // [2 warpgroups][{maximum, sum}][rows]
 
   const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers), smem_address(barriers + kSlots)};
-  const DecodeSchedule<kRows, Shape::kOverhead> schedule(args);
+  const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
   const int row0 = schedule.row_tile * kRows;
 
   if (threadIdx.x == 0) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(384, 1)
     registers_shrink<24>();
     if (threadIdx.x < 32) {
       int count = 0;
-      while (schedule.next(share, piece)) ring.feed(kv_map, args, piece, count);
+      while (schedule.next(share, piece)) ring.template feed<Logits>(kv_map, args, piece, count);
     }
   } else {
     registers_grow<240>();
@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(384, 1)
       }
       const int tiles = piece.tile_end - piece.tile_begin;
       const int unmasked_tokens = schedule.limit(piece, row0);  // row0 sees the fewest
+      const Logits policy(args, piece);
 
       for (int t = group; t < tiles; t += 2) {
         const int number = count + t * kChunks;
@@ -130,7 +131,14 @@ __global__ void __launch_bounds__(384, 1)
         // Mask.
         const int token0 = (piece.tile_begin + t) * kTokenTile;
         const int token = token0 + warp * 16 + lane / 4;
-        if (token0 + kTokenTile > unmasked_tokens) {
+        if constexpr (!Logits::kPlain) {
+          typename Logits::Row rows[kColumnBlocks * 2];
+#pragma unroll
+          for (int i = 0; i < kColumnBlocks * 2; ++i) rows[i] = policy.row(row0 + (i / 2) * 8 + (lane % 4) * 2 + i % 2);
+          const int position = policy.position(token), low = policy.position(token + 8);
+          policy.apply(
+              logits, [&](int i) { return i % 4 < 2 ? position : low; }, [&](int i) { return rows[i / 4 * 2 + i % 2]; });
+        } else if (token0 + kTokenTile > unmasked_tokens) {
 #pragma unroll
           for (int n = 0; n < kColumnBlocks; ++n)
 #pragma unroll
@@ -147,7 +155,7 @@ __global__ void __launch_bounds__(384, 1)
         for (int n = 0; n < kColumnBlocks; ++n)
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const float top = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * args.softmax_scale_log2;
+            const float top = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * Logits::scale(args);
             exceeds |= top > maximum[n * 2 + j] + 8.0f;
           }
         if (named_barrier_any(group_barrier, 128, exceeds)) {
@@ -156,7 +164,7 @@ __global__ void __launch_bounds__(384, 1)
           for (int n = 0; n < kColumnBlocks; ++n)
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              float value = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * args.softmax_scale_log2;
+              float value = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * Logits::scale(args);
 #pragma unroll
               for (int d = 4; d < 32; d *= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, d));
               top[n * 2 + j] = value;
@@ -190,7 +198,7 @@ __global__ void __launch_bounds__(384, 1)
             const float reference = maximum[n * 2 + j] == -INFINITY ? 0.0f : maximum[n * 2 + j];
 #pragma unroll
             for (int half = 0; half < 4; half += 2) {
-              const float p = exp2_approx(fmaf(logits[n * 4 + half + j], args.softmax_scale_log2, -reference));
+              const float p = exp2_approx(fmaf(logits[n * 4 + half + j], Logits::scale(args), -reference));
               logits[n * 4 + half + j] = p;
               sum[n * 2 + j] += p;
             }
@@ -213,6 +221,11 @@ __global__ void __launch_bounds__(384, 1)
         }
         if (token0 + kTokenTile > piece.kv_len) {
           for (int c = 0; c < kLatentChunks; ++c) zero_chunk_tail<128>(ring.chunk(slot_of(1 + c)), piece.kv_len - token0, in_group);
+        }
+        if constexpr (!Logits::kPlain) {
+          if (token0 == 0) {
+            for (int c = 0; c < kLatentChunks; ++c) zero_chunk<128>(ring.chunk(slot_of(1 + c)), 0, policy.hidden_places(), in_group);
+          }
         }
         fence_async_proxy();
         named_barrier_sync(group_barrier, 128);
@@ -339,26 +352,27 @@ __global__ void __launch_bounds__(384, 1)
 namespace {
 
 template <int kLatent, int kRows>
-DecodeKernel describe() {
-  return {reinterpret_cast<const void*>(&sm90_mla_decode_narrow<kLatent, kRows>), kRows, NarrowShape<kLatent, kRows>::kSharedBytes,
-          NarrowShape<kLatent, kRows>::kThreads, true};
+DecodeKernel describe(LogitKind logits) {
+  const void* function = logits == LogitKind::plain ? reinterpret_cast<const void*>(&sm90_mla_decode_narrow<kLatent, kRows, PlainLogits>)
+                                                    : reinterpret_cast<const void*>(&sm90_mla_decode_narrow<kLatent, kRows, VariantLogits>);
+  return {function, kRows, NarrowShape<kLatent, kRows>::kSharedBytes, NarrowShape<kLatent, kRows>::kThreads, true};
 }
 
 template <int kLatent>
-DecodeKernel choose_rows(int rows) {
-  if (rows <= 8) return describe<kLatent, 8>();
-  if (rows <= 16) return describe<kLatent, 16>();
-  return describe<kLatent, 32>();
+DecodeKernel choose_rows(int rows, LogitKind logits) {
+  if (rows <= 8) return describe<kLatent, 8>(logits);
+  if (rows <= 16) return describe<kLatent, 16>(logits);
+  return describe<kLatent, 32>(logits);
 }
 
 }  // namespace
 
-DecodeKernel sm90_mla_decode_narrow_kernel(int latent, int rows) {
+DecodeKernel sm90_mla_decode_narrow_kernel(int latent, int rows, LogitKind logits) {
   switch (latent) {
-    case 128: return choose_rows<128>(rows);
-    case 256: return choose_rows<256>(rows);
-    case 320: return choose_rows<320>(rows);
-    case 512: return choose_rows<512>(rows);
+    case 128: return choose_rows<128>(rows, logits);
+    case 256: return choose_rows<256>(rows, logits);
+    case 320: return choose_rows<320>(rows, logits);
+    case 512: return choose_rows<512>(rows, logits);
     default: return {};
   }
 }

@@ -49,6 +49,7 @@ __device__ __forceinline__ void scale_packed(uint32_t (&probs)[4][4], const floa
     }
 }
 
+template <class Logits>
 __global__ void __launch_bounds__(384, 1)
     sm90_mla_decode_shared(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ MlaDecodeArgs args) {
   using Shape = SharedShape;
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(384, 1)
   float* row_sums = reinterpret_cast<float*>(scratch + 1280);   // [2 warpgroups][64 rows]
 
   const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers), smem_address(barriers + kSlots)};
-  const DecodeSchedule<kRows, Shape::kOverhead> schedule(args);
+  const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
   const int row0 = schedule.row_tile * kRows;
 
   if (threadIdx.x == 0) {
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(384, 1)
     const bool brings_rope = half != buffer;
     int use = 0;
     while (schedule.next(share, piece)) {
-      PageWalk walk(args, piece);
+      PageWalk<Logits> walk(args, piece);
       for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
         const TileBoxes boxes = walk.boxes(tile);
         if (((tile - piece.tile_begin) & 1) != buffer) continue;
@@ -128,6 +129,7 @@ __global__ void __launch_bounds__(384, 1)
       for (int i = 0; i < 128; ++i) out[i] = 0.0f;
       RowSoftmax softmax;
       const int tiles = piece.tile_end - piece.tile_begin;
+      const Logits policy(args, piece);
       const int unmasked_tokens = schedule.limit(piece, row0);
       const int limits[2] = {schedule.limit(piece, row0 + thread_row), schedule.limit(piece, row0 + thread_row + 8)};
 
@@ -162,6 +164,15 @@ __global__ void __launch_bounds__(384, 1)
       };
       const auto mask = [&](float(&logits)[32], int t) {
         const int token0 = (piece.tile_begin + t) * kTokenTile;
+        if constexpr (!Logits::kPlain) {
+          const typename Logits::Row rows[2] = {policy.row(row0 + thread_row), policy.row(row0 + thread_row + 8)};
+          int positions[kTokenTile / 16];  // a box is 16 tokens or more
+#pragma unroll
+          for (int box = 0; box < kTokenTile / 16; ++box) positions[box] = policy.position(token0 + box * 16 + (lane % 4) * 2);
+          policy.apply(
+              logits, [&](int i) { return positions[i / 8] + (i / 4) % 2 * 8 + i % 2; }, [&](int i) { return rows[i % 4 / 2]; });
+          return;
+        }
         if (token0 + kTokenTile <= unmasked_tokens) return;
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
@@ -177,6 +188,13 @@ __global__ void __launch_bounds__(384, 1)
           for (int c = 0; c < 4; ++c) zero_chunk_tail<128>(values + c * kChunkBytes, valid, in_group);
           fence_async_proxy();
           named_barrier_sync(group_barrier, 128);
+        }
+        if constexpr (!Logits::kPlain) {
+          if (piece.tile_begin + t == 0) {
+            for (int c = 0; c < 4; ++c) zero_chunk<128>(values + c * kChunkBytes, 0, policy.hidden_places(), in_group);
+            fence_async_proxy();
+            named_barrier_sync(group_barrier, 128);
+          }
         }
         const uint32_t low = descriptor_low(values, kChunkBytes);
         wgmma_pin(out);
@@ -223,11 +241,11 @@ __global__ void __launch_bounds__(384, 1)
         if (group == 0) {
           multiply_logits(std::integral_constant<int, 0>{}, logits, (uses[0] + pair) & 1);
           mask(logits, a);
-          const bool moved = softmax.update(logits, args.softmax_scale_log2, factor);
+          const bool moved = softmax.update(logits, Logits::scale(args), factor);
           named_barrier_sync(kFirstTaken, kConsumers);
           publish_references(0);
           named_barrier_arrive(kReferenceReady, kConsumers);
-          softmax.exponentiate(logits, args.softmax_scale_log2);
+          softmax.exponentiate(logits, Logits::scale(args));
           pack_fragment(logits, own);
           store_probs(own, 0);
           named_barrier_arrive(kProbsReady, kConsumers);
@@ -257,9 +275,9 @@ __global__ void __launch_bounds__(384, 1)
             mask(logits, b);
             named_barrier_sync(kReferenceReady, kConsumers);
             const bool moved = adopt_references(0, adopted);
-            const bool moved_on = softmax.update(logits, args.softmax_scale_log2, factor);
+            const bool moved_on = softmax.update(logits, Logits::scale(args), factor);
             publish_references(1);
-            softmax.exponentiate(logits, args.softmax_scale_log2);
+            softmax.exponentiate(logits, Logits::scale(args));
             pack_fragment(logits, own);
             store_probs(own, 1);
             named_barrier_arrive(kProbsReady + 1, kConsumers);
@@ -343,9 +361,11 @@ __global__ void __launch_bounds__(384, 1)
   }
 }
 
-DecodeKernel sm90_mla_decode_shared_kernel(int latent, int) {
+DecodeKernel sm90_mla_decode_shared_kernel(int latent, int, LogitKind logits) {
   if (latent != SharedShape::kLatent) return {};
-  return {reinterpret_cast<const void*>(&sm90_mla_decode_shared), SharedShape::kRows, SharedShape::kSharedBytes, SharedShape::kThreads, true};
+  const void* function = logits == LogitKind::plain ? reinterpret_cast<const void*>(&sm90_mla_decode_shared<PlainLogits>)
+                                                    : reinterpret_cast<const void*>(&sm90_mla_decode_shared<VariantLogits>);
+  return {function, SharedShape::kRows, SharedShape::kSharedBytes, SharedShape::kThreads, true};
 }
 
 }  // namespace tpla::cuda

@@ -44,7 +44,7 @@ __device__ __forceinline__ void multiply_values(float (&out)[kLatent / 2], const
   }
 }
 
-template <int kLatent, int kRows>
+template <int kLatent, int kRows, class Logits>
 __global__ void __launch_bounds__(384, 1)
     sm90_mla_decode_tile(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ MlaDecodeArgs args) {
   using Shape = TileShape<kLatent, kRows>;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(384, 1)
   float2* row_values = reinterpret_cast<float2*>(scratch + 1024);  // [2 warpgroups][64 rows]: reference, sum
 
   const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers), smem_address(barriers + kSlots)};
-  const DecodeSchedule<kRows, Shape::kOverhead> schedule(args);
+  const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
   const int row0 = schedule.row_tile * kRows;
 
   if (threadIdx.x == 0) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(384, 1)
     registers_shrink<24>();
     if (threadIdx.x < 32) {
       int count = 0;
-      while (schedule.next(share, piece)) ring.feed(kv_map, args, piece, count);
+      while (schedule.next(share, piece)) ring.template feed<Logits>(kv_map, args, piece, count);
     }
   } else {
     registers_grow<240>();
@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(384, 1)
       float factor[2];
 
       const int tiles = piece.tile_end - piece.tile_begin;
+      const Logits policy(args, piece);
       const int unmasked_tokens = schedule.limit(piece, group_row0);
       const int limits[2] = {schedule.limit(piece, group_row0 + thread_row), schedule.limit(piece, group_row0 + thread_row + 8)};
 
@@ -146,6 +147,15 @@ __global__ void __launch_bounds__(384, 1)
       };
       const auto mask = [&](int t) {
         const int token0 = (piece.tile_begin + t) * kTokenTile;
+        if constexpr (!Logits::kPlain) {
+          const typename Logits::Row rows[2] = {policy.row(group_row0 + thread_row), policy.row(group_row0 + thread_row + 8)};
+          int positions[kTokenTile / 16];  // a box is 16 tokens or more
+#pragma unroll
+          for (int box = 0; box < kTokenTile / 16; ++box) positions[box] = policy.position(token0 + box * 16 + (lane % 4) * 2);
+          policy.apply(
+              logits, [&](int i) { return positions[i / 8] + (i / 4) % 2 * 8 + i % 2; }, [&](int i) { return rows[i % 4 / 2]; });
+          return;
+        }
         if (token0 + kTokenTile <= unmasked_tokens) return;
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
@@ -169,6 +179,17 @@ __global__ void __launch_bounds__(384, 1)
         fence_async_proxy();
         named_barrier_sync(kSplitRows ? kConsumerBarrier : group_barrier, kClearing);
       };
+      // The same for what a window hides of the first box.
+      const auto clear_head = [&](int t) {
+        if constexpr (!Logits::kPlain) {
+          if (piece.tile_begin + t > 0) return;
+          constexpr int kClearing = kSplitRows ? kConsumers : 128;
+          const int stage = stage_of(t);
+          for (int c = 0; c < kChunks - 1; ++c) zero_chunk<kClearing>(ring.chunk(stage * kChunks + 1 + c), 0, policy.hidden_places(), kSplitRows ? thread : in_group);
+          fence_async_proxy();
+          named_barrier_sync(kSplitRows ? kConsumerBarrier : group_barrier, kClearing);
+        }
+      };
       const auto multiply = [&](int t) {
         wgmma_pin(out);
         wgmma_fence();
@@ -182,8 +203,9 @@ __global__ void __launch_bounds__(384, 1)
           wgmma_wait<0>();
           wgmma_pin(logits);
           mask(0);
-          softmax.update(logits, args.softmax_scale_log2, factor);
-          softmax.exponentiate(logits, args.softmax_scale_log2);
+          clear_head(0);
+          softmax.update(logits, Logits::scale(args), factor);
+          softmax.exponentiate(logits, Logits::scale(args));
           pack_fragment(logits, probs);
           for (int t = 0; t + 1 < tiles; ++t) {
             named_barrier_sync(kTurn + group, kConsumers);
@@ -193,8 +215,8 @@ __global__ void __launch_bounds__(384, 1)
             wgmma_wait<1>();
             wgmma_pin(logits);
             mask(t + 1);
-            const bool moved = softmax.update(logits, args.softmax_scale_log2, factor);
-            softmax.exponentiate(logits, args.softmax_scale_log2);
+            const bool moved = softmax.update(logits, Logits::scale(args), factor);
+            softmax.exponentiate(logits, Logits::scale(args));
             wgmma_wait<0>();
             wgmma_pin(out);
             release(t);
@@ -214,9 +236,10 @@ __global__ void __launch_bounds__(384, 1)
           wgmma_wait<0>();
           wgmma_pin(logits);
           mask(t);
-          if (softmax.update(logits, args.softmax_scale_log2, factor)) scale_rows(out, factor);
-          softmax.exponentiate(logits, args.softmax_scale_log2);
+          if (softmax.update(logits, Logits::scale(args), factor)) scale_rows(out, factor);
+          softmax.exponentiate(logits, Logits::scale(args));
           pack_fragment(logits, probs);
+          clear_head(t);
           clear_tail(t);
           multiply(t);
           wgmma_wait<0>();
@@ -327,23 +350,24 @@ __global__ void __launch_bounds__(384, 1)
 namespace {
 
 template <int kLatent, int kRows>
-DecodeKernel describe() {
-  return {reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows>), kRows, TileShape<kLatent, kRows>::kSharedBytes,
-          TileShape<kLatent, kRows>::kThreads, true};
+DecodeKernel describe(LogitKind logits) {
+  const void* function = logits == LogitKind::plain ? reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, PlainLogits>)
+                                                    : reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, VariantLogits>);
+  return {function, kRows, TileShape<kLatent, kRows>::kSharedBytes, TileShape<kLatent, kRows>::kThreads, true};
 }
 
 template <int kLatent>
-DecodeKernel choose_rows(int rows) {
-  return rows <= 64 ? describe<kLatent, 64>() : describe<kLatent, 128>();
+DecodeKernel choose_rows(int rows, LogitKind logits) {
+  return rows <= 64 ? describe<kLatent, 64>(logits) : describe<kLatent, 128>(logits);
 }
 
 }  // namespace
 
-DecodeKernel sm90_mla_decode_tile_kernel(int latent, int rows) {
+DecodeKernel sm90_mla_decode_tile_kernel(int latent, int rows, LogitKind logits) {
   switch (latent) {
-    case 128: return choose_rows<128>(rows);
-    case 256: return choose_rows<256>(rows);
-    case 320: return choose_rows<320>(rows);
+    case 128: return choose_rows<128>(rows, logits);
+    case 256: return choose_rows<256>(rows, logits);
+    case 320: return choose_rows<320>(rows, logits);
     default: return {};
   }
 }

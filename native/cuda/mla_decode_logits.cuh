@@ -1,0 +1,166 @@
+// Which tokens a decode call sees and what becomes of their logits: a policy that the decode kernels are compiled with.
+//
+//   PlainLogits:   all tokens of the sequence; logits are only scaled. Compiles to nothing.
+//   VariantLogits: softcap, sliding window, ALiBi and block mask, in any combination.
+//
+// The tokens that some query of a sequence may see are numbered from 0 in the order of their positions; kernels and schedule count in these
+// *places* and never learn of the others. A window drops the tokens before the first query's window, a block mask those of hidden blocks, so
+// neither is loaded, not even its page number.
+#pragma once
+
+#include "mla_decode_args.h"
+
+namespace tpla::cuda {
+
+// A run of tiles of one sequence that one block computes.
+struct DecodePiece {
+  int sequence;
+  int kv_len;        // in places
+  int q_begin;       // first query token
+  int q_tokens;      // of this sequence
+  int rows;          // q_tokens · heads
+  int tile_begin;
+  int tile_end;
+  int participants;  // blocks that share the sequence; 1: nothing to reduce
+  int participant;   // which of them this block is
+};
+
+struct PlainLogits {
+  static constexpr bool kPlain = true;
+
+  __device__ PlainLogits(const MlaDecodeArgs&, const DecodePiece&) {}
+
+  __device__ static int tokens(const MlaDecodeArgs& args, int sequence) { return args.kv_lens[sequence]; }
+  __device__ static float scale(const MlaDecodeArgs& args) { return args.softmax_scale_log2; }
+
+  __device__ int position(int place) const { return place; }
+  __device__ static constexpr int hidden_places() { return 0; }
+};
+
+class VariantLogits {
+ public:
+  static constexpr bool kPlain = false;
+
+  // A query row: which positions it sees, last - span < t <= last, and its ALiBi line.
+  struct Row {
+    int position;
+    int last;
+    unsigned span;
+    float slope;  // log2 units a token
+  };
+
+  __device__ VariantLogits(const MlaDecodeArgs& args, const DecodePiece& piece)
+      : args_(args), piece_(piece), list_(list_of(args, piece.sequence)), kv_len_(args.kv_lens[piece.sequence]), origin_(visible(args, piece.sequence).origin) {}
+
+  __device__ static int tokens(const MlaDecodeArgs& args, int sequence) { return visible(args, sequence).tokens; }
+
+  // apply() leaves logits in log2 units.
+  __device__ static float scale(const MlaDecodeArgs&) { return 1.0f; }
+
+  // Position in the sequence; kNowhere behind the last place.
+  __device__ int position(int place) const {
+    if (place >= piece_.kv_len) return kNowhere;
+    const int index = origin_ + place;
+    return list_ ? list_[index / args_.logits.mask_block] * args_.logits.mask_block + index % args_.logits.mask_block : index;
+  }
+
+  // Places at the start that are loaded only because a box is loaded whole; what they hold may be anything.
+  __device__ int hidden_places() const { return piece_.kv_len > 0 ? max(first_seen(args_, piece_.sequence, kv_len_) - position(0), 0) : 0; }
+
+  // Row of the sequence.
+  __device__ Row row(int row) const {
+    constexpr float kLog2E = 1.4426950408889634f;
+    Row result;
+    result.position = kv_len_ - piece_.q_tokens + row / args_.heads;
+    result.last = args_.causal ? result.position : kv_len_ - 1;
+    result.span = result.last - result.position + args_.logits.window;
+    result.slope = args_.logits.slopes ? args_.logits.slopes[row % args_.heads] * kLog2E : 0.0f;
+    return result;
+  }
+
+  // Products q · k -> logits in log2 units, -inf where the row does not see the token. position_of(i) and row_of(i): of value i.
+  template <int kCount, class PositionOf, class RowOf>
+  __device__ __forceinline__ void apply(float (&logits)[kCount], PositionOf position_of, RowOf row_of) const {
+    if (args_.logits.softcap_out > 0.0f) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) logits[i] = softcap(logits[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) logits[i] *= args_.softmax_scale_log2;
+    }
+    if (args_.logits.slopes) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) logits[i] -= row_of(i).slope * fabsf(static_cast<float>(row_of(i).position - position_of(i)));
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (static_cast<unsigned>(row_of(i).last - position_of(i)) >= row_of(i).span) logits[i] = -INFINITY;
+    }
+  }
+
+ private:
+  static constexpr int kNowhere = 1 << 30;
+
+  struct Visible {
+    int origin;  // of place 0: its position or, with a block mask, its index in the concatenation of the listed blocks
+    int tokens;
+  };
+
+  __device__ static const int32_t* list_of(const MlaDecodeArgs& args, int sequence) {
+    return args.logits.block_list ? args.logits.block_list + static_cast<int64_t>(sequence) * args.logits.block_list_stride : nullptr;
+  }
+
+  // First position that the first query, and so any query, sees.
+  __device__ static int first_seen(const MlaDecodeArgs& args, int sequence, int kv_len) {
+    const int q_tokens = args.q_indptr ? args.q_indptr[sequence + 1] - args.q_indptr[sequence] : args.q_tokens;
+    return max(kv_len - q_tokens + 1 - args.logits.window, 0);
+  }
+
+  // First entry of an ascending list that is not less than `block`.
+  __device__ static int lower_bound(const int32_t* list, int count, int block) {
+    int low = 0;
+    while (count > 0) {
+      const int half = count / 2;
+      if (list[low + half] < block) {
+        low += half + 1;
+        count -= half + 1;
+      } else {
+        count = half;
+      }
+    }
+    return low;
+  }
+
+  __device__ static Visible visible(const MlaDecodeArgs& args, int sequence) {
+    const int kv_len = args.kv_lens[sequence];
+    const int begin = first_seen(args, sequence, kv_len);
+    const int in_boxes = -args.box_tokens;  // a power of two: the mask that rounds down to whole boxes
+    const int32_t* list = list_of(args, sequence);
+    if (!list) return {begin & in_boxes, kv_len - (begin & in_boxes)};
+
+    const int block = args.logits.mask_block;
+    const int blocks = (kv_len + block - 1) / block;
+    int count = args.logits.block_counts[sequence];
+    if (count > 0 && list[count - 1] >= blocks) count = lower_bound(list, count, blocks);
+    const int first = begin > 0 ? lower_bound(list, count, begin / block) : 0;
+    if (first >= count) return {0, 0};
+    const int origin = first * block + (max(begin - list[first] * block, 0) & in_boxes);
+    const int end = (count - 1) * block + min(block, kv_len - list[count - 1] * block);
+    return {origin, end - origin};
+  }
+
+  // softcap · tanh(scale · product / softcap), in log2 units; tanh(x) = 1 - 2 / (1 + e^2x).
+  __device__ float softcap(float product) const {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(product * args_.logits.softcap_in));
+    return args_.logits.softcap_out * (1.0f - __fdividef(2.0f, 1.0f + power));
+  }
+
+  const MlaDecodeArgs& args_;
+  const DecodePiece& piece_;
+  const int32_t* list_;
+  int kv_len_;  // positions of the sequence
+  int origin_;
+};
+
+}  // namespace tpla::cuda
