@@ -25,7 +25,7 @@ constexpr int kUnitTokens = 16;
 constexpr int kOctet = 8;
 constexpr int kGroupLanes = kFp8ScaleGroup / kOctet;
 // Rows are built in shared memory, two batches a warp: one leaves while the next is made. This is about what one batch takes.
-constexpr size_t kBatchBytes = 5632;
+constexpr size_t kBatchBytes = 5 * 1024;
 // Shared memory holds, beside the batches, a key for each word of a row and a source for each of its chunks.
 constexpr size_t kMaxRowBytes = 8 * 1024;
 // What a small launch carries in its parameters; a large one takes the 32 KiB of CUDA 12.1.
@@ -417,13 +417,6 @@ __device__ void encode_octet(const Plan& plan, std::byte* row, uint32_t octet, b
   }
 }
 
-// Which octet of which row of a batch a lane works on.
-struct Slot {
-  uint32_t row;
-  uint32_t octet;
-  __device__ Slot(const Plan& plan, uint32_t slot) : row(slot / plan.octet_slots), octet(slot - row * plan.octet_slots) {}
-};
-
 // Values change: eight a lane. kLoad is the alignment of the source's octets.
 template <int kLoad, KvDType kFrom, KvDType kTo, int kTables>
 __global__ void __launch_bounds__(kThreads) convert_rows(const __grid_constant__ Launch<kTables> launch) {
@@ -431,7 +424,6 @@ __global__ void __launch_bounds__(kThreads) convert_rows(const __grid_constant__
   const uint32_t copy = blockIdx.y;
   const Shared shared = load_shared(plan, copy, true);
   const int lane = threadIdx.x % 32;
-  constexpr int kAhead = 4;
   Outbox outbox(shared.batches, plan.batch_stride, lane);
   const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
 
@@ -445,24 +437,18 @@ __global__ void __launch_bounds__(kThreads) convert_rows(const __grid_constant__
     for (uint32_t batch = 0; batch < rows; batch += plan.batch_rows) {
       const uint32_t count = min(plan.batch_rows, rows - batch);
       std::byte* const built = outbox.next();
-      const uint32_t slots = (count * plan.octet_slots + 31) / 32 * 32;
-      for (uint32_t first = lane; first < slots; first += 32 * kAhead) {
-        // All loads of a turn are under way before the first value is used.
-        float values[kAhead][kOctet] = {};
-#pragma unroll
-        for (int i = 0; i < kAhead; i++) {
-          const Slot slot(plan, first + i * 32);
-          if (slot.row >= count || slot.octet >= plan.chunks) continue;
-          const Source source = shared.sources[slot.octet];
+#pragma unroll 4
+      for (uint32_t slot = lane; slot < (count * plan.octet_slots + 31) / 32 * 32; slot += 32) {
+        const uint32_t row = slot / plan.octet_slots;
+        const uint32_t octet = slot - row * plan.octet_slots;
+        const bool is_live = row < count && octet < plan.chunks;
+        float values[kOctet] = {};
+        if (is_live) {
+          const Source source = shared.sources[octet];
           const std::byte* base = plan.src.base[source.memory == kHolder ? from.memory : source.memory];
-          decode_octet<kLoad, kFrom>(base + from.offset + uint64_t(batch + slot.row) * plan.src.row_bytes, source, slot.octet >= plan.latent_octets, values[i]);
+          decode_octet<kLoad, kFrom>(base + from.offset + uint64_t(batch + row) * plan.src.row_bytes, source, octet >= plan.latent_octets, values);
         }
-#pragma unroll
-        for (int i = 0; i < kAhead; i++) {
-          if (first - lane + i * 32 >= slots) break;
-          const Slot slot(plan, first + i * 32);
-          encode_octet<kTo>(plan, built + slot.row * plan.dst.row_bytes, slot.octet, slot.row < count && slot.octet < plan.chunks, values[i]);
-        }
+        encode_octet<kTo>(plan, built + row * plan.dst.row_bytes, octet, is_live, values);
       }
       __syncwarp();
       outbox.send(built, dst_rows + uint64_t(batch) * plan.dst.row_bytes, count * plan.dst.row_bytes);
@@ -697,8 +683,8 @@ template <int kTables>
 void KvRoute::State::launch(Launch<kTables>& parameters, int blocks, CUstream_st* stream) const {
   void* arguments[] = {&parameters};
   const uint32_t units = parameters.layers * ((parameters.end + kUnitTokens - 1) / kUnitTokens - parameters.begin / kUnitTokens);
-  // Measured on H200: copies fill the link from one block a multiprocessor on, conversions from two; hashing is bound by memory alone.
-  const int wanted = blocks > 0 ? blocks : multiprocessors * (is_checksum ? 4 : is_copy ? 1 : 2);
+  // Measured on H200: copies fill the link with one block a multiprocessor, conversions and hashing take two.
+  const int wanted = blocks > 0 ? blocks : multiprocessors * (is_copy && !is_checksum ? 1 : 2);
   const dim3 grid(std::min<uint32_t>(wanted, (units + kWarps - 1) / kWarps), copies * replicas);
   const void* function = kernel<kTables>();
   if (shared_bytes > 48 * 1024) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), "cudaFuncSetAttribute");

@@ -136,12 +136,14 @@ KvPutResult kv_put(const KvPut& put) {
     const GatedWrite write(put.pass);
     const Run& run = runs[unit % runs.size()];
     const int layer = put.layers.begin + static_cast<int>(unit / runs.size());
+    std::byte* to[kMaxCopies];
+    uint64_t sums[kMaxCopies] = {};
     for (size_t copy = 0; copy < copies; copy++) {
       const int memory = put.dst->layout.form == KvForm::tpla ? static_cast<int>(copy) : run.dst.memory;
-      std::byte* to = put.dst->row(memory, layer, run.dst.page, run.tokens.begin % put.dst->layout.page_tokens);
-      const uint64_t sum = mover.move(run.src, run.tokens, layer, static_cast<int>(copy), to);
-      std::atomic_ref(result.checksums[run.page * copies + copy]).fetch_add(sum, std::memory_order_relaxed);
+      to[copy] = put.dst->row(memory, layer, run.dst.page, run.tokens.begin % put.dst->layout.page_tokens);
     }
+    mover.move(run.src, run.tokens, layer, to, sums);
+    for (size_t copy = 0; copy < copies; copy++) std::atomic_ref(result.checksums[run.page * copies + copy]).fetch_add(sums[copy], std::memory_order_relaxed);
     mover.fence();
   });
   return result;

@@ -507,15 +507,18 @@ bool StreamSender::Core::send_frame(Connection& connection, size_t& turn, Job& j
   std::memcpy(bytes.data(), &header, sizeof(header));
   const KvLayout& src = job.put.src->layout;
   const int first_page = pages_of(dst, job.put.tokens).begin;
-  for (int copy = 0; copy < copies; copy++) {
-    std::byte* to = bytes.data() + sizeof(FrameHeader) + row_bytes * tokens.size() * copy;
-    for (int token = tokens.begin; token < tokens.end;) {
-      const int end = std::min({tokens.end, (token / src.page_tokens + 1) * src.page_tokens, (token / dst.page_tokens + 1) * dst.page_tokens});
-      const uint64_t sum = job.mover.move(place_of(src, job.put.src_pages, token / src.page_tokens), {token, end}, layer, copy, to);
-      std::atomic_ref(job.result.checksums[size_t(token / dst.page_tokens - first_page) * copies + copy]).fetch_add(sum, std::memory_order_relaxed);
-      to += row_bytes * (end - token);
-      token = end;
+  std::byte* to[kMaxCopies];
+  for (int copy = 0; copy < copies; copy++) to[copy] = bytes.data() + sizeof(FrameHeader) + row_bytes * tokens.size() * copy;
+  for (int token = tokens.begin; token < tokens.end;) {
+    const int end = std::min({tokens.end, (token / src.page_tokens + 1) * src.page_tokens, (token / dst.page_tokens + 1) * dst.page_tokens});
+    uint64_t sums[kMaxCopies] = {};
+    job.mover.move(place_of(src, job.put.src_pages, token / src.page_tokens), {token, end}, layer, to, sums);
+    for (int copy = 0; copy < copies; copy++) {
+      const size_t entry = size_t(token / dst.page_tokens - first_page) * copies + copy;
+      std::atomic_ref(job.result.checksums[entry]).fetch_add(sums[copy], std::memory_order_relaxed);
+      to[copy] += row_bytes * (end - token);
     }
+    token = end;
   }
   if (!connection.zero_copy) return send_all(socket, bytes.data(), bytes.size());
   for (size_t at = 0; at < bytes.size();) {

@@ -41,6 +41,7 @@ std::vector<RowPlan> plan_reshard(const KvLayout& src, const KvLayout& dst);
 
 // Copies of a logical page that a worker of this layout keeps: what a checksum is given for.
 int copies_per_page(const KvLayout& layout);
+inline constexpr int kMaxCopies = sizeof(KvRegion::base) / sizeof(KvRegion::base[0]);
 
 // First byte of the rope key in a row.
 size_t rope_offset(const KvLayout& layout);

@@ -31,6 +31,10 @@ struct Sums {
   static __m256i load(const uint64_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 };
 
+// Rows of a page follow one another: the next ones are asked for while this one is worked on. Hardware prefetch stops at 4 KiB pages;
+// without this a core hashes 8.4 GB/s from memory where it can hash 12.
+constexpr size_t kAhead = 2048;
+
 enum class Store { none, cached, streamed };
 
 template <Store store>
@@ -47,6 +51,7 @@ uint64_t run(std::byte* to, const std::byte* from, size_t words, size_t first) {
   while (i < words && ((first + i) % 2 != 0 || (store == Store::streamed && reinterpret_cast<uintptr_t>(to + i * 4) % 32 != 0))) scalar();
   Sums sums;
   for (; i + 8 <= words; i += 8) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + i * 4 + kAhead), _MM_HINT_T0);
     const __m256i data = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * 4));
     if constexpr (store == Store::cached) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * 4), data);
     if constexpr (store == Store::streamed) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i * 4), data);

@@ -59,14 +59,16 @@ RowMover::RowMover(const KvRegion& src, const KvLayout& dst, bool streams)
     : region_(src), src_(src.layout), dst_(dst), plans_(plan_reshard(src.layout, dst)), kernels_(row_kernels()),
       write_(streams ? kernels_.stream : kernels_.copy) {}
 
-uint64_t RowMover::move(PagePlace from, Range tokens, int layer, int copy, std::byte* to) const {
-  const RowPlan& plan = plans_[copy];
-  uint64_t sum = 0;
-  for (int token = tokens.begin; token < tokens.end; token++, to += dst_.row_bytes()) {
-    const uint64_t row_hash = plan.is_copy ? copy_row(plan, from, layer, token, to) : convert_row(plan, from, layer, token, to);
-    sum += row_value(row_hash, copy, layer, token);
+void RowMover::move(PagePlace from, Range tokens, int layer, std::byte* const* to, uint64_t* sums) const {
+  // Copies inside: what they share of a source row is read while it is in the nearest cache.
+  for (int token = tokens.begin; token < tokens.end; token++) {
+    const size_t offset = size_t(token - tokens.begin) * dst_.row_bytes();
+    for (int copy = 0; copy < copies(); copy++) {
+      const RowPlan& plan = plans_[copy];
+      const uint64_t row_hash = plan.is_copy ? copy_row(plan, from, layer, token, to[copy] + offset) : convert_row(plan, from, layer, token, to[copy] + offset);
+      sums[copy] += row_value(row_hash, copy, layer, token);
+    }
   }
-  return sum;
 }
 
 const std::byte* RowMover::src_row(PagePlace from, int memory, int layer, int token) const {

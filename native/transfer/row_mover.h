@@ -20,8 +20,9 @@ class RowMover {
   // Copies of a row at the destination.
   int copies() const { return static_cast<int>(plans_.size()); }
 
-  // Moves tokens of one layer, which stand in the source page `from`, to `to` one row after another. Returns their share of the checksum.
-  uint64_t move(PagePlace from, Range tokens, int layer, int copy, std::byte* to) const;
+  // Moves tokens of one layer, which stand in the source page `from`: for each copy to `to[copy]`, one row after another. Adds their share
+  // of the checksum to `sums[copy]`.
+  void move(PagePlace from, Range tokens, int layer, std::byte* const* to, uint64_t* sums) const;
   void fence() const { kernels_.fence(); }
 
  private:
