@@ -310,14 +310,18 @@ bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, co
 
 namespace {
 
-// Zero-copy sends of one connection: which of them the kernel still reads from.
+// Zero-copy sends of one connection, numbered as the kernel numbers them: one for each successful send call. Completions come in ranges and
+// not always in order.
 class ZeroCopySends {
  public:
-  // Counted as the kernel counts: one for each successful send call.
-  uint32_t sent() { return next_++; }
-  bool is_done(uint32_t upto) const { return static_cast<int32_t>(done_ - upto) > 0; }
+  uint64_t sent() {
+    is_complete_.push_back(false);
+    return first_open_ + is_complete_.size() - 1;
+  }
+  // Whether the kernel has let go of this send and of all before it.
+  bool is_done(uint64_t send) const { return send < first_open_; }
   bool was_copied() const { return was_copied_; }
-  // Sends that may have completed out of order are not told apart: TCP completes in order.
+
   void read_completions(int socket) {
     char control[128];
     while (true) {
@@ -331,15 +335,25 @@ class ZeroCopySends {
         sock_extended_err error;
         std::memcpy(&error, CMSG_DATA(part), sizeof(error));
         if (error.ee_origin != SO_EE_ORIGIN_ZEROCOPY) continue;
-        done_ = error.ee_data + 1;
+        complete(error.ee_info, error.ee_data);
         was_copied_ = was_copied_ || (error.ee_code & SO_EE_CODE_ZEROCOPY_COPIED) != 0;
       }
     }
   }
 
  private:
-  uint32_t next_ = 0;
-  uint32_t done_ = 0;
+  // Sends `low` to `high`, of which the kernel tells the lower 32 bits.
+  void complete(uint32_t low, uint32_t high) {
+    const uint32_t base = static_cast<uint32_t>(first_open_);
+    for (uint32_t at = low - base; at <= high - base && at < is_complete_.size(); at++) is_complete_[at] = true;
+    while (!is_complete_.empty() && is_complete_.front()) {
+      is_complete_.pop_front();
+      first_open_++;
+    }
+  }
+
+  uint64_t first_open_ = 0;
+  std::deque<bool> is_complete_;  // from first_open_ on
   bool was_copied_ = false;
 };
 
@@ -368,7 +382,7 @@ struct StreamSender::Core : std::enable_shared_from_this<StreamSender::Core> {
     std::vector<std::vector<std::byte>> buffers;
     // Per buffer: whether the kernel may still read from it, and until which send has completed.
     std::vector<bool> is_lent;
-    std::vector<uint32_t> last_send;
+    std::vector<uint64_t> last_send;
     ZeroCopySends sends;
   };
 

@@ -157,6 +157,32 @@ for (const zeroCopy of ['never', 'auto', 'always'] as const) {
   });
 }
 
+test('zero-copy sends whose completions come out of order never stall', async () => {
+  const big = smallLayout({ latent: 512, rope: 64, layers: 12, pageTokens: 64 });
+  const tokens: [number, number] = [0, 4000];
+  const source = newArena(big, 64);
+  const target = newArena(big, 64);
+  fillCanonical(source, pageRange(0, 63), [0, 64], 1);
+  const receiver = listenKvStream('127.0.0.1', target);
+  const gate = WriteGate.create(4);
+  receiver.admit(KEY, gate);
+  const epoch = gate.open(0);
+  receiver.grant(KEY, 0, epoch, tokens, [pageRange(0, 63)]);
+  for (let round = 0; round < 16; round++) {
+    const sender = await connectKvStream({ host: '127.0.0.1', port: receiver.port, key: KEY, connections: 4, layout: big, zeroCopy: round % 2 === 0 ? 'auto' : 'always' });
+    const put = () => sender.put({ src: source, layers: [0, 12], tokens, srcPages: [pageRange(0, 63)], slot: 0, epoch });
+    let isOver = false;
+    const puts = Promise.all([put(), put()]).then(() => { isOver = true; });
+    await until(() => isOver, `round ${round}`);
+    await puts;
+    sender.close();
+  }
+  receiver.close();
+  gate.close();
+  source.close();
+  target.close();
+});
+
 async function raw(port: number): Promise<Socket & { ended: Promise<void> }> {
   const socket = connectSocket(port, '127.0.0.1') as Socket & { ended: Promise<void> };
   socket.on('error', () => {});
