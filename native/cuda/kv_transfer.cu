@@ -24,8 +24,10 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kUnitTokens = 16;
 constexpr int kOctet = 8;
 constexpr int kGroupLanes = kFp8ScaleGroup / kOctet;
+// Octets a lane loads before it uses the first.
+constexpr int kAhead = 8;
 // Rows are built in shared memory, two batches a warp: one leaves while the next is made. This is about what one batch takes.
-constexpr size_t kBatchBytes = 5 * 1024;
+constexpr size_t kBatchBytes = 5632;
 // Shared memory holds, beside the batches, a key for each word of a row and a source for each of its chunks.
 constexpr size_t kMaxRowBytes = 8 * 1024;
 // What a small launch carries in its parameters; a large one takes the 32 KiB of CUDA 12.1.
@@ -37,6 +39,26 @@ struct Source {
   int32_t memory;
   int32_t offset;
   int32_t scale;
+};
+
+// The same as kernels use it: an address, to which the unit's place is added, and how far from there the scale is.
+struct alignas(16) Origin {
+  uint64_t at;
+  int64_t to_scale;
+};
+
+// Shape of destination rows. Kernels take a copy: read through the plan it would be loaded again after every store to shared memory, which
+// the compiler must assume to change it.
+struct RowShape {
+  uint32_t row_bytes;
+  uint32_t words;
+  uint32_t chunks;         // of a row, or octets where values convert
+  uint32_t latent_octets;  // conversions only
+  uint32_t octet_slots;    // octets of a row, rounded up so that a scale group never spans two rows
+  uint32_t scales_offset;
+  uint32_t rope_offset;
+  uint32_t batch_rows;
+  uint32_t batch_stride;   // bytes of one batch in shared memory
 };
 
 struct Side {
@@ -54,15 +76,8 @@ struct Side {
 struct Plan {
   Side src;
   Side dst;
-  uint32_t row_words;
-  uint32_t chunks;         // of a destination row, or octets where values convert
-  uint32_t latent_octets;  // conversions only
-  uint32_t octet_slots;    // octets of a row, rounded up so that a scale group never spans two rows
-  uint32_t scales_offset;  // in the destination row
-  uint32_t rope_offset;
-  uint32_t batch_rows;
-  uint32_t batch_stride;   // bytes of one batch in shared memory
-  const uint64_t* keys;     // [row_words]
+  RowShape rows;
+  const uint64_t* keys;     // [words]
   const Source* sources;    // [copies][chunks]
 };
 
@@ -141,19 +156,29 @@ __device__ Unit unit_of(const Launch<kTables>& launch, uint32_t index, uint32_t 
 struct Shared {
   std::byte* batches;  // of this warp, two
   uint64_t* keys;
-  Source* sources;
+  Origin* origins;
 };
 
-__device__ Shared load_shared(const Plan& plan, uint32_t copy, bool builds) {
+__device__ Shared load_shared(const Plan& plan, const RowShape& rows, uint32_t copy, bool builds) {
   extern __shared__ __align__(128) std::byte shared[];
   Shared views;
-  views.batches = shared + threadIdx.x / 32 * 2 * plan.batch_stride;
-  views.keys = reinterpret_cast<uint64_t*>(shared + (builds ? kWarps * 2 * plan.batch_stride : 0));
-  views.sources = reinterpret_cast<Source*>(views.keys + plan.row_words);
-  for (uint32_t i = threadIdx.x; i < plan.row_words; i += kThreads) views.keys[i] = plan.keys[i];
-  for (uint32_t i = threadIdx.x; i < plan.chunks; i += kThreads) views.sources[i] = plan.sources[copy * plan.chunks + i];
+  views.batches = shared + threadIdx.x / 32 * 2 * rows.batch_stride;
+  views.origins = reinterpret_cast<Origin*>(shared + (builds ? kWarps * 2 * rows.batch_stride : 0));
+  views.keys = reinterpret_cast<uint64_t*>(views.origins + rows.chunks);
+  for (uint32_t i = threadIdx.x; i < rows.words; i += kThreads) views.keys[i] = plan.keys[i];
+  for (uint32_t i = threadIdx.x; i < rows.chunks; i += kThreads) {
+    const Source source = plan.sources[copy * rows.chunks + i];
+    const uint64_t base = source.memory == kHolder ? 0 : reinterpret_cast<uint64_t>(plan.src.base[source.memory]);
+    views.origins[i] = {base + source.offset, int64_t(source.scale) - source.offset};
+  }
   __syncthreads();
   return views;
+}
+
+// What a unit's place adds to an origin. Pages of dcp and dp are whole on their holder, so its memory serves every chunk.
+__device__ uint64_t unit_address(const Side& src, const Place& place) {
+  const bool has_holder = src.form == KvForm::dcp || src.form == KvForm::dp;
+  return place.offset + (has_holder ? reinterpret_cast<uint64_t>(src.base[place.memory]) : 0);
 }
 
 // First destination row of a unit, for the memory that holds this copy. A copy past the hashed ones is a replica of mla.
@@ -247,22 +272,26 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ La
   using Lanes = RowLanes<kBytes>;
   constexpr int kInFlight = 5;
   const Plan& plan = *launch.plan;
+  const RowShape shape = plan.rows;
   const uint32_t copy = blockIdx.y;
-  const Shared shared = load_shared(plan, copy, kStores);
+  const uint32_t hashed_copy = checksum_copy(plan.dst, copy);
+  const uint32_t src_row_bytes = plan.src.row_bytes;
+  const Shared shared = load_shared(plan, shape, copy, kStores);
   const int lane = threadIdx.x % 32;
   const Lanes lanes(lane);
-  Outbox outbox(shared.batches, plan.batch_stride, lane);
+  Outbox outbox(shared.batches, shape.batch_stride, lane);
   const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
 
   for (uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32; index < launch.layers * units_per_layer; index += gridDim.x * kWarps) {
     const Unit unit = unit_of(launch, index, units_per_layer);
     const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.layer, unit.begin);
     const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.layer, unit.begin);
+    const uint64_t src_rows = unit_address(plan.src, from);
     std::byte* const dst_rows = dst_base(plan.dst, copy, to);
     const uint32_t rows = unit.end - unit.begin;
     uint64_t sum = 0;
-    for (uint32_t batch = 0; batch < rows; batch += plan.batch_rows) {
-      const uint32_t count = min(plan.batch_rows, rows - batch);
+    for (uint32_t batch = 0; batch < rows; batch += shape.batch_rows) {
+      const uint32_t count = min(shape.batch_rows, rows - batch);
       std::byte* const built = kStores ? outbox.next() : nullptr;
       // All lanes of the warp take every turn: the hash is added up across them.
       for (uint32_t first = 0; first < count; first += Lanes::kRows) {
@@ -270,30 +299,28 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ La
         const bool is_live = row < count;
         uint64_t row_hash = 0;
         if (is_live) {
-          const uint64_t src_row = from.offset + uint64_t(batch + row) * plan.src.row_bytes;
-          for (uint32_t chunk = lanes.chunk; chunk < plan.chunks; chunk += kInFlight * Lanes::kPerRow) {
+          const uint64_t src_row = src_rows + (batch + row) * src_row_bytes;
+          for (uint32_t chunk = lanes.chunk; chunk < shape.chunks; chunk += kInFlight * Lanes::kPerRow) {
             Word data[kInFlight];
 #pragma unroll
             for (int i = 0; i < kInFlight; i++) {
               const uint32_t at = chunk + i * Lanes::kPerRow;
-              if (at >= plan.chunks) break;
-              const Source source = shared.sources[at];
-              const std::byte* base = plan.src.base[source.memory == kHolder ? from.memory : source.memory];
-              data[i] = __ldcs(reinterpret_cast<const Word*>(base + src_row + source.offset));
+              if (at >= shape.chunks) break;
+              data[i] = __ldcs(reinterpret_cast<const Word*>(shared.origins[at].at + src_row));
             }
 #pragma unroll
             for (int i = 0; i < kInFlight; i++) {
               const uint32_t at = chunk + i * Lanes::kPerRow;
-              if (at >= plan.chunks) break;
-              if (kStores) *reinterpret_cast<Word*>(built + row * plan.dst.row_bytes + at * kBytes) = data[i];
+              if (at >= shape.chunks) break;
+              if (kStores) *reinterpret_cast<Word*>(built + row * shape.row_bytes + at * kBytes) = data[i];
               row_hash += hash(shared.keys + at * (kBytes / 4), data[i]);
             }
           }
         }
         row_hash = add_over_lanes(row_hash, Lanes::kPerRow);
-        if (is_live && lanes.chunk == 0) sum += row_value(row_hash, checksum_copy(plan.dst, copy), unit.layer, unit.begin + batch + row);
+        if (is_live && lanes.chunk == 0) sum += row_value(row_hash, hashed_copy, unit.layer, unit.begin + batch + row);
       }
-      if (kStores) outbox.send(built, dst_rows + uint64_t(batch) * plan.dst.row_bytes, count * plan.dst.row_bytes);
+      if (kStores) outbox.send(built, dst_rows + batch * shape.row_bytes, count * shape.row_bytes);
     }
     add_checksum(launch, plan.dst, unit, copy, add_over_lanes(sum, 32), lane);
   }
@@ -302,7 +329,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ La
 
 // Checksum of rows that stand together in shared memory; this lane's share.
 template <int kBytes>
-__device__ uint64_t hash_batch(const std::byte* batch, uint32_t rows, const Plan& plan, const uint64_t* keys, uint32_t copy, uint32_t layer, uint32_t token, int lane) {
+__device__ uint64_t hash_batch(const std::byte* batch, uint32_t rows, uint32_t row_bytes, const uint64_t* keys, uint32_t copy, uint32_t layer, uint32_t token, int lane) {
   using Word = typename Chunk<kBytes>::Type;
   using Lanes = RowLanes<kBytes>;
   const Lanes lanes(lane);
@@ -312,53 +339,65 @@ __device__ uint64_t hash_batch(const std::byte* batch, uint32_t rows, const Plan
     const bool is_live = row < rows;
     uint64_t row_hash = 0;
     if (is_live) {
-      for (uint32_t chunk = lanes.chunk; chunk < plan.dst.row_bytes / kBytes; chunk += Lanes::kPerRow) {
-        row_hash += hash(keys + chunk * (kBytes / 4), *reinterpret_cast<const Word*>(batch + row * plan.dst.row_bytes + chunk * kBytes));
+      for (uint32_t chunk = lanes.chunk; chunk < row_bytes / kBytes; chunk += Lanes::kPerRow) {
+        row_hash += hash(keys + chunk * (kBytes / 4), *reinterpret_cast<const Word*>(batch + row * row_bytes + chunk * kBytes));
       }
     }
     row_hash = add_over_lanes(row_hash, Lanes::kPerRow);
-    if (is_live && lanes.chunk == 0) sum += row_value(row_hash, checksum_copy(plan.dst, copy), layer, token + row);
+    if (is_live && lanes.chunk == 0) sum += row_value(row_hash, copy, layer, token + row);
   }
   return sum;
 }
 
 // Consecutive words at an alignment known at compile time.
 template <int kAlign, int kCount>
-__device__ void load_words(const std::byte* from, uint32_t (&words)[kCount]) {
-  using Word = typename Chunk<kAlign>::Type;
+__device__ void load_words(const std::byte* from, uint32_t* words) {
+  constexpr int kBytes = kAlign < kCount * 4 ? kAlign : kCount * 4;
+  using Word = typename Chunk<kBytes>::Type;
 #pragma unroll
-  for (int i = 0; i < kCount; i += kAlign / 4) *reinterpret_cast<Word*>(&words[i]) = __ldcs(reinterpret_cast<const Word*>(from + i * 4));
+  for (int i = 0; i < kCount; i += kBytes / 4) *reinterpret_cast<Word*>(&words[i]) = __ldcs(reinterpret_cast<const Word*>(from + i * 4));
 }
 
-template <int kAlign, KvDType kDType>
-__device__ void decode_octet(const std::byte* row, const Source& source, bool is_rope, float (&values)[kOctet]) {
-  const std::byte* from = row + source.offset;
-  if constexpr (kDType == KvDType::f32) {
-    uint32_t __align__(8) words[8];
-    load_words<kAlign>(from, words);
-#pragma unroll
-    for (int i = 0; i < kOctet; i++) values[i] = __uint_as_float(words[i]);
-  } else if (kDType == KvDType::bf16 || is_rope) {
-    uint32_t __align__(8) words[4];
-    load_words<kAlign>(from, words);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      values[2 * i] = __uint_as_float(words[i] << 16);
-      values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-  } else {
-    uint32_t __align__(8) words[2];
-    load_words<kAlign>(from, words);
-    const float scale = __ldg(reinterpret_cast<const float*>(row + source.scale));
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (i % 2 * 16)), __NV_E4M3);
-      const float2 pair = __half22float2(__half2(halves));
-      values[2 * i] = pair.x * scale;
-      values[2 * i + 1] = pair.y * scale;
+// Eight values of a row as the source stores them.
+template <KvDType kDType>
+struct RawOctet {
+  alignas(16) uint32_t words[kDType == KvDType::f32 ? 8 : 4];
+  float scale;
+
+  template <int kAlign>
+  __device__ void load(const Origin& origin, uint64_t row, bool is_rope) {
+    const auto* from = reinterpret_cast<const std::byte*>(origin.at + row);
+    if constexpr (kDType == KvDType::f32) {
+      load_words<kAlign, 8>(from, words);
+    } else if (kDType == KvDType::bf16 || is_rope) {
+      load_words<kAlign, 4>(from, words);
+    } else {
+      load_words<kAlign, 2>(from, words);
+      scale = __ldg(reinterpret_cast<const float*>(from + origin.to_scale));
     }
   }
-}
+
+  __device__ void decode(bool is_rope, float (&values)[kOctet]) const {
+    if constexpr (kDType == KvDType::f32) {
+#pragma unroll
+      for (int i = 0; i < kOctet; i++) values[i] = __uint_as_float(words[i]);
+    } else if (kDType == KvDType::bf16 || is_rope) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        values[2 * i] = __uint_as_float(words[i] << 16);
+        values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (i % 2 * 16)), __NV_E4M3);
+        const float2 pair = __half22float2(__half2(halves));
+        values[2 * i] = pair.x * scale;
+        values[2 * i + 1] = pair.y * scale;
+      }
+    }
+  }
+};
 
 __device__ uint32_t bf16_pair(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -387,13 +426,14 @@ __device__ float e4m3_scale_of(float amax) {
 
 // Eight values into the row that is being built, where they stand in the destination's dtype.
 template <KvDType kTo>
-__device__ void encode_octet(const Plan& plan, std::byte* row, uint32_t octet, bool is_live, const float (&values)[kOctet]) {
+__device__ void encode_octet(const RowShape& shape, std::byte* row, uint32_t octet, bool is_live, const float (&values)[kOctet]) {
   constexpr int kValueBytes = kTo == KvDType::f32 ? 4 : 2;
-  const bool is_rope = octet >= plan.latent_octets;
+  const bool is_rope = octet >= shape.latent_octets;
   if constexpr (kTo == KvDType::fp8) {
     const float scale = e4m3_scale_of(group_amax(values, is_live && !is_rope));
     if (is_live && !is_rope) {
-      const float inverse = 1.0f / scale;
+      // Of a power of two between 2^-126 and 2^120.
+      const float inverse = __uint_as_float((254u << 23) - __float_as_uint(scale));
       uint32_t codes[2] = {};
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -403,12 +443,12 @@ __device__ void encode_octet(const Plan& plan, std::byte* row, uint32_t octet, b
       auto* at = reinterpret_cast<uint32_t*>(row + octet * kOctet);
       at[0] = codes[0];
       at[1] = codes[1];
-      if (octet % kGroupLanes == 0) *reinterpret_cast<float*>(row + plan.scales_offset + octet / kGroupLanes * 4) = scale;
+      if (octet % kGroupLanes == 0) *reinterpret_cast<float*>(row + shape.scales_offset + octet / kGroupLanes * 4) = scale;
       return;
     }
   }
   if (!is_live) return;
-  const uint32_t offset = is_rope ? plan.rope_offset + (octet - plan.latent_octets) * kOctet * kValueBytes : octet * kOctet * kValueBytes;
+  const uint32_t offset = is_rope ? shape.rope_offset + (octet - shape.latent_octets) * kOctet * kValueBytes : octet * kOctet * kValueBytes;
   auto* at = reinterpret_cast<uint32_t*>(row + offset);
 #pragma unroll
   for (int i = 0; i < kOctet * kValueBytes / 4; i++) {
@@ -417,45 +457,67 @@ __device__ void encode_octet(const Plan& plan, std::byte* row, uint32_t octet, b
   }
 }
 
-// Values change: eight a lane. kLoad is the alignment of the source's octets.
+// Which octet of which row of a batch a lane works on.
+struct Slot {
+  uint32_t row;
+  uint32_t octet;
+
+  __device__ Slot(uint32_t index, uint32_t octet_slots) : row(index / octet_slots), octet(index - row * octet_slots) {}
+  // By a warp's width; without a division, which costs as much as converting.
+  __device__ void advance(uint32_t octet_slots) {
+    for (octet += 32; octet >= octet_slots; octet -= octet_slots) row++;
+  }
+};
+
+// Values change: eight a lane. kLoad is the alignment of the source's octets. Loads are volatile and stay in order with shuffles, so those of
+// several turns are issued before the first value is used: one turn's alone would leave the warp waiting for memory.
 template <int kLoad, KvDType kFrom, KvDType kTo, int kTables>
-__global__ void __launch_bounds__(kThreads) convert_rows(const __grid_constant__ Launch<kTables> launch) {
+__global__ void __launch_bounds__(kThreads, 2) convert_rows(const __grid_constant__ Launch<kTables> launch) {
   const Plan& plan = *launch.plan;
+  const RowShape shape = plan.rows;
   const uint32_t copy = blockIdx.y;
-  const Shared shared = load_shared(plan, copy, true);
+  const uint32_t hashed_copy = checksum_copy(plan.dst, copy);
+  const uint32_t src_row_bytes = plan.src.row_bytes;
+  const Shared shared = load_shared(plan, shape, copy, true);
   const int lane = threadIdx.x % 32;
-  Outbox outbox(shared.batches, plan.batch_stride, lane);
+  Outbox outbox(shared.batches, shape.batch_stride, lane);
   const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
 
   for (uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32; index < launch.layers * units_per_layer; index += gridDim.x * kWarps) {
     const Unit unit = unit_of(launch, index, units_per_layer);
     const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.layer, unit.begin);
     const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.layer, unit.begin);
+    const uint64_t src_rows = unit_address(plan.src, from);
     std::byte* const dst_rows = dst_base(plan.dst, copy, to);
     const uint32_t rows = unit.end - unit.begin;
     uint64_t sum = 0;
-    for (uint32_t batch = 0; batch < rows; batch += plan.batch_rows) {
-      const uint32_t count = min(plan.batch_rows, rows - batch);
+    for (uint32_t batch = 0; batch < rows; batch += shape.batch_rows) {
+      const uint32_t count = min(shape.batch_rows, rows - batch);
       std::byte* const built = outbox.next();
-#pragma unroll 4
-      for (uint32_t slot = lane; slot < (count * plan.octet_slots + 31) / 32 * 32; slot += 32) {
-        const uint32_t row = slot / plan.octet_slots;
-        const uint32_t octet = slot - row * plan.octet_slots;
-        const bool is_live = row < count && octet < plan.chunks;
-        float values[kOctet] = {};
-        if (is_live) {
-          const Source source = shared.sources[octet];
-          const std::byte* base = plan.src.base[source.memory == kHolder ? from.memory : source.memory];
-          decode_octet<kLoad, kFrom>(base + from.offset + uint64_t(batch + row) * plan.src.row_bytes, source, octet >= plan.latent_octets, values);
+      const uint32_t turns = (count * shape.octet_slots + 31) / 32;
+      Slot slot(lane, shape.octet_slots);
+      for (uint32_t turn = 0; turn < turns; turn += kAhead) {
+        Slot next = slot;
+        RawOctet<kFrom> raw[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; i++, next.advance(shape.octet_slots)) {
+          if (next.row >= count || next.octet >= shape.chunks) continue;
+          raw[i].template load<kLoad>(shared.origins[next.octet], src_rows + (batch + next.row) * src_row_bytes, next.octet >= shape.latent_octets);
         }
-        encode_octet<kTo>(plan, built + row * plan.dst.row_bytes, octet, is_live, values);
+#pragma unroll
+        for (int i = 0; i < kAhead; i++, slot.advance(shape.octet_slots)) {
+          if (turn + i >= turns) break;
+          float values[kOctet];
+          raw[i].decode(slot.octet >= shape.latent_octets, values);
+          encode_octet<kTo>(shape, built + slot.row * shape.row_bytes, slot.octet, slot.row < count && slot.octet < shape.chunks, values);
+        }
       }
       __syncwarp();
-      outbox.send(built, dst_rows + uint64_t(batch) * plan.dst.row_bytes, count * plan.dst.row_bytes);
+      outbox.send(built, dst_rows + batch * shape.row_bytes, count * shape.row_bytes);
       const uint32_t token = unit.begin + batch;
-      if (plan.dst.row_bytes % 16 == 0) sum += hash_batch<16>(built, count, plan, shared.keys, copy, unit.layer, token, lane);
-      else if (plan.dst.row_bytes % 8 == 0) sum += hash_batch<8>(built, count, plan, shared.keys, copy, unit.layer, token, lane);
-      else sum += hash_batch<4>(built, count, plan, shared.keys, copy, unit.layer, token, lane);
+      if (shape.row_bytes % 16 == 0) sum += hash_batch<16>(built, count, shape.row_bytes, shared.keys, hashed_copy, unit.layer, token, lane);
+      else if (shape.row_bytes % 8 == 0) sum += hash_batch<8>(built, count, shape.row_bytes, shared.keys, hashed_copy, unit.layer, token, lane);
+      else sum += hash_batch<4>(built, count, shape.row_bytes, shared.keys, hashed_copy, unit.layer, token, lane);
     }
     add_checksum(launch, plan.dst, unit, copy, add_over_lanes(sum, 32), lane);
   }
@@ -558,7 +620,7 @@ struct KvRoute::State {
   int copies = 1;    // hashed
   int replicas = 1;  // of an mla page, written
   int chunk_bytes = 16;  // where no value changes
-  int load_bytes = 8;    // of an octet's parts, where values convert
+  int load_bytes = 16;   // of an octet's parts, where values convert
   bool is_copy = true;
   bool is_checksum = false;
   size_t shared_bytes = 0;
@@ -595,22 +657,23 @@ void KvRoute::State::build(const KvRegion& from, const KvRegion& to, const std::
   Plan host{};
   host.src = side_of(from, 1);
   host.dst = side_of(to, replicas);
-  host.row_words = static_cast<uint32_t>(dst.row_bytes() / 4);
+  host.rows.row_bytes = host.dst.row_bytes;
+  host.rows.words = host.dst.row_bytes / 4;
   if (src.dtype == dst.dtype && src.dtype != KvDType::fp8 && !is_copy) refuse("columns are cut within 32-bit words; this one needs the CPU path");
   if (is_copy) plan_chunks(host, rows);
   else plan_octets(host, rows);
-  host.batch_rows = kUnitTokens;
-  while (host.batch_rows > 1 && host.batch_rows * dst.row_bytes() > kBatchBytes) host.batch_rows /= 2;
-  host.batch_stride = static_cast<uint32_t>((host.batch_rows * dst.row_bytes() + 127) / 128 * 128);
+  host.rows.batch_rows = kUnitTokens;
+  while (host.rows.batch_rows > 1 && host.rows.batch_rows * dst.row_bytes() > kBatchBytes) host.rows.batch_rows /= 2;
+  host.rows.batch_stride = static_cast<uint32_t>((host.rows.batch_rows * dst.row_bytes() + 127) / 128 * 128);
 
   std::vector<Source> table;
   for (const RowPlan& row : rows) {
-    const std::vector<Source> one = is_copy ? chunk_sources(row, host.chunks, chunk_bytes) : octet_sources(row, src, host.latent_octets, host.chunks - host.latent_octets);
+    const std::vector<Source> one = is_copy ? chunk_sources(row, host.rows.chunks, chunk_bytes) : octet_sources(row, src, host.rows.latent_octets, host.rows.chunks - host.rows.latent_octets);
     for (int replica = 0; replica < replicas; replica++) table.insert(table.end(), one.begin(), one.end());
   }
-  std::vector<uint64_t> key_table(host.row_words);
-  for (uint32_t word = 0; word < host.row_words; word++) key_table[word] = checksum_key(word);
-  shared_bytes = (is_checksum ? 0 : kWarps * 2 * host.batch_stride) + key_table.size() * sizeof(uint64_t) + host.chunks * sizeof(Source);
+  std::vector<uint64_t> key_table(host.rows.words);
+  for (uint32_t word = 0; word < host.rows.words; word++) key_table[word] = checksum_key(word);
+  shared_bytes = (is_checksum ? 0 : kWarps * 2 * host.rows.batch_stride) + key_table.size() * sizeof(uint64_t) + host.rows.chunks * sizeof(Origin);
   host.keys = keys = upload(key_table);
   host.sources = sources = upload(table);
   plan = upload(std::vector<Plan>{host});
@@ -627,7 +690,7 @@ void KvRoute::State::plan_chunks(Plan& host, const std::vector<RowPlan>& rows) {
   }
   chunk_bytes = alignment.bytes();
   if (chunk_bytes == 0) refuse("rows or memories are not aligned to 4 bytes");
-  host.chunks = host.row_words * 4 / chunk_bytes;
+  host.rows.chunks = host.rows.words * 4 / chunk_bytes;
 }
 
 void KvRoute::State::plan_octets(Plan& host, const std::vector<RowPlan>& rows) {
@@ -640,23 +703,22 @@ void KvRoute::State::plan_octets(Plan& host, const std::vector<RowPlan>& rows) {
     }
   }
   Alignment loads;
-  loads.take(kOctet);
   loads.take(host.src, bases_of(src, 1));
   loads.take(rope_offset(src));
   Alignment stores;
   stores.take(host.dst, bases_of(dst, replicas));
   load_bytes = loads.bytes();
   if (load_bytes == 0 || stores.bytes() == 0) refuse("rows or memories are not aligned to 4 bytes");
-  host.latent_octets = dst.width() / kOctet;
-  host.chunks = host.latent_octets + dst.rope / kOctet;
-  host.octet_slots = (host.chunks + kGroupLanes - 1) / kGroupLanes * kGroupLanes;
-  host.scales_offset = static_cast<uint32_t>(fp8_scales_offset(dst.width()));
-  host.rope_offset = static_cast<uint32_t>(rope_offset(dst));
+  host.rows.latent_octets = dst.width() / kOctet;
+  host.rows.chunks = host.rows.latent_octets + dst.rope / kOctet;
+  host.rows.octet_slots = (host.rows.chunks + kGroupLanes - 1) / kGroupLanes * kGroupLanes;
+  host.rows.scales_offset = static_cast<uint32_t>(fp8_scales_offset(dst.width()));
+  host.rows.rope_offset = static_cast<uint32_t>(rope_offset(dst));
 }
 
 template <int kTables, KvDType kFrom, KvDType kTo>
 const void* convert_kernel(int load_bytes) {
-  return load_bytes == 8 ? reinterpret_cast<const void*>(&convert_rows<8, kFrom, kTo, kTables>) : reinterpret_cast<const void*>(&convert_rows<4, kFrom, kTo, kTables>);
+  return load_bytes == 16 ? reinterpret_cast<const void*>(&convert_rows<16, kFrom, kTo, kTables>) : reinterpret_cast<const void*>(&convert_rows<4, kFrom, kTo, kTables>);
 }
 
 template <int kTables, bool kStores>

@@ -1,5 +1,5 @@
 // The hand-off between two processes, each with its own GPU where there are two: prefill puts, decode verifies.
-//   kv_transfer_bench [--same-gpu]
+//   kv_transfer_bench [--same-gpu] [TEXT]     only cases whose name contains TEXT
 // Lines: case,bytes,gb_per_s,fraction_of_copy,put_us,committed_us,submit_us
 #include <algorithm>
 #include <chrono>
@@ -129,11 +129,11 @@ KvLayout deepseek(KvForm form, int ranks, KvDType dtype, int page_tokens) {
   return l;
 }
 
-std::vector<Case> cases() {
+std::vector<Case> cases(const std::string& text) {
   const auto mla = [](KvDType dtype, int page) { return deepseek(KvForm::mla, 1, dtype, page); };
   const auto tpla = [](KvDType dtype, int page) { return deepseek(KvForm::tpla, 2, dtype, page); };
   const KvDType bf16 = KvDType::bf16, fp8 = KvDType::fp8;
-  return {
+  std::vector<Case> all = {
       {"bf16 18432-byte pieces", mla(bf16, 16), mla(bf16, 16), kTokens, Place::descriptor, kGroups},
       {"bf16 18432 to 64-token pages", mla(bf16, 16), mla(bf16, 64), kTokens, Place::descriptor, kGroups},
       {"bf16 64-token pages", mla(bf16, 64), mla(bf16, 64), kTokens, Place::descriptor, kGroups},
@@ -146,6 +146,8 @@ std::vector<Case> cases() {
       {"bf16 to pinned host", mla(bf16, 64), mla(bf16, 64), kTokens, Place::host, kGroups},
       {"bf16 to tpla pinned host", mla(bf16, 64), tpla(bf16, 64), kTokens, Place::host, kGroups},
   };
+  all.erase(std::remove_if(all.begin(), all.end(), [&](const Case& c) { return !std::strstr(c.name, text.c_str()); }), all.end());
+  return all;
 }
 
 PageTables scattered(const KvLayout& l, int tokens, unsigned seed) {
@@ -180,7 +182,7 @@ struct Landing {
   std::vector<SharedMemory> host;
 };
 
-void run_decode(int socket, int device) {
+void run_decode(int socket, int device, const std::vector<Case>& cases) {
   CUDA(cudaSetDevice(device));
   CUDA(cudaFree(nullptr));
   cudaStream_t stream;
@@ -190,7 +192,7 @@ void run_decode(int socket, int device) {
   uint64_t* read_back = nullptr;
   CUDA(cudaMallocHost(&read_back, kMaxSums * sizeof(uint64_t)));
   std::vector<uint64_t> expected(kMaxSums);
-  for (const Case& c : cases()) {
+  for (const Case& c : cases) {
     Landing landing;
     landing.region.layout = c.dst;
     landing.region.pages = pages_needed(c.dst, c.tokens);
@@ -303,7 +305,7 @@ __global__ void busy(float* out, int rounds) {
   if (a + d == 1234.5f) out[0] = a;
 }
 
-void run_prefill(int socket, int device) {
+void run_prefill(int socket, int device, const std::vector<Case>& cases) {
   CUDA(cudaSetDevice(device));
   CUDA(cudaFree(nullptr));
   cudaStream_t stream;
@@ -313,7 +315,7 @@ void run_prefill(int socket, int device) {
   CUDA(cudaMalloc(&sums, kMaxSums * sizeof(uint64_t)));
   uint64_t* host_sums = nullptr;
   CUDA(cudaMallocHost(&host_sums, kMaxSums * sizeof(uint64_t)));
-  for (const Case& c : cases()) {
+  for (const Case& c : cases) {
     Record offer;
     read_all(socket, &offer, sizeof(offer));
     KvRegion dst;
@@ -456,6 +458,7 @@ void run_prefill(int socket, int device) {
 
 int main(int argc, char** argv) {
   const bool same_gpu = argc > 1 && std::strcmp(argv[1], "--same-gpu") == 0;
+  const std::vector<Case> chosen = cases(argc > 1 + same_gpu ? argv[1 + same_gpu] : "");
   int sockets[2];
   if (socketpair(AF_UNIX, SOCK_STREAM, 0, sockets) != 0) return 2;
   std::printf("case,bytes,gb_per_s,fraction_of_copy,put_us,committed_us,submit_us\n");
@@ -464,13 +467,13 @@ int main(int argc, char** argv) {
   try {
     if (child == 0) {
       close(sockets[0]);
-      run_prefill(sockets[1], 0);
+      run_prefill(sockets[1], 0, chosen);
       return 0;
     }
     close(sockets[1]);
     int devices = 0;
     CUDA(cudaGetDeviceCount(&devices));
-    run_decode(sockets[0], same_gpu || devices < 2 ? 0 : 1);
+    run_decode(sockets[0], same_gpu || devices < 2 ? 0 : 1, chosen);
   } catch (const Error& error) {
     std::printf("FAIL %s: %s\n", error.code().c_str(), error.what());
     std::fflush(stdout);
