@@ -1,6 +1,7 @@
 // Attention problems as tests and benchmarks state them: a shape goes in, errors and times come out. Data are drawn from a seed.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -11,6 +12,17 @@ namespace tpla::bench {
 
 enum class KernelPath { automatic, sm90, sm80 };
 enum class KvType { bf16, fp8, f32 };
+
+// What decode does to its logits beside scaling them; see cuda/attention.h.
+struct LogitVariantShape {
+  float softcap = 0;   // 0: none
+  int window = 0;      // tokens; 0: none
+  bool alibi = false;  // with the slopes 2^(-8 (h + 1) / heads)
+  int mask_block = 0;  // tokens; 0: no block mask
+  std::vector<std::vector<int32_t>> blocks;  // per sequence, the visible ones in ascending order
+
+  bool any() const { return softcap > 0 || window > 0 || alibi || mask_block > 0; }
+};
 
 // Absorbed MLA or TPLA decode over paged latents; every head of a sequence reads the same rows.
 struct DecodeShape {
@@ -25,6 +37,22 @@ struct DecodeShape {
   KvType kv = KvType::bf16;
   bool latent_scale = false;  // draws mu per head
   float query_scale = 1;      // standard deviation of the queries
+  LogitVariantShape variants;
+  KernelPath path = KernelPath::automatic;
+};
+
+// Decode with keys and values of their own: GQA, MQA and MHA over paged KV. Query head h reads KV head h / (heads / kv_heads).
+struct GqaShape {
+  std::vector<int32_t> kv_lens;
+  std::vector<int32_t> q_lens;
+  int heads = 32;
+  int kv_heads = 8;
+  int head_dim = 128;
+  int page_tokens = 64;
+  int page_gap_bytes = 0;
+  bool causal = true;
+  float query_scale = 1;
+  LogitVariantShape variants;
   KernelPath path = KernelPath::automatic;
 };
 
@@ -77,5 +105,8 @@ struct Rates {
 
 // Softmax scale of a DeepSeek head before absorption: 128 + 64 values.
 constexpr double kDecodeScale = 0.07216878364870323;
+
+// Softmax scale of an ordinary head.
+inline double gqa_scale(int head_dim) { return 1 / std::sqrt(static_cast<double>(head_dim)); }
 
 }  // namespace tpla::bench

@@ -50,7 +50,7 @@ KvLayout layout_of(const DecodeShape& shape) {
 class CpuProblem {
  public:
   CpuProblem(const DecodeShape& shape, uint64_t seed, int sets)
-      : shape_(shape), layout_(layout_of(shape)), tables_(draw_page_tables(shape, sets, stream_seed(seed, 0))) {
+      : shape_(shape), layout_(layout_of(shape)), tables_(draw_page_tables(shape.kv_lens, shape.page_tokens, sets, stream_seed(seed, 0))) {
     const size_t bytes = layout_.page_bytes() * size_t(tables_.pages);
     if (bytes > kMostBytes) throw Error("OUT_OF_MEMORY", "this shape takes " + std::to_string(bytes >> 20) + " MiB of KV; on the CPU it may take " + std::to_string(kMostBytes >> 20));
     pages_.assign(bytes, std::byte{0xff});
@@ -192,7 +192,7 @@ class CpuProblem {
 };
 
 int sets_that_outgrow_the_cache(const DecodeShape& shape) {
-  const size_t bytes = std::max<size_t>(1, layout_of(shape).page_bytes() * size_t(pages_needed(shape)));
+  const size_t bytes = std::max<size_t>(1, layout_of(shape).page_bytes() * size_t(pages_needed(shape.kv_lens, shape.page_tokens)));
   const size_t wanted = std::clamp<size_t>((2 * cache_bytes() + bytes - 1) / bytes, 1, kMostBuffers);
   return int(std::min(wanted, std::max<size_t>(1, kMostBytes / 2 / bytes)));
 }

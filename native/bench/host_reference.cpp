@@ -35,19 +35,23 @@ struct Errors {
 
 void compare_row(const HostAttention& problem, const HostResult& got, const Row& row, int head, int64_t index, std::vector<double>& logits, Errors& errors) {
   const int limit = visible_keys(problem, row);
+  const int position = problem.kv_lens[size_t(row.sequence)] - problem.q_lens[size_t(row.sequence)] + row.token;
   const float* q = problem.q + index * problem.key_dim;
-  double top = -std::numeric_limits<double>::infinity();
-  logits.resize(size_t(limit));
+  constexpr double kHidden = -std::numeric_limits<double>::infinity();
+  double top = kHidden;
+  logits.assign(size_t(limit), kHidden);
   for (int t = 0; t < limit; ++t) {
+    if (!problem.rule.sees(row.sequence, position, t)) continue;
     const float* key = problem.key(row.sequence, t, head);
     double sum = 0;
     for (int c = 0; c < problem.key_dim; ++c) sum += double(q[c]) * double(key[c]);
-    logits[size_t(t)] = sum * problem.scale;
+    logits[size_t(t)] = problem.rule.apply(head, position, t, sum * problem.scale);
     top = std::max(top, logits[size_t(t)]);
   }
   std::vector<double> out(size_t(problem.value_dim), 0.0);
   double total = 0;
   for (int t = 0; t < limit; ++t) {
+    if (logits[size_t(t)] == kHidden) continue;
     const double weight = std::exp(logits[size_t(t)] - top);
     const float* value = problem.value(row.sequence, t, head);
     total += weight;
@@ -55,7 +59,7 @@ void compare_row(const HostAttention& problem, const HostResult& got, const Row&
   }
   double squares = 0, norm = 0;
   for (int c = 0; c < problem.value_dim; ++c) {
-    const double want = limit > 0 ? out[size_t(c)] / total : 0;
+    const double want = total > 0 ? out[size_t(c)] / total : 0;
     const double error = double(got.out[size_t(index * problem.value_dim + c)]) - want;
     squares += error * error;
     norm += want * want;
@@ -64,7 +68,7 @@ void compare_row(const HostAttention& problem, const HostResult& got, const Row&
   errors.squares += squares;
   errors.norm += norm;
   const double lse = got.lse[size_t(index)];
-  if (limit > 0) {
+  if (total > 0) {
     keep_worst(errors.worst_lse, std::fabs(lse - (top + std::log(total))));
   } else if (lse != -std::numeric_limits<double>::infinity()) {
     keep_worst(errors.worst_lse, std::numeric_limits<double>::quiet_NaN());

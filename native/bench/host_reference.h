@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bench/attention_shape.h"
+#include "bench/logit_rule.h"
 
 namespace tpla::bench {
 
@@ -17,6 +18,7 @@ struct HostAttention {
   bool causal = true;  // query i of q_len sees keys j <= kv_len - q_len + i, else all
   double scale = 1;
   const float* q = nullptr;  // [query tokens][heads][key_dim]
+  LogitRule rule;
   // Token `t` of a sequence as head `h` sees it.
   std::function<const float*(int sequence, int t, int head)> key, value;
 };

@@ -10,6 +10,7 @@
 #include "bench/random.h"
 #include "cuda/attention.h"
 #include "cuda/bench/gpu_reference.cuh"
+#include "cuda/bench/gpu_variants.h"
 #include "cuda/device.h"
 
 namespace tpla::bench {
@@ -40,11 +41,12 @@ struct Pages {
 };
 
 struct StoredToken {
-  const uint8_t* row;
+  const uint8_t* row;  // null: no query sees it, and it may not exist
   int latent;
   bool fp8;
 
   __device__ double operator[](int c) const {
+    if (!row) return 0;
     if (!fp8) return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(row)[c]);
     if (c < latent) {
       const float scale = reinterpret_cast<const float*>(row + latent)[c / kScaleGroup];
@@ -79,11 +81,17 @@ struct DecodeView {
   const int32_t* q_indptr;
   const int32_t* kv_lens;
   Pages pages;
+  LogitRule rule;
 
+  __device__ int first_position(int sequence) const { return kv_lens[sequence] - (q_indptr[sequence + 1] - q_indptr[sequence]); }
+  __device__ bool sees(int sequence, int, int i, int t) const { return rule.sees(sequence, first_position(sequence) + i / heads, t); }
+  __device__ double logit(int sequence, int, int i, int t, double x) const { return rule.apply(i % heads, first_position(sequence) + i / heads, t, x); }
   __device__ QueryRow row(int sequence, int, int i) const {
     return {q + index(sequence, 0, i) * key_dim, mu ? mu[i % heads] : 1.0f, value_dim};
   }
-  __device__ StoredToken key(int sequence, int, int t) const { return {pages.base + pages.offset(sequence, t), value_dim, fp8}; }
+  __device__ StoredToken key(int sequence, int, int t) const {
+    return {rule.present(sequence, first_position(sequence), t) ? pages.base + pages.offset(sequence, t) : nullptr, value_dim, fp8};
+  }
   __device__ int limit(int sequence, int i) const {
     const int q_len = q_indptr[sequence + 1] - q_indptr[sequence];
     return causal ? max(0, kv_lens[sequence] - q_len + i / heads + 1) : kv_lens[sequence];
@@ -98,11 +106,12 @@ __global__ void draw_queries(__nv_bfloat16* q, size_t count, float deviation, ui
 }
 
 // Grid: (tokens, sequences, sets), a warp a token. fp8: the least power of two that brings a group into range.
-__global__ void draw_tokens(Pages pages, int64_t table_per_set, const int32_t* kv_lens, int latent, int rope, bool fp8, uint64_t seed) {
+__global__ void draw_tokens(Pages pages, int64_t table_per_set, const int32_t* kv_lens, const int32_t* q_indptr, LogitRule rule, int latent, int rope, bool fp8, uint64_t seed) {
   pages.table += blockIdx.z * table_per_set;
   uint8_t* base = const_cast<uint8_t*>(pages.base);
   const int sequence = blockIdx.y, lane = threadIdx.x % 32, width = latent + rope;
   for (int t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; t < kv_lens[sequence]; t += gridDim.x * (blockDim.x / 32)) {
+    if (!rule.present(sequence, kv_lens[sequence] - (q_indptr[sequence + 1] - q_indptr[sequence]), t)) continue;
     const int64_t offset = pages.offset(sequence, t);
     uint8_t* row = base + offset;
     const uint64_t first = static_cast<uint64_t>(offset);  // a token takes fewer values than bytes
@@ -141,6 +150,7 @@ cuda::MlaDecode describe(const DecodeShape& shape) {
   call.causal = shape.causal;
   call.softmax_scale = static_cast<float>(kDecodeScale);
   call.format = kv_format(shape.kv);
+  call.variants = GpuVariants::describe(shape.variants);
   call.path = shape.path == KernelPath::sm80   ? cuda::AttentionPath::sm80
               : shape.path == KernelPath::sm90 ? cuda::AttentionPath::sm90
                                                : cuda::AttentionPath::automatic;
@@ -157,7 +167,8 @@ class GpuDecode : public GpuProblem {
         page_bytes_(static_cast<int64_t>(shape.page_tokens) * token_bytes_ + shape.page_gap_bytes),
         q_offsets_(prefix_sums(shape.q_lens)),
         rows_(static_cast<int64_t>(q_offsets_.back()) * shape.heads),
-        tables_(draw_page_tables(shape, timed ? sets_that_outgrow_l2(pages_needed(shape) * page_bytes_, rows_ * (width_ + shape.latent) * 2) : 1, stream_seed(seed, 0))),
+        variants_(shape.variants, shape.kv_lens, shape.heads),
+        tables_(draw_tables(draw_page_tables(shape.kv_lens, shape.page_tokens, timed ? sets_that_outgrow_l2(pages_needed(shape.kv_lens, shape.page_tokens) * page_bytes_, rows_ * (width_ + shape.latent) * 2) : 1, stream_seed(seed, 0)))),
         kv_(static_cast<size_t>(tables_.pages * page_bytes_)),
         q_(static_cast<size_t>(rows_ * width_)),
         table_(tables_.table),
@@ -170,7 +181,7 @@ class GpuDecode : public GpuProblem {
     kv_.fill_bytes(0xff, nullptr);
     draw_queries<<<1024, 256>>>(q_.data(), q_.count(), shape.query_scale, stream_seed(seed, 2));
     draw_tokens<<<dim3(64, static_cast<unsigned>(shape.kv_lens.size()), static_cast<unsigned>(tables_.sets)), 256>>>(
-        pages(0), static_cast<int64_t>(tables_.entries_per_set()), kv_lens_.data(), shape.latent, shape.rope, shape.kv == KvType::fp8, stream_seed(seed, 1));
+        pages(0), static_cast<int64_t>(tables_.entries_per_set()), kv_lens_.data(), q_indptr_.data(), variants_.device_rule(), shape.latent, shape.rope, shape.kv == KvType::fp8, stream_seed(seed, 1));
     gpu_check(cudaGetLastError(), "drawing a decode problem");
     call_ = describe(shape);
     call_.q = q_.data();
@@ -181,6 +192,7 @@ class GpuDecode : public GpuProblem {
     call_.out = outputs_.data();
     call_.lse = lse();
     call_.latent_scale = shape.latent_scale ? mu_.data() : nullptr;
+    call_.variants = variants_.call();
     call_.page_stride = page_bytes_;
     call_.num_pages = tables_.pages;
     call_.block_table_stride = tables_.stride;
@@ -218,6 +230,7 @@ class GpuDecode : public GpuProblem {
     view.q_indptr = q_indptr_.data();
     view.kv_lens = kv_lens_.data();
     view.pages = pages(0);
+    view.rule = variants_.device_rule();
     std::vector<ReferenceRows> groups;
     for (size_t s = 0; s < shape_.kv_lens.size(); ++s) {
       groups.push_back({static_cast<int>(s), 0, 0, shape_.q_lens[s] * shape_.heads, shape_.kv_lens[s], 0, 0});
@@ -240,7 +253,10 @@ class GpuDecode : public GpuProblem {
     host.table = tables_.table.data();
     std::vector<std::vector<float>> rows(shape_.kv_lens.size());  // [sequence][token][latent + rope]
     for (size_t s = 0; s < rows.size(); ++s) {
-      for (int t = 0; t < shape_.kv_lens[s]; ++t) widen(host.base + host.offset(static_cast<int>(s), t), rows[s]);
+      for (int t = 0; t < shape_.kv_lens[s]; ++t) {
+        if (present(static_cast<int>(s), t)) widen(host.base + host.offset(static_cast<int>(s), t), rows[s]);
+        else rows[s].resize(rows[s].size() + static_cast<size_t>(width_));
+      }
     }
     const auto row = [&](int sequence, int t, int) { return rows[sequence].data() + static_cast<size_t>(t) * width_; };
 
@@ -253,6 +269,7 @@ class GpuDecode : public GpuProblem {
     problem.causal = shape_.causal;
     problem.scale = call_.softmax_scale;
     problem.q = q.data();
+    problem.rule = variants_.host_rule();
     problem.key = row;
     problem.value = row;
     return compare_with_reference(problem, read_result());
@@ -263,6 +280,14 @@ class GpuDecode : public GpuProblem {
     return {kv_.data(), table_.data() + set * tables_.entries_per_set(), tables_.stride, shape_.page_tokens, page_bytes_, token_bytes_};
   }
   float* lse() const { return reinterpret_cast<float*>(outputs_.data() + out_bytes_); }
+
+  bool present(int sequence, int t) const {
+    return variants_.host_rule().present(sequence, shape_.kv_lens[static_cast<size_t>(sequence)] - shape_.q_lens[static_cast<size_t>(sequence)], t);
+  }
+  PageTables draw_tables(PageTables tables) const {
+    tables.drop_pages(shape_.kv_lens, shape_.page_tokens, [&](int sequence, int t) { return present(sequence, t); });
+    return tables;
+  }
 
   void widen(const uint8_t* row, std::vector<float>& out) const {
     const auto bf16_at = [](const uint8_t* at, int c) { return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(at)[c]); };
@@ -292,6 +317,7 @@ class GpuDecode : public GpuProblem {
   const int64_t page_bytes_;
   const std::vector<int32_t> q_offsets_;
   const int64_t rows_;
+  const GpuVariants variants_;
   const PageTables tables_;
   DeviceBuffer<uint8_t> kv_;
   DeviceBuffer<__nv_bfloat16> q_;

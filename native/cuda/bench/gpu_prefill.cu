@@ -45,6 +45,8 @@ struct PrefillView {
     const int64_t row = static_cast<int64_t>(kv_indptr[sequence] + t) * heads + head;
     return {k + row * key_dim, v + row * value_dim};
   }
+  __device__ bool sees(int, int, int, int) const { return true; }
+  __device__ double logit(int, int, int, int, double x) const { return x; }
   __device__ int limit(int sequence, int i) const {
     const int q_len = q_indptr[sequence + 1] - q_indptr[sequence], kv_len = kv_indptr[sequence + 1] - kv_indptr[sequence];
     return causal ? min(kv_len, max(0, kv_len - q_len + i + 1)) : kv_len;

@@ -7,6 +7,8 @@
 //   Key key(int sequence, int head, int t)  ->  key[c] and, for the value, key.value(c)
 //   int limit(int sequence, int i)           ->  keys that row i sees, the first ones
 //   int64_t index(int sequence, int head, int i)  ->  row of out and lse
+//   bool sees(int sequence, int head, int i, int t)               ->  whether row i sees key t < limit
+//   double logit(int sequence, int head, int i, int t, double x)  ->  the logit, x being the scaled product
 #pragma once
 
 #include <cuda_bf16.h>
@@ -95,7 +97,9 @@ __global__ void __launch_bounds__(kThreads) logits_kernel(View view, const Refer
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int t = key0 + threadIdx.x % 16 * 4 + j;
-      if (r < item.count && t < item.keys) logits[item.logits + static_cast<int64_t>(r) * item.keys + t] = sum[i][j] * scale;
+      if (r < item.count && t < item.keys) {
+        logits[item.logits + static_cast<int64_t>(r) * item.keys + t] = view.logit(item.sequence, item.head, item.first + r, t, sum[i][j] * scale);
+      }
     }
   }
 }
@@ -122,18 +126,22 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(View view, const Refe
   if (static_cast<int>(blockIdx.x) >= item.count) return;
   __shared__ double scratch[kThreads];
   const int limit = view.limit(item.sequence, item.first + blockIdx.x);
+  const auto sees = [&](int t) { return t < limit && view.sees(item.sequence, item.head, item.first + blockIdx.x, t); };
   double* row = logits + item.logits + static_cast<int64_t>(blockIdx.x) * item.keys;
   double top = -INFINITY;
-  for (int t = threadIdx.x; t < limit; t += kThreads) top = fmax(top, row[t]);
+  for (int t = threadIdx.x; t < limit; t += kThreads) {
+    if (sees(t)) top = fmax(top, row[t]);
+  }
   top = block_reduce(top, scratch, true);
   double total = 0;
   for (int t = threadIdx.x; t < limit; t += kThreads) {
+    if (!sees(t)) continue;
     row[t] = exp(row[t] - top);
     total += row[t];
   }
   total = block_reduce(total, scratch, false);
-  for (int t = threadIdx.x; t < item.keys; t += kThreads) row[t] = t < limit ? row[t] / total : 0;
-  if (threadIdx.x == 0) lse[item.state + blockIdx.x] = limit > 0 ? top + log(total) : -INFINITY;
+  for (int t = threadIdx.x; t < item.keys; t += kThreads) row[t] = sees(t) ? row[t] / total : 0;
+  if (threadIdx.x == 0) lse[item.state + blockIdx.x] = total > 0 ? top + log(total) : -INFINITY;
 }
 
 // Grid: (tiles of value columns, tiles of rows, items).

@@ -1,5 +1,6 @@
 // Checks the attention kernels on this machine's GPU without Node: for compute-sanitizer, ncu and cuda-gdb.
 //   attention_test decode COUNT SEED [sm80]    random shapes against float64, ten launches each
+//   attention_test variants COUNT SEED [sm80]  the same with softcap, window, ALiBi and block masks
 //   attention_test prefill COUNT SEED
 //   attention_test time LATENT BATCH HEADS QTOKENS LEN[;LEN...] [PAGE]
 #include <cstdio>
@@ -34,6 +35,36 @@ static DecodeShape random_decode(unsigned seed, KernelPath path) {
     shape.kv_lens.push_back(random() % 6 == 0 ? 0 : random() % longest);
     shape.q_lens.push_back(ragged ? random() % (q_tokens + 1) : q_tokens);
   }
+  return shape;
+}
+
+// Any combination; lists may be empty, miss the last block and name blocks behind the end.
+static LogitVariantShape random_variants(unsigned seed, const std::vector<int32_t>& kv_lens) {
+  std::mt19937 random(seed * 7919 + 1);
+  const int windows[] = {1, 5, 64, 100, 300, 1000}, blocks[] = {16, 32, 48, 64, 128, 192};
+  LogitVariantShape variants;
+  do {
+    if (random() % 2) variants.softcap = random() % 2 ? 1.5f : 30.0f;
+    if (random() % 2) variants.window = windows[random() % 6];
+    variants.alibi = random() % 2;
+    if (random() % 2) variants.mask_block = blocks[random() % 6];
+  } while (!variants.any());
+  if (variants.mask_block == 0) return variants;
+  for (const int32_t len : kv_lens) {
+    const unsigned percent = random() % 4 == 0 ? 100 : random() % 100;
+    std::vector<int32_t> list;
+    for (int block = 0; block < len / variants.mask_block + 3; ++block) {
+      if (random() % 100 < percent) list.push_back(block);
+    }
+    if (random() % 8 == 0) list.clear();
+    variants.blocks.push_back(list);
+  }
+  return variants;
+}
+
+static DecodeShape random_variant_decode(unsigned seed, KernelPath path) {
+  DecodeShape shape = random_decode(seed, path);
+  shape.variants = random_variants(seed, shape.kv_lens);
   return shape;
 }
 
@@ -79,18 +110,20 @@ static int time_shape(int argc, char** argv) {
 
 static int run(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
-  if ((mode == "decode" || mode == "prefill") && argc >= 4) {
+  if ((mode == "decode" || mode == "variants" || mode == "prefill") && argc >= 4) {
     const int count = std::atoi(argv[2]), first = std::atoi(argv[3]);
     const KernelPath path = argc > 4 && std::string(argv[4]) == "sm80" ? KernelPath::sm80 : KernelPath::automatic;
     int failures = 0;
     for (int seed = first; seed < first + count; ++seed) {
-      failures += mode == "decode" ? !right(random_decode(seed, path), seed) : !right(random_prefill(seed), seed);
+      if (mode == "decode") failures += !right(random_decode(seed, path), seed);
+      else if (mode == "variants") failures += !right(random_variant_decode(seed, path), seed);
+      else failures += !right(random_prefill(seed), seed);
     }
     std::printf("%d of %d shapes failed\n", failures, count);
     return failures != 0;
   }
   if (mode == "time" && argc >= 7) return time_shape(argc, argv);
-  std::fprintf(stderr, "usage: attention_test decode COUNT SEED [sm80] | prefill COUNT SEED | time LATENT BATCH HEADS QTOKENS LENS [PAGE]\n");
+  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] | prefill COUNT SEED | time LATENT BATCH HEADS QTOKENS LENS [PAGE]\n");
   return 2;
 }
 
