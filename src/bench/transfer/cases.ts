@@ -1,0 +1,143 @@
+/** What a benchmark moves: the KV of one sequence, from prefill's canonical pages into decode's layout. */
+import { TplaError } from '../../errors.js';
+import type { KvDType, KvForm, KvLayout } from '../../native/types.js';
+
+/** KV shape of published models: what a token leaves behind. */
+export const MODELS = {
+  'deepseek-v3': { layers: 61, latent: 512, rope: 64 },
+  'deepseek-v2': { layers: 60, latent: 512, rope: 64 },
+  'deepseek-v2-lite': { layers: 27, latent: 512, rope: 64 },
+  'kimi-k2': { layers: 61, latent: 512, rope: 64 },
+} as const;
+export type ModelName = keyof typeof MODELS;
+
+export type KvShape = Pick<KvLayout, 'layers' | 'latent' | 'rope'>;
+
+/** One call that moves bytes covers this rectangle of the sequence. */
+export interface PushShape {
+  layers: number;
+  tokens: number;
+}
+
+export interface BenchCase {
+  /** Name in the registry of paths. */
+  path: string;
+  tokens: number;
+  /** Prefill's canonical pages, and decode's. */
+  source: KvLayout;
+  target: KvLayout;
+  /** How decode's view was asked for: `tpla2`. */
+  view: string;
+  push: PushShape;
+}
+
+export interface Sweep {
+  shape: KvShape;
+  paths: string[];
+  tokens: number[];
+  views: string[];
+  pageTokens: number[];
+  targetPageTokens: number[];
+  dtypes: string[];
+  targetDTypes: string[];
+  layersPerPush: number[];
+  tokensPerPush: number[];
+}
+
+/** Every combination, in the order of the flags; a list of decode's side that is empty follows prefill's. */
+export function expand(sweep: Sweep): BenchCase[] {
+  const cases: BenchCase[] = [];
+  for (const path of sweep.paths) for (const view of sweep.views) for (const tokens of sweep.tokens) {
+    for (const dtype of sweep.dtypes) for (const targetDType of orSame(sweep.targetDTypes, dtype)) {
+      for (const pageTokens of sweep.pageTokens) for (const targetPageTokens of orSame(sweep.targetPageTokens, pageTokens)) {
+        for (const layers of sweep.layersPerPush) for (const perPush of orSame(sweep.tokensPerPush, tokens)) {
+          cases.push({
+            path, tokens, view, push: { layers: Math.min(layers, sweep.shape.layers), tokens: Math.min(perPush, tokens) },
+            source: canonical(sweep.shape, parseDType(dtype), pageTokens),
+            target: { ...sweep.shape, ...parseView(view), dtype: parseDType(targetDType), pageTokens: targetPageTokens },
+          });
+        }
+      }
+    }
+  }
+  return cases;
+}
+
+const orSame = <T>(list: T[], same: T): T[] => (list.length > 0 ? list : [same]);
+
+export function canonical(shape: KvShape, dtype: KvDType, pageTokens: number): KvLayout {
+  return { ...shape, form: 'mla', ranks: 1, shared: 0, dtype, pageTokens };
+}
+
+/** `mla`, `tpla2`, `tpla2+64` (64 shared columns), `dcp4`, `dp2`. */
+export function parseView(text: string): { form: KvForm; ranks: number; shared: number } {
+  const match = /^(mla|tpla|dcp|dp)(\d{1,2})?(?:\+(\d{1,4}))?$/.exec(text);
+  const form = match?.[1] as KvForm | undefined;
+  if (form === undefined || (match![3] !== undefined && form !== 'tpla')) {
+    throw new TplaError('USAGE', `view "${text}" is none of mla, tplaN, tplaN+SHARED, dcpN, dpN`);
+  }
+  return { form, ranks: Number(match![2] ?? (form === 'mla' ? 1 : 2)), shared: Number(match![3] ?? 0) };
+}
+
+function parseDType(text: string): KvDType {
+  if (text !== 'f32' && text !== 'bf16' && text !== 'fp8') throw new TplaError('USAGE', `dtype "${text}" is none of f32, bf16, fp8`);
+  return text;
+}
+
+/** Bytes of one token of one layer on one rank. */
+export function rowBytes({ form, ranks, latent, rope, shared, dtype }: KvLayout): number {
+  const width = form === 'tpla' ? shared + (latent - shared) / ranks : latent;
+  if (dtype === 'f32') return (width + rope) * 4;
+  if (dtype === 'bf16') return (width + rope) * 2;
+  return Math.ceil(width / 4) * 4 + Math.ceil(width / 128) * 4 + rope * 2;
+}
+
+/** What stands together on both sides: tokens of the smaller page, one layer. */
+export function pieces({ source, target, tokens }: BenchCase): { bytes: number; count: number } {
+  const pageTokens = Math.min(source.pageTokens, target.pageTokens);
+  return { bytes: pageTokens * rowBytes(source), count: Math.ceil(tokens / pageTokens) * source.layers };
+}
+
+/** Bytes of a sequence in decode's pages, over all ranks that keep a part of their own. */
+export function bytesLanded({ target, tokens }: BenchCase): number {
+  return rowBytes(target) * target.layers * tokens * (target.form === 'tpla' ? target.ranks : 1);
+}
+
+/** Bytes of the first rank's memory of an arena. */
+export function memoryBytes(layout: KvLayout, pages: number): number {
+  return rowBytes(layout) * layout.pageTokens * layout.layers * pages;
+}
+
+/** Rectangles of layers and tokens that calls cover, in the order in which prefill computes them. */
+export function rectangles({ source, tokens, push }: BenchCase): { layers: [number, number]; tokens: [number, number] }[] {
+  const all: { layers: [number, number]; tokens: [number, number] }[] = [];
+  for (let layer = 0; layer < source.layers; layer += push.layers) {
+    for (let token = 0; token < tokens; token += push.tokens) {
+      all.push({ layers: [layer, Math.min(layer + push.layers, source.layers)], tokens: [token, Math.min(token + push.tokens, tokens)] });
+    }
+  }
+  return all;
+}
+
+/** Page tables of a sequence whose pages lie scattered over an arena of pagesFor() pages; `seed` decides how. */
+export function scatteredPages(layout: KvLayout, tokens: number, seed: number): Int32Array[] {
+  const needed = Math.ceil(tokens / layout.pageTokens);
+  const table = (count: number, salt: number) => {
+    const ids = Array.from({ length: pagesFor(layout, tokens) }, (_, i) => i);
+    let state = (Math.imul(seed, 2654435761) + salt * 40503 + 1) >>> 0;
+    for (let i = ids.length - 1; i > 0; i--) {
+      state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+      const j = (state >>> 8) % (i + 1);
+      [ids[i], ids[j]] = [ids[j]!, ids[i]!];
+    }
+    return Int32Array.from(ids.slice(0, count));
+  };
+  if (layout.form !== 'dcp') return [table(needed, 0)];
+  return Array.from({ length: layout.ranks }, (_, rank) => table(Math.ceil((needed - rank) / layout.ranks), rank));
+}
+
+/** Pages of an arena for a sequence, with some to spare so that scattering has room. */
+export function pagesFor(layout: KvLayout, tokens: number): number {
+  const perRank = Math.ceil(tokens / layout.pageTokens / (layout.form === 'dcp' ? layout.ranks : 1));
+  return perRank + Math.ceil(perRank / 8) + 1;
+}

@@ -1,0 +1,91 @@
+/** The paths a benchmark can set up, by name. A new one is an entry here. */
+import { TplaError } from '../../errors.js';
+import { native } from '../../native/loader.js';
+import type { KvArena, KvLayout } from '../../native/types.js';
+import type { HandoffEndpointOptions } from '../../transfer/types.js';
+import type { BenchCase } from './cases.js';
+import type { Baseline } from './baseline.js';
+import type { BenchRow } from './rows.js';
+
+export type Memory =
+  | { kind: 'host' }
+  /** GPU `index` of the process, -1 for its last. */
+  | { kind: 'gpu'; index: number; sharing: 'descriptor' | 'ipc' };
+
+/** Two processes hand KV over: how the ends are set up so that it takes this path. The hand-off states the one it took. */
+export interface HandoffPath {
+  summary: string;
+  /** Why it cannot run on this machine; null where it can. */
+  missing(): string | null;
+  source: Memory;
+  target: Memory;
+  /** What decode's hand-off channel listens on. */
+  channel: 'unix' | 'tcp';
+  /** What the same bytes are moved by with nothing done to them. */
+  baseline: Baseline;
+  /** Beyond handshake and arena. */
+  sender?: Partial<HandoffEndpointOptions>;
+  receiver?: Partial<HandoffEndpointOptions>;
+}
+
+/** One process moves KV by itself (to a disk, say). */
+export interface LocalPath {
+  summary: string;
+  missing(): string | null;
+  run(what: BenchCase, options: { iterations: number; warmup: number; verify: boolean }): Promise<BenchRow[]>;
+}
+
+export type BenchPath = HandoffPath | LocalPath;
+
+const HOST: Memory = { kind: 'host' };
+const gpu = (index: number, sharing: 'descriptor' | 'ipc' = 'descriptor'): Memory => ({ kind: 'gpu', index, sharing });
+
+const always = () => null;
+const needsGpus = (count: number) => () => {
+  const { devices, reason } = native().probe().cuda;
+  if (devices.length >= count) return null;
+  return devices.length === 0 ? `it needs an NVIDIA GPU: ${reason ?? 'none was found'}` : `it needs ${count} GPUs, this machine has ${devices.length}`;
+};
+
+export const BENCH_PATHS: Record<string, BenchPath> = {
+  'same-gpu': { summary: 'two processes on one GPU, memory by VMM descriptors', missing: needsGpus(1), source: gpu(0), target: gpu(0), channel: 'unix', baseline: 'gpu-copy' },
+  'same-gpu-ipc': { summary: 'two processes on one GPU, memory by CUDA IPC', missing: needsGpus(1), source: gpu(0), target: gpu(0, 'ipc'), channel: 'unix', baseline: 'gpu-copy' },
+  'cuda-ipc': { summary: 'first GPU to last, memory by CUDA IPC', missing: needsGpus(2), source: gpu(0), target: gpu(-1, 'ipc'), channel: 'unix', baseline: 'gpu-copy' },
+  'cuda-fd': { summary: 'first GPU to last, memory by VMM descriptors', missing: needsGpus(2), source: gpu(0), target: gpu(-1), channel: 'unix', baseline: 'gpu-copy' },
+  pinned: { summary: "a GPU writes into decode's host memory", missing: needsGpus(1), source: gpu(0), target: HOST, channel: 'unix', baseline: 'gpu-copy' },
+  'pinned-to-gpu': { summary: "a GPU reads prefill's host memory", missing: needsGpus(1), source: HOST, target: gpu(0), channel: 'unix', baseline: 'gpu-copy' },
+  shm: { summary: 'host memory to host memory, mapped by both', missing: always, source: HOST, target: HOST, channel: 'unix', baseline: 'memcpy' },
+  tcp: { summary: 'host memory to host memory over TCP', missing: always, source: HOST, target: HOST, channel: 'tcp', baseline: 'sockets' },
+};
+
+export function benchPath(name: string): BenchPath {
+  const path = Object.hasOwn(BENCH_PATHS, name) ? BENCH_PATHS[name] : undefined;
+  if (!path) throw new TplaError('USAGE', `path "${name}" is none of ${Object.keys(BENCH_PATHS).join(', ')}`);
+  return path;
+}
+
+/** The path, where this machine has what it takes. Throws GPU_UNAVAILABLE or REQUEST_INVALID saying what is missing. */
+export function availablePath(name: string): BenchPath {
+  const path = benchPath(name);
+  const missing = path.missing();
+  if (missing !== null) throw new TplaError(missing.includes('GPU') ? 'GPU_UNAVAILABLE' : 'REQUEST_INVALID', `path ${name} cannot run here: ${missing}`);
+  return path;
+}
+
+/** Names of what can run here. */
+export function availablePaths(): string[] {
+  return Object.keys(BENCH_PATHS).filter((name) => BENCH_PATHS[name]!.missing() === null);
+}
+
+export function handoffPath(name: string): HandoffPath {
+  const path = availablePath(name);
+  if ('run' in path) throw new TplaError('REQUEST_INVALID', `path ${name} has no other end`);
+  return path;
+}
+
+export function newArena(memory: Memory, layout: KvLayout, pages: number): KvArena {
+  const addon = native();
+  if (memory.kind === 'host') return new addon.KvArena(layout, pages);
+  const device = memory.index < 0 ? addon.probe().cuda.devices.length + memory.index : memory.index;
+  return new addon.CudaKvArena(layout, pages, [device], memory.sharing);
+}

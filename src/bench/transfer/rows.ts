@@ -1,0 +1,131 @@
+/** Results: one object a row, and how rows become a table, CSV and a plot. */
+import { scatter } from '../../report/scatter.js';
+import { table } from '../../report/table.js';
+import type { TransferPath } from '../../transfer/types.js';
+import type { Baseline } from './baseline.js';
+import { pieces, type BenchCase } from './cases.js';
+import { median, summarise, type Latency } from './statistics.js';
+
+/** What a row is about: known before it is run. */
+export interface RowShape {
+  /** Name of the path that was set up. */
+  setup: string;
+  view: string;
+  tokens: number;
+  layers: number;
+  source_page_tokens: number;
+  target_page_tokens: number;
+  source_dtype: string;
+  target_dtype: string;
+  layers_per_push: number;
+  tokens_per_push: number;
+  piece_bytes: number;
+  pieces: number;
+}
+
+export interface BenchRow extends RowShape {
+  /** The path that the hand-off stated, or what copied plainly. */
+  path: TransferPath | `plain-${Baseline}` | 'nvme';
+  /** Put into decode's pages, and what travelled for it. */
+  bytes: number;
+  wire_bytes: number;
+  /** Bytes over the median time until the last of them is in place; GB is 1e9. */
+  gb_per_s: number;
+  single_copy_gb_per_s: number;
+  fraction_of_single_copy: number;
+  /** From the first push to decode's word that all is verified and accepted; one request at a time. */
+  latency_us: Latency;
+  /** Reserving pages and opening the session, before that. */
+  prepare_us: Latency;
+  /** Time of the calling thread to hand its pushes over. */
+  post_us: Latency;
+  /** From the first push until the last byte is in place. */
+  put_us: Latency;
+  iterations: number;
+  /** Decode's pages were compared with what they must hold. */
+  verified: boolean;
+}
+
+export interface HandoffSample {
+  path: TransferPath;
+  bytes: number;
+  wireBytes: number;
+  prepareUs: number;
+  postUs: number;
+  putUs: number;
+  latencyUs: number;
+}
+
+export function shapeOfRow(what: BenchCase): RowShape {
+  const { bytes, count } = pieces(what);
+  const { source, target, push } = what;
+  return {
+    setup: what.path, view: what.view, tokens: what.tokens, layers: source.layers,
+    source_page_tokens: source.pageTokens, target_page_tokens: target.pageTokens, source_dtype: source.dtype, target_dtype: target.dtype,
+    layers_per_push: push.layers, tokens_per_push: push.tokens, piece_bytes: bytes, pieces: count,
+  };
+}
+
+export function handoffRow(what: BenchCase, samples: HandoffSample[], copy: BenchRow, verified: boolean): BenchRow {
+  const { path, bytes, wireBytes } = samples[0]!;
+  const put = summarise(samples.map(({ putUs }) => putUs));
+  const rate = bytes / put.p50 / 1e3;
+  return {
+    path, ...shapeOfRow(what), bytes, wire_bytes: wireBytes,
+    gb_per_s: rate, single_copy_gb_per_s: copy.gb_per_s, fraction_of_single_copy: rate / copy.gb_per_s,
+    latency_us: summarise(samples.map(({ latencyUs }) => latencyUs)), prepare_us: summarise(samples.map(({ prepareUs }) => prepareUs)),
+    post_us: summarise(samples.map(({ postUs }) => postUs)), put_us: put, iterations: samples.length, verified,
+  };
+}
+
+/** The plain copy as a row of its own: one piece, nothing prepared. */
+export function plainRow(what: BenchCase, kind: Baseline, bytes: number, seconds: number[]): BenchRow {
+  const times = summarise(seconds.map((time) => time * 1e6));
+  const nothing = summarise(seconds.map(() => 0));
+  const rate = bytes / median(seconds) / 1e9;
+  return {
+    path: `plain-${kind}`, ...shapeOfRow(what), piece_bytes: bytes, pieces: 1, bytes, wire_bytes: bytes,
+    gb_per_s: rate, single_copy_gb_per_s: rate, fraction_of_single_copy: 1,
+    latency_us: times, prepare_us: nothing, post_us: nothing, put_us: times, iterations: seconds.length, verified: false,
+  };
+}
+
+export const isPlain = ({ path }: BenchRow) => path.startsWith('plain-');
+
+/** nixlbench's columns in its order, then what it has not. */
+const HEAD = [
+  'piece B', 'pieces', 'GB/s', 'avg µs', 'prep µs', 'prep p99', 'post µs', 'post p99', 'tx µs', 'tx p99',
+  'p50 µs', 'p99 µs', 'p99.9 µs', 'wire MB', 'path', 'view', 'tokens', 'pages', 'dtype', 'of one copy',
+];
+const TEXT_COLUMNS = new Set(['path', 'view', 'pages', 'dtype', 'of one copy']);
+
+export function tableOf(rows: BenchRow[]): string {
+  const us = (value: number) => value.toFixed(value < 100 ? 1 : 0);
+  return table(HEAD, rows.map((row) => [
+    row.piece_bytes, row.pieces, row.gb_per_s.toFixed(2), us(row.latency_us.avg), us(row.prepare_us.avg), us(row.prepare_us.p99),
+    us(row.post_us.avg), us(row.post_us.p99), us(row.put_us.avg), us(row.put_us.p99),
+    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), (row.wire_bytes / 1e6).toFixed(1), row.path, row.view, row.tokens,
+    `${row.source_page_tokens}→${row.target_page_tokens}`, row.source_dtype === row.target_dtype ? row.source_dtype : `${row.source_dtype}→${row.target_dtype}`,
+    isPlain(row) ? '' : `${(100 * row.fraction_of_single_copy).toFixed(0)} %`,
+  ]), HEAD.map((name) => (TEXT_COLUMNS.has(name) ? 'left' : 'right')));
+}
+
+export function toCsv(rows: BenchRow[]): string {
+  const records = rows.map(flatten);
+  const head = Object.keys(records[0] ?? {});
+  return `${[head, ...records.map((record) => head.map((name) => record[name]))].map((cells) => cells.join(',')).join('\n')}\n`;
+}
+
+/** `latency_us.p50` becomes the column `latency_us_p50`. */
+function flatten(row: BenchRow): Record<string, string | number | boolean> {
+  return Object.fromEntries(Object.entries(row).flatMap(([name, value]) =>
+    typeof value === 'object' ? Object.entries(value as Latency).map(([part, number]) => [`${name}_${part}`, number]) : [[name, value]]));
+}
+
+/** GB/s against piece size, a line for each path and view. */
+export function plotOf(rows: BenchRow[]): string {
+  const marks = rows.filter((row) => !isPlain(row)).map((row) => ({
+    x: row.piece_bytes / 1024, y: row.gb_per_s, series: `${row.setup}, ${row.view}`, label: `${row.path} ${row.view}, ${row.tokens} tokens, ${row.source_dtype} to ${row.target_dtype}`,
+  }));
+  return scatter(marks, { title: 'KV hand-off: bandwidth by piece size', xLabel: 'piece, KiB', yLabel: 'GB/s (1e9)', lines: [...new Set(marks.map(({ series }) => series))] });
+}
