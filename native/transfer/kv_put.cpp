@@ -8,6 +8,7 @@
 #include "core/error.h"
 #include "transfer/kv_checksum.h"
 #include "transfer/parallel.h"
+#include "transfer/prefetch.h"
 #include "transfer/reshard.h"
 #include "transfer/row_kernels.h"
 #include "transfer/row_mover.h"
@@ -18,6 +19,8 @@ namespace {
 
 // Below this a second thread costs more than it brings.
 constexpr size_t kBytesPerThread = 512 * 1024;
+// What a thread takes at a time: it knows the pages that it reads next, and a gate that shuts waits for no more than this.
+constexpr size_t kGrainBytes = 256 * 1024;
 // From here on written lines are of no use in this core's caches: the reader is another process, and there is more than L2 holds.
 constexpr size_t kStreamBytes = 4 << 20;
 
@@ -132,18 +135,29 @@ KvPutResult kv_put(const KvPut& put) {
 
   const RowMover mover(*put.src, put.dst->layout, result.bytes >= kStreamBytes);
   const std::vector<Run> runs = runs_of(put);
-  parallel_for(runs.size() * put.layers.size(), threads_for(result.bytes), [&](size_t unit) {
-    const GatedWrite write(put.pass);
+  const size_t units = runs.size() * put.layers.size();
+  const size_t grain = std::max<size_t>(1, kGrainBytes * units / std::max<size_t>(result.bytes, 1));
+  const auto rows_of = [&](size_t unit) {
     const Run& run = runs[unit % runs.size()];
-    const int layer = put.layers.begin + static_cast<int>(unit / runs.size());
-    std::byte* to[kMaxCopies];
-    uint64_t sums[kMaxCopies] = {};
-    for (size_t copy = 0; copy < copies; copy++) {
-      const int memory = put.dst->layout.form == KvForm::tpla ? static_cast<int>(copy) : run.dst.memory;
-      to[copy] = put.dst->row(memory, layer, run.dst.page, run.tokens.begin % put.dst->layout.page_tokens);
+    return RowMover::Rows{run.src, run.tokens, put.layers.begin + static_cast<int>(unit / runs.size())};
+  };
+  parallel_for((units + grain - 1) / grain, threads_for(result.bytes), [&](size_t part) {
+    const GatedWrite write(put.pass);
+    const size_t end = std::min(units, (part + 1) * grain);
+    for (size_t unit = part * grain; unit < end; unit++) {
+      const Run& run = runs[unit % runs.size()];
+      const RowMover::Rows rows = rows_of(unit);
+      const RowMover::Rows next = rows_of(std::min(unit + 1, end - 1));
+      std::byte* to[kMaxCopies];
+      uint64_t sums[kMaxCopies];
+      std::fill_n(sums, copies, 0);  // not all 64: a long string store costs as much as several rows
+      for (size_t copy = 0; copy < copies; copy++) {
+        const int memory = put.dst->layout.form == KvForm::tpla ? static_cast<int>(copy) : run.dst.memory;
+        to[copy] = put.dst->row(memory, rows.layer, run.dst.page, run.tokens.begin % put.dst->layout.page_tokens);
+      }
+      mover.move(rows, to, sums, unit + 1 < end ? &next : nullptr);
+      for (size_t copy = 0; copy < copies; copy++) std::atomic_ref(result.checksums[run.page * copies + copy]).fetch_add(sums[copy], std::memory_order_relaxed);
     }
-    mover.move(run.src, run.tokens, layer, to, sums);
-    for (size_t copy = 0; copy < copies; copy++) std::atomic_ref(result.checksums[run.page * copies + copy]).fetch_add(sums[copy], std::memory_order_relaxed);
     mover.fence();
   });
   return result;
@@ -167,7 +181,7 @@ std::vector<uint64_t> kv_checksum(const KvRegion& region, const PageTables& page
     uint64_t sum = 0;
     for (int token = std::max(tokens.begin, first); token < std::min(tokens.end, first + layout.page_tokens); token++) {
       const std::byte* row = region.row(layout.form == KvForm::tpla ? copy : place.memory, layer, place.page, token - first);
-      sum += row_value(kernels.hash(row, row_words, 0), copy, layer, token);
+      sum += row_value(kernels.hash(row, row_words, 0, row + kRowsAheadBytes), copy, layer, token);
     }
     std::atomic_ref(checksums[page * copies + copy]).fetch_add(sum, std::memory_order_relaxed);
   });

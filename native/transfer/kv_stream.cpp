@@ -526,7 +526,7 @@ bool StreamSender::Core::send_frame(Connection& connection, size_t& turn, Job& j
   for (int token = tokens.begin; token < tokens.end;) {
     const int end = std::min({tokens.end, (token / src.page_tokens + 1) * src.page_tokens, (token / dst.page_tokens + 1) * dst.page_tokens});
     uint64_t sums[kMaxCopies] = {};
-    job.mover.move(place_of(src, job.put.src_pages, token / src.page_tokens), {token, end}, layer, to, sums);
+    job.mover.move({place_of(src, job.put.src_pages, token / src.page_tokens), {token, end}, layer}, to, sums);
     for (int copy = 0; copy < copies; copy++) {
       const size_t entry = size_t(token / dst.page_tokens - first_page) * copies + copy;
       std::atomic_ref(job.result.checksums[entry]).fetch_add(sums[copy], std::memory_order_relaxed);

@@ -15,7 +15,7 @@ static_assert(sizeof(KeyTable::even_low) / sizeof(uint64_t) * 2 == kMaxRowWords)
 
 namespace {
 
-uint64_t hash(const std::byte* from, size_t words, size_t first) {
+uint64_t hash(const std::byte* from, size_t words, size_t first, const std::byte*) {
   const KeyTable& keys = checksum_keys();
   uint64_t sum = 0;
   for (size_t i = 0; i < words; i++) {
@@ -28,9 +28,9 @@ uint64_t hash(const std::byte* from, size_t words, size_t first) {
   return sum;
 }
 
-uint64_t copy(std::byte* to, const std::byte* from, size_t words, size_t first) {
+uint64_t copy(std::byte* to, const std::byte* from, size_t words, size_t first, const std::byte* ahead) {
   std::memcpy(to, from, words * 4);
-  return hash(from, words, first);
+  return hash(from, words, first, ahead);
 }
 
 void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }

@@ -7,12 +7,13 @@ namespace tpla {
 // Inner loops of the CPU transfer path, one table per instruction set. Bytes need no alignment; counts may be zero.
 struct RowKernels {
   const char* name;
-  // Row hash (kv_checksum.h) of `words` 32-bit words that stand at word `first` of their row.
-  uint64_t (*hash)(const std::byte* from, size_t words, size_t first);
+  // Row hash (kv_checksum.h) of `words` 32-bit words that stand at word `first` of their row. As many from `ahead` on are fetched meanwhile; any
+  // address will do.
+  uint64_t (*hash)(const std::byte* from, size_t words, size_t first, const std::byte* ahead);
   // The same while copying.
-  uint64_t (*copy)(std::byte* to, const std::byte* from, size_t words, size_t first);
+  uint64_t (*copy)(std::byte* to, const std::byte* from, size_t words, size_t first, const std::byte* ahead);
   // The same past the caches: for puts larger than they are. fence() before anyone else may look.
-  uint64_t (*stream)(std::byte* to, const std::byte* from, size_t words, size_t first);
+  uint64_t (*stream)(std::byte* to, const std::byte* from, size_t words, size_t first, const std::byte* ahead);
   void (*fence)();
 
   void (*bf16_to_f32)(const std::byte* from, size_t count, float* to);

@@ -5,6 +5,7 @@
 
 #include "core/kv_row.h"
 #include "transfer/kv_checksum.h"
+#include "transfer/prefetch.h"
 
 namespace tpla {
 
@@ -56,46 +57,72 @@ void encode_latent(const RowKernels& kernels, KvDType dtype, int width, const fl
 }  // namespace
 
 RowMover::RowMover(const KvRegion& src, const KvLayout& dst, bool streams)
-    : region_(src), src_(src.layout), dst_(dst), plans_(plan_reshard(src.layout, dst)), kernels_(row_kernels()),
+    : region_(src), src_(src.layout), dst_(dst), plans_(plan_reshard(src.layout, dst)),
+      is_copy_(std::all_of(plans_.begin(), plans_.end(), [](const RowPlan& plan) { return plan.is_copy; })),
+      rows_ahead_(static_cast<int>((kRowsAheadBytes + src_.row_bytes() - 1) / src_.row_bytes())), kernels_(row_kernels()),
       write_(streams ? kernels_.stream : kernels_.copy) {}
 
-void RowMover::move(PagePlace from, Range tokens, int layer, std::byte* const* to, uint64_t* sums) const {
-  // Copies inside: what they share of a source row is read while it is in the nearest cache.
-  for (int token = tokens.begin; token < tokens.end; token++) {
-    const size_t offset = size_t(token - tokens.begin) * dst_.row_bytes();
-    for (int copy = 0; copy < copies(); copy++) {
-      const RowPlan& plan = plans_[copy];
-      const uint64_t row_hash = plan.is_copy ? copy_row(plan, from, layer, token, to[copy] + offset) : convert_row(plan, from, layer, token, to[copy] + offset);
-      sums[copy] += row_value(row_hash, copy, layer, token);
+void RowMover::move(const Rows& rows, std::byte* const* to, uint64_t* sums, const Rows* next) const {
+  if (is_copy_) return copy_rows(rows, next, to, sums);
+  for (int token = rows.tokens.begin; token < rows.tokens.end; token++) {
+    const size_t offset = size_t(token - rows.tokens.begin) * dst_.row_bytes();
+    for (int copy = 0; copy < copies(); copy++) sums[copy] += row_value(convert_row(plans_[copy], rows, token, to[copy] + offset), copy, rows.layer, token);
+  }
+}
+
+const std::byte* RowMover::first_row(const Rows& rows, int memory) const {
+  return region_.row(memory == kHolder ? rows.from.memory : memory, rows.layer, rows.from.page, rows.tokens.begin % src_.page_tokens);
+}
+
+void RowMover::copy_rows(const Rows& rows, const Rows* next, std::byte* const* to, uint64_t* sums) const {
+  // Where a segment of the first row is, and of the first row to come.
+  struct Track {
+    const ByteSegment* segment;
+    int copy;
+    const std::byte* at;
+    const std::byte* next;
+  };
+  thread_local std::vector<Track> tracks;
+  tracks.clear();
+  for (int copy = 0; copy < copies(); copy++) {
+    for (const ByteSegment& segment : plans_[copy].segments) {
+      const std::byte* at = first_row(rows, segment.src_memory) + segment.src_offset;
+      tracks.push_back({&segment, copy, at, next == nullptr ? at : first_row(*next, segment.src_memory) + segment.src_offset});
+    }
+  }
+  const int count = rows.tokens.size();
+  const int coming = next == nullptr ? 0 : next->tokens.size();
+  const size_t src_bytes = src_.row_bytes();
+  const size_t dst_bytes = dst_.row_bytes();
+  for (int row = 0; row < count; row++) {
+    const int ahead = row + rows_ahead_;
+    // Copies inside: what they share of a source row is read while it is in the nearest cache.
+    for (auto track = tracks.begin(); track != tracks.end();) {
+      const int copy = track->copy;
+      uint64_t row_hash = 0;
+      for (; track != tracks.end() && track->copy == copy; ++track) {
+        const ByteSegment& segment = *track->segment;
+        const std::byte* soon = ahead < count ? track->at + ahead * src_bytes : ahead - count < coming ? track->next + (ahead - count) * src_bytes : track->at;
+        row_hash += write_(to[copy] + row * dst_bytes + segment.dst_offset, track->at + row * src_bytes, segment.bytes / 4, segment.dst_offset / 4, soon);
+      }
+      sums[copy] += row_value(row_hash, copy, rows.layer, rows.tokens.begin + row);
     }
   }
 }
 
-const std::byte* RowMover::src_row(PagePlace from, int memory, int layer, int token) const {
-  return region_.row(memory == kHolder ? from.memory : memory, layer, from.page, token % src_.page_tokens);
-}
-
-uint64_t RowMover::copy_row(const RowPlan& plan, PagePlace from, int layer, int token, std::byte* to) const {
-  uint64_t row_hash = 0;
-  for (const ByteSegment& segment : plan.segments) {
-    const std::byte* at = src_row(from, segment.src_memory, layer, token) + segment.src_offset;
-    row_hash += write_(to + segment.dst_offset, at, segment.bytes / 4, segment.dst_offset / 4);
-  }
-  return row_hash;
-}
-
-uint64_t RowMover::convert_row(const RowPlan& plan, PagePlace from, int layer, int token, std::byte* to) const {
+uint64_t RowMover::convert_row(const RowPlan& plan, const Rows& rows, int token, std::byte* to) const {
   thread_local std::vector<float> values;
   thread_local std::vector<std::byte> row;
   values.resize(size_t(dst_.width()) + dst_.rope);
   row.resize(dst_.row_bytes());
+  const size_t offset = size_t(token - rows.tokens.begin) * src_.row_bytes();
   for (const LatentPiece& piece : plan.pieces) {
-    decode_latent(kernels_, src_.dtype, src_.width(), src_row(from, piece.src_memory, layer, token), {piece.src_column, piece.src_column + piece.columns},
+    decode_latent(kernels_, src_.dtype, src_.width(), first_row(rows, piece.src_memory) + offset, {piece.src_column, piece.src_column + piece.columns},
                   values.data() + piece.dst_column);
   }
   encode_latent(kernels_, dst_.dtype, dst_.width(), values.data(), row.data());
-  convert_rope(src_row(from, plan.rope_memory, layer, token) + rope_offset(src_), row.data() + rope_offset(dst_), values.data());
-  return write_(to, row.data(), row.size() / 4, 0);
+  convert_rope(first_row(rows, plan.rope_memory) + offset + rope_offset(src_), row.data() + rope_offset(dst_), values.data());
+  return write_(to, row.data(), row.size() / 4, 0, row.data());
 }
 
 // The rope key is fp32 with fp32 latents and bf16 else.

@@ -20,23 +20,32 @@ class RowMover {
   // Copies of a row at the destination.
   int copies() const { return static_cast<int>(plans_.size()); }
 
-  // Moves tokens of one layer, which stand in the source page `from`: for each copy to `to[copy]`, one row after another. Adds their share
-  // of the checksum to `sums[copy]`.
-  void move(PagePlace from, Range tokens, int layer, std::byte* const* to, uint64_t* sums) const;
+  // Rows that stand together in one page of the source.
+  struct Rows {
+    PagePlace from;
+    Range tokens;
+    int layer;
+  };
+
+  // Moves rows: for each copy to `to[copy]`, one after another. Adds their share of the checksum to `sums[copy]`. `next` is what comes after
+  // them, if that is known: its first rows are fetched meanwhile.
+  void move(const Rows& rows, std::byte* const* to, uint64_t* sums, const Rows* next = nullptr) const;
   void fence() const { kernels_.fence(); }
 
  private:
-  const std::byte* src_row(PagePlace from, int memory, int layer, int token) const;
-  uint64_t copy_row(const RowPlan& plan, PagePlace from, int layer, int token, std::byte* to) const;
-  uint64_t convert_row(const RowPlan& plan, PagePlace from, int layer, int token, std::byte* to) const;
+  const std::byte* first_row(const Rows& rows, int memory) const;
+  void copy_rows(const Rows& rows, const Rows* next, std::byte* const* to, uint64_t* sums) const;
+  uint64_t convert_row(const RowPlan& plan, const Rows& rows, int token, std::byte* to) const;
   void convert_rope(const std::byte* from, std::byte* to, float* values) const;
 
   const KvRegion& region_;
   const KvLayout src_;
   const KvLayout dst_;
   const std::vector<RowPlan> plans_;
+  const bool is_copy_;
+  const int rows_ahead_;
   const RowKernels& kernels_;
-  uint64_t (*const write_)(std::byte*, const std::byte*, size_t, size_t);
+  uint64_t (*const write_)(std::byte*, const std::byte*, size_t, size_t, const std::byte*);
 };
 
 }  // namespace tpla

@@ -1,0 +1,12 @@
+#pragma once
+#include <cstddef>
+
+namespace tpla {
+
+// Source rows are asked for twice: into the second-level cache about kRowsAheadBytes before they are due, where many requests can wait, and
+// into the first just before. Hardware prefetch stops at 4 KiB pages; with either alone a core moves a tenth less. One line is asked for with
+// each line that is moved: a whole row at once fills the core's line buffers and stalls it.
+inline constexpr size_t kRowsAheadBytes = 5 * 1024;
+inline constexpr size_t kLineAheadBytes = 768;
+
+}  // namespace tpla
