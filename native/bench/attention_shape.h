@@ -12,6 +12,7 @@ namespace tpla::bench {
 
 enum class KernelPath { automatic, sm90, sm80 };
 enum class KvType { bf16, fp8, f32 };
+enum class KvOrder { nhd, hnd };  // of a page: [token][KV head][value] or [KV head][token][value]
 
 // What decode does to its logits beside scaling them; see cuda/attention.h.
 struct LogitVariantShape {
@@ -50,6 +51,7 @@ struct GqaShape {
   int head_dim = 128;
   int page_tokens = 64;
   int page_gap_bytes = 0;
+  KvOrder layout = KvOrder::nhd;
   bool causal = true;
   float query_scale = 1;
   LogitVariantShape variants;

@@ -89,6 +89,42 @@ size_t mla_decode_workspace_bytes(const MlaDecode& call);
 // One kernel launch, capturable into a graph; lengths and tables are read on the device at each replay.
 void mla_decode(const MlaDecode& call, Stream stream);
 
+// Decode with ordinary keys and values (GQA, MQA, MHA): query head h reads KV head h / (heads / kv_heads), otherwise as MlaDecode:
+//   logit_t = scale · q_h · k_t,   out = sum_t softmax(logit)_t · v_t
+// Keys and values lie in pages that one block table names. Strides are bytes and the same for both, so that pages may be
+// [token][KV head][head_dim] or [KV head][token][head_dim], with keys and values apart or in one page.
+struct GqaDecode {
+  const void* q = nullptr;                 // bf16 [query tokens of the batch, heads, head_dim]
+  const void* k = nullptr;                 // bf16, first token and KV head of page 0
+  const void* v = nullptr;
+  const int32_t* block_table = nullptr;    // [batch, block_table_stride], page numbers
+  const int32_t* kv_lens = nullptr;        // [batch], including the query tokens; 0 gives zeros and lse = -inf
+  const int32_t* q_indptr = nullptr;       // [batch + 1] offsets of query tokens; null: q_tokens for each sequence
+  void* out = nullptr;                     // bf16 [query tokens of the batch, heads, head_dim]
+  float* lse = nullptr;                    // [query tokens of the batch, heads], natural logarithm; may be null
+  float softmax_scale = 1.0f;
+  int batch = 0;
+  int heads = 0;                           // query heads, a multiple of kv_heads
+  int kv_heads = 0;
+  int head_dim = 128;                      // 64 or 128
+  int q_tokens = 1;                        // per sequence; with q_indptr the largest of them
+  int page_size = 64;                      // tokens, a multiple of 16
+  int64_t page_stride = 0;                 // bytes, multiples of 16; 0: dense [page][token][KV head][head_dim]
+  int64_t token_stride = 0;
+  int64_t head_stride = 0;
+  int block_table_stride = 0;
+  bool causal = true;
+  LogitVariants variants;
+  AttentionPath path = AttentionPath::automatic;
+  void* workspace = nullptr;               // gqa_decode_workspace_bytes(); zeroed once after allocation; one launch at a time may use it
+  size_t workspace_bytes = 0;
+};
+
+size_t gqa_decode_workspace_bytes(const GqaDecode& call);
+
+// One kernel launch, capturable into a graph; lengths and tables are read on the device at each replay.
+void gqa_decode(const GqaDecode& call, Stream stream);
+
 // Un-absorbed prefill of one or more sequences: query i of a sequence of q_len queries and kv_len keys sees keys
 // j < kv_len, or with `causal` j <= kv_len - q_len + i (a chunk at the end of its cached prefix).
 struct MlaPrefill {

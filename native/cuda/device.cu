@@ -1,5 +1,6 @@
 #include "device.h"
 
+#include <map>
 #include <mutex>
 #include <set>
 #include <string>
@@ -47,17 +48,31 @@ CUtensorMap encode_tensor_map_4d(const void* base, std::array<uint64_t, 4> sizes
   return map;
 }
 
-void launch_cooperative(const void* function, int blocks, int threads, int shared_bytes, void** parameters, Stream stream) {
+void prepare_kernel(const void* function, int shared_bytes) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> prepared;
-  {
-    int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (prepared.insert({device, function}).second) {
-      check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "cudaFuncSetAttribute");
-    }
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (prepared.insert({device, function}).second) {
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "cudaFuncSetAttribute");
   }
+}
+
+int resident_blocks(const void* function, int threads, int shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> known;
+  prepare_kernel(function, shared_bytes);
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& blocks = known[{device, function}];
+  if (blocks == 0) check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared_bytes), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return blocks;
+}
+
+void launch_cooperative(const void* function, int blocks, int threads, int shared_bytes, void** parameters, Stream stream) {
+  prepare_kernel(function, shared_bytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;

@@ -48,6 +48,14 @@ struct MlaDecodeArgs {
   float2* partial_sum;  // [block][2][rows of the tile]: running maximum (log2 units), sum
   int* arrivals;        // [block], zero between launches
   LogitArgs logits;     // behind everything the plain kernels read
+
+#if defined(__CUDACC__)
+  // The schedule hands out items: what has keys of its own. Here that is a sequence.
+  __device__ int sequence_of(int item) const { return item; }
+  __device__ int first_head(int) const { return 0; }
+  // Row row0 + i + j of an item -> row of out and lse.
+  __device__ int64_t out_row(int, int q_begin, int row0, int i = 0, int j = 0) const { return static_cast<int64_t>(q_begin) * heads + row0 + i + j; }
+#endif
 };
 
 }  // namespace tpla::cuda

@@ -26,8 +26,8 @@ __device__ __forceinline__ void publish_part(int* arrivals) {
 
 // Reduces this block's share of one split sequence: kThreads threads, numbered `thread`, that meet at `barrier()`.
 // scratch: shared memory, 16-byte aligned, (kBlockRows + 2 · participants + 2) · 8 + kThreads · 16 bytes.
-template <int kLatent, int kThreads, int kBlockRows, int kOverhead, class Logits, class Barrier>
-__device__ void combine_parts(const MlaDecodeArgs& args, const DecodeSchedule<kBlockRows, kOverhead, Logits>& schedule, const DecodePiece& piece,
+template <int kLatent, int kThreads, int kBlockRows, int kOverhead, class Logits, class Args, class Barrier>
+__device__ void combine_parts(const Args& args, const DecodeSchedule<kBlockRows, kOverhead, Logits, Args>& schedule, const DecodePiece& piece,
                               void* scratch, int thread, Barrier barrier) {
   const int parts = piece.participants;
   const int row0 = schedule.row_tile * kBlockRows;
@@ -70,7 +70,7 @@ __device__ void combine_parts(const MlaDecodeArgs& args, const DecodeSchedule<kB
     for (int i = lane; i < parts; i += 32) of_row[i].x *= inverse;
     const bool owns_row = (first_row + row) * kVectorsPerRow >= begin;  // the share in which the row begins
     if (args.lse && lane == 0 && owns_row) {
-      args.lse[static_cast<int64_t>(piece.q_begin) * args.heads + row0 + first_row + row] =
+      args.lse[args.out_row(piece.sequence, piece.q_begin, row0, first_row, row)] =
           sum > 0.0f ? (reference + log2f(sum)) * 0.6931471805599453f : -INFINITY;
     }
   }
@@ -88,7 +88,7 @@ __device__ void combine_parts(const MlaDecodeArgs& args, const DecodeSchedule<kB
   };
   const auto store = [&](int vector, const float4& total) {
     const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(total.x, total.y), __floats2bfloat162_rn(total.z, total.w)};
-    const int64_t row = static_cast<int64_t>(piece.q_begin) * args.heads + row0 + vector / kVectorsPerRow;
+    const int64_t row = args.out_row(piece.sequence, piece.q_begin, row0, vector / kVectorsPerRow);
     reinterpret_cast<uint2*>(args.out)[row * kVectorsPerRow + vector % kVectorsPerRow] = *reinterpret_cast<const uint2*>(pairs);
   };
 

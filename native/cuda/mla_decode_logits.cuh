@@ -28,10 +28,13 @@ struct DecodePiece {
 struct PlainLogits {
   static constexpr bool kPlain = true;
 
-  __device__ PlainLogits(const MlaDecodeArgs&, const DecodePiece&) {}
+  template <class Args>
+  __device__ PlainLogits(const Args&, const DecodePiece&) {}
 
-  __device__ static int tokens(const MlaDecodeArgs& args, int sequence) { return args.kv_lens[sequence]; }
-  __device__ static float scale(const MlaDecodeArgs& args) { return args.softmax_scale_log2; }
+  template <class Args>
+  __device__ static int tokens(const Args& args, int item) { return args.kv_lens[args.sequence_of(item)]; }
+  template <class Args>
+  __device__ static float scale(const Args& args) { return args.softmax_scale_log2; }
 
   __device__ int position(int place) const { return place; }
   __device__ static constexpr int hidden_places() { return 0; }
@@ -49,46 +52,57 @@ class VariantLogits {
     float slope;  // log2 units a token
   };
 
-  __device__ VariantLogits(const MlaDecodeArgs& args, const DecodePiece& piece)
-      : args_(args), piece_(piece), list_(list_of(args, piece.sequence)), kv_len_(args.kv_lens[piece.sequence]), origin_(visible(args, piece.sequence).origin) {}
+  template <class Args>
+  __device__ VariantLogits(const Args& args, const DecodePiece& piece)
+      : logits_(args.logits),
+        piece_(piece),
+        heads_(args.heads),
+        causal_(args.causal),
+        scale_(args.softmax_scale_log2),
+        kv_len_(args.kv_lens[args.sequence_of(piece.sequence)]),
+        list_(list_of(args, args.sequence_of(piece.sequence))),
+        slopes_(args.logits.slopes ? args.logits.slopes + args.first_head(piece.sequence) : nullptr),
+        origin_(visible(args, args.sequence_of(piece.sequence)).origin) {}
 
-  __device__ static int tokens(const MlaDecodeArgs& args, int sequence) { return visible(args, sequence).tokens; }
+  template <class Args>
+  __device__ static int tokens(const Args& args, int item) { return visible(args, args.sequence_of(item)).tokens; }
 
   // apply() leaves logits in log2 units.
-  __device__ static float scale(const MlaDecodeArgs&) { return 1.0f; }
+  template <class Args>
+  __device__ static float scale(const Args&) { return 1.0f; }
 
   // Position in the sequence; kNowhere behind the last place.
   __device__ int position(int place) const {
     if (place >= piece_.kv_len) return kNowhere;
     const int index = origin_ + place;
-    return list_ ? list_[index / args_.logits.mask_block] * args_.logits.mask_block + index % args_.logits.mask_block : index;
+    return list_ ? list_[index / logits_.mask_block] * logits_.mask_block + index % logits_.mask_block : index;
   }
 
   // Places at the start that are loaded only because a box is loaded whole; what they hold may be anything.
-  __device__ int hidden_places() const { return piece_.kv_len > 0 ? max(first_seen(args_, piece_.sequence, kv_len_) - position(0), 0) : 0; }
+  __device__ int hidden_places() const { return piece_.kv_len > 0 ? max(first_seen(logits_, piece_.q_tokens, kv_len_) - position(0), 0) : 0; }
 
   // Row of the sequence.
   __device__ Row row(int row) const {
     constexpr float kLog2E = 1.4426950408889634f;
     Row result;
-    result.position = kv_len_ - piece_.q_tokens + row / args_.heads;
-    result.last = args_.causal ? result.position : kv_len_ - 1;
-    result.span = result.last - result.position + args_.logits.window;
-    result.slope = args_.logits.slopes ? args_.logits.slopes[row % args_.heads] * kLog2E : 0.0f;
+    result.position = kv_len_ - piece_.q_tokens + row / heads_;
+    result.last = causal_ ? result.position : kv_len_ - 1;
+    result.span = result.last - result.position + logits_.window;
+    result.slope = slopes_ ? slopes_[row % heads_] * kLog2E : 0.0f;
     return result;
   }
 
   // Products q · k -> logits in log2 units, -inf where the row does not see the token. position_of(i) and row_of(i): of value i.
   template <int kCount, class PositionOf, class RowOf>
   __device__ __forceinline__ void apply(float (&logits)[kCount], PositionOf position_of, RowOf row_of) const {
-    if (args_.logits.softcap_out > 0.0f) {
+    if (logits_.softcap_out > 0.0f) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) logits[i] = softcap(logits[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) logits[i] *= args_.softmax_scale_log2;
+      for (int i = 0; i < kCount; ++i) logits[i] *= scale_;
     }
-    if (args_.logits.slopes) {
+    if (slopes_) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) logits[i] -= row_of(i).slope * fabsf(static_cast<float>(row_of(i).position - position_of(i)));
     }
@@ -106,15 +120,13 @@ class VariantLogits {
     int tokens;
   };
 
-  __device__ static const int32_t* list_of(const MlaDecodeArgs& args, int sequence) {
+  template <class Args>
+  __device__ static const int32_t* list_of(const Args& args, int sequence) {
     return args.logits.block_list ? args.logits.block_list + static_cast<int64_t>(sequence) * args.logits.block_list_stride : nullptr;
   }
 
   // First position that the first query, and so any query, sees.
-  __device__ static int first_seen(const MlaDecodeArgs& args, int sequence, int kv_len) {
-    const int q_tokens = args.q_indptr ? args.q_indptr[sequence + 1] - args.q_indptr[sequence] : args.q_tokens;
-    return max(kv_len - q_tokens + 1 - args.logits.window, 0);
-  }
+  __device__ static int first_seen(const LogitArgs& logits, int q_tokens, int kv_len) { return max(kv_len - q_tokens + 1 - logits.window, 0); }
 
   // First entry of an ascending list that is not less than `block`.
   __device__ static int lower_bound(const int32_t* list, int count, int block) {
@@ -131,9 +143,10 @@ class VariantLogits {
     return low;
   }
 
-  __device__ static Visible visible(const MlaDecodeArgs& args, int sequence) {
+  template <class Args>
+  __device__ static Visible visible(const Args& args, int sequence) {
     const int kv_len = args.kv_lens[sequence];
-    const int begin = first_seen(args, sequence, kv_len);
+    const int begin = first_seen(args.logits, args.q_indptr ? args.q_indptr[sequence + 1] - args.q_indptr[sequence] : args.q_tokens, kv_len);
     const int in_boxes = -args.box_tokens;  // a power of two: the mask that rounds down to whole boxes
     const int32_t* list = list_of(args, sequence);
     if (!list) return {begin & in_boxes, kv_len - (begin & in_boxes)};
@@ -152,14 +165,18 @@ class VariantLogits {
   // softcap · tanh(scale · product / softcap), in log2 units; tanh(x) = 1 - 2 / (1 + e^2x).
   __device__ float softcap(float product) const {
     float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(product * args_.logits.softcap_in));
-    return args_.logits.softcap_out * (1.0f - __fdividef(2.0f, 1.0f + power));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(product * logits_.softcap_in));
+    return logits_.softcap_out * (1.0f - __fdividef(2.0f, 1.0f + power));
   }
 
-  const MlaDecodeArgs& args_;
+  const LogitArgs& logits_;
   const DecodePiece& piece_;
+  int heads_;
+  int causal_;
+  float scale_;  // softmax scale · log2(e)
+  int kv_len_;   // positions of the sequence
   const int32_t* list_;
-  int kv_len_;  // positions of the sequence
+  const float* slopes_;  // of the item's heads
   int origin_;
 };
 

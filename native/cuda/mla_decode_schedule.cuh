@@ -23,18 +23,18 @@ struct DecodeShare {
 };
 
 // Logits says which tokens of a sequence there are at all: what a window or a block mask hides is not scheduled.
-template <int kBlockRows, int kOverhead, class Logits = PlainLogits>
+template <int kBlockRows, int kOverhead, class Logits = PlainLogits, class Args = MlaDecodeArgs>
 struct DecodeSchedule {
   static constexpr int kMinUnits = 2;
 
-  const MlaDecodeArgs& args;
+  const Args& args;
   int row_tile;
   int slot;
 
-  __device__ explicit DecodeSchedule(const MlaDecodeArgs& a) : args(a), row_tile(blockIdx.x % a.row_tiles), slot(blockIdx.x / a.row_tiles) {}
+  __device__ explicit DecodeSchedule(const Args& a) : args(a), row_tile(blockIdx.x % a.row_tiles), slot(blockIdx.x / a.row_tiles) {}
 
   __device__ int query_tokens(int sequence) const {
-    return args.q_indptr ? args.q_indptr[sequence + 1] - args.q_indptr[sequence] : args.q_tokens;
+    return args.q_indptr ? args.q_indptr[args.sequence_of(sequence) + 1] - args.q_indptr[args.sequence_of(sequence)] : args.q_tokens;
   }
 
   __device__ int tiles(int sequence) const { return (Logits::tokens(args, sequence) + kTokenTile - 1) / kTokenTile; }
@@ -155,7 +155,7 @@ struct DecodeSchedule {
   __device__ void describe(int sequence, DecodePiece& piece) const {
     piece.sequence = sequence;
     piece.kv_len = Logits::tokens(args, sequence);
-    piece.q_begin = args.q_indptr ? args.q_indptr[sequence] : sequence * args.q_tokens;
+    piece.q_begin = args.q_indptr ? args.q_indptr[args.sequence_of(sequence)] : args.sequence_of(sequence) * args.q_tokens;
     piece.q_tokens = query_tokens(sequence);
     piece.rows = piece.q_tokens * args.heads;
   }

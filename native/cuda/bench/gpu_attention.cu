@@ -6,6 +6,7 @@
 #include "cuda/attention.h"
 #include "cuda/bench/gpu.h"
 #include "cuda/bench/gpu_decode.h"
+#include "cuda/bench/gpu_gqa.h"
 #include "cuda/bench/gpu_prefill.h"
 #include "cuda/bench/gpu_rates.h"
 
@@ -25,6 +26,7 @@ auto with_gpu(int device, Body&& body) {
 }
 
 std::unique_ptr<GpuProblem> make_problem(const DecodeShape& shape, const RunOptions& options) { return make_gpu_decode(shape, options.seed, options.runs > 0); }
+std::unique_ptr<GpuProblem> make_problem(const GqaShape& shape, const RunOptions& options) { return make_gpu_gqa(shape, options.seed, options.runs > 0); }
 std::unique_ptr<GpuProblem> make_problem(const PrefillShape& shape, const RunOptions& options) { return make_gpu_prefill(shape, options.seed, options.runs > 0); }
 
 template <class Shape>
@@ -63,11 +65,16 @@ std::string plan_on_gpu(int device, const DecodeShape& shape) {
   return with_gpu(device, [&] { return gpu_kernel_for(shape); });
 }
 
+std::string plan_on_gpu(int device, const GqaShape& shape) {
+  return with_gpu(device, [&] { return gpu_kernel_for(shape); });
+}
+
 std::string plan_on_gpu(int device, const PrefillShape& shape) {
   return with_gpu(device, [&] { return gpu_kernel_for(shape); });
 }
 
 Outcome run_on_gpu(int device, const DecodeShape& shape, const RunOptions& options) { return run(device, shape, options); }
+Outcome run_on_gpu(int device, const GqaShape& shape, const RunOptions& options) { return run(device, shape, options); }
 Outcome run_on_gpu(int device, const PrefillShape& shape, const RunOptions& options) { return run(device, shape, options); }
 
 }  // namespace tpla::bench

@@ -24,9 +24,11 @@ Rates measure_gpu(int device);
 
 // Kernel family that would run.
 std::string plan_on_gpu(int device, const DecodeShape& shape);
+std::string plan_on_gpu(int device, const GqaShape& shape);
 std::string plan_on_gpu(int device, const PrefillShape& shape);
 
 Outcome run_on_gpu(int device, const DecodeShape& shape, const RunOptions& options);
+Outcome run_on_gpu(int device, const GqaShape& shape, const RunOptions& options);
 Outcome run_on_gpu(int device, const PrefillShape& shape, const RunOptions& options);
 
 }  // namespace tpla::bench

@@ -1,7 +1,9 @@
 // Checks the attention kernels on this machine's GPU without Node: for compute-sanitizer, ncu and cuda-gdb.
 //   attention_test decode COUNT SEED [sm80]    random shapes against float64, ten launches each
 //   attention_test variants COUNT SEED [sm80]  the same with softcap, window, ALiBi and block masks
+//   attention_test gqa COUNT SEED              keys and values of their own; every second shape with variants
 //   attention_test prefill COUNT SEED
+//   attention_test time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]]
 //   attention_test time LATENT BATCH HEADS QTOKENS LEN[;LEN...] [PAGE]
 #include <cstdio>
 #include <cstdlib>
@@ -68,6 +70,25 @@ static DecodeShape random_variant_decode(unsigned seed, KernelPath path) {
   return shape;
 }
 
+static GqaShape random_gqa(unsigned seed) {
+  std::mt19937 random(seed * 31 + 5);
+  const DecodeShape like = random_decode(seed, KernelPath::automatic);
+  const int groups[] = {1, 1, 2, 3, 4, 7, 8, 8, 12, 16, 32, 70}, kv_heads[] = {1, 1, 2, 3, 8};
+  GqaShape shape;
+  shape.kv_lens = like.kv_lens;
+  shape.q_lens = like.q_lens;
+  shape.page_tokens = like.page_tokens;
+  shape.causal = like.causal;
+  shape.query_scale = like.query_scale;
+  shape.head_dim = random() % 2 ? 64 : 128;
+  shape.kv_heads = kv_heads[random() % 5];
+  shape.heads = shape.kv_heads * groups[random() % 12];
+  shape.layout = random() % 2 ? KvOrder::nhd : KvOrder::hnd;
+  shape.page_gap_bytes = random() % 3 == 0 ? 16 * static_cast<int>(random() % 50) : 0;
+  if (seed % 2) shape.variants = random_variants(seed, shape.kv_lens);
+  return shape;
+}
+
 static PrefillShape random_prefill(unsigned seed) {
   std::mt19937 random(seed);
   PrefillShape shape;
@@ -108,22 +129,39 @@ static int time_shape(int argc, char** argv) {
   return 0;
 }
 
+static int time_gqa(int argc, char** argv) {
+  GqaShape shape;
+  shape.head_dim = std::atoi(argv[2]);
+  shape.kv_lens.assign(std::atoi(argv[3]), std::atoi(argv[7]));
+  shape.heads = std::atoi(argv[4]);
+  shape.kv_heads = std::atoi(argv[5]);
+  shape.q_lens.assign(shape.kv_lens.size(), std::atoi(argv[6]));
+  if (argc > 8) shape.page_tokens = std::atoi(argv[8]);
+  if (argc > 9) shape.layout = std::string(argv[9]) == "hnd" ? KvOrder::hnd : KvOrder::nhd;
+  const Timing timing = *run_on_gpu(0, shape, {1, 0, false, 10}).timing;
+  const double bytes = 4.0 * shape.kv_heads * shape.head_dim * static_cast<double>(shape.kv_lens.size()) * shape.kv_lens[0];
+  std::printf("%.4f ms, from %.4f to %.4f, %.0f GB/s\n", timing.median_ms, timing.min_ms, timing.max_ms, bytes / timing.median_ms / 1e6);
+  return 0;
+}
+
 static int run(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
-  if ((mode == "decode" || mode == "variants" || mode == "prefill") && argc >= 4) {
+  if ((mode == "decode" || mode == "variants" || mode == "gqa" || mode == "prefill") && argc >= 4) {
     const int count = std::atoi(argv[2]), first = std::atoi(argv[3]);
     const KernelPath path = argc > 4 && std::string(argv[4]) == "sm80" ? KernelPath::sm80 : KernelPath::automatic;
     int failures = 0;
     for (int seed = first; seed < first + count; ++seed) {
       if (mode == "decode") failures += !right(random_decode(seed, path), seed);
       else if (mode == "variants") failures += !right(random_variant_decode(seed, path), seed);
+      else if (mode == "gqa") failures += !right(random_gqa(seed), seed);
       else failures += !right(random_prefill(seed), seed);
     }
     std::printf("%d of %d shapes failed\n", failures, count);
     return failures != 0;
   }
+  if (mode == "time-gqa" && argc >= 8) return time_gqa(argc, argv);
   if (mode == "time" && argc >= 7) return time_shape(argc, argv);
-  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] | prefill COUNT SEED | time LATENT BATCH HEADS QTOKENS LENS [PAGE]\n");
+  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] | gqa|prefill COUNT SEED | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [PAGE]\n");
   return 2;
 }
 
