@@ -15,11 +15,12 @@ namespace tpla::addon {
 namespace {
 
 using bench::DecodeShape;
+using bench::GqaShape;
 using bench::Outcome;
 using bench::PrefillShape;
 using bench::RunOptions;
 
-using Shape = std::variant<DecodeShape, PrefillShape>;
+using Shape = std::variant<DecodeShape, GqaShape, PrefillShape>;
 
 constexpr int kMostTokens = 1 << 24;  // of one sequence
 
@@ -84,6 +85,54 @@ void parse_common(const Napi::Object& object, Problem& shape) {
   shape.path = one_of<KernelPath>(object.Get("path"), "path", {{"auto", KernelPath::automatic}, {"sm90", KernelPath::sm90}, {"sm80", KernelPath::sm80}});
 }
 
+// Lists of visible blocks lie one after another, as many as maskCounts says for each sequence.
+void parse_block_mask(const Napi::Object& object, size_t sequences, bench::LogitVariantShape& variants) {
+  const std::vector<int32_t> counts = to_int32s(object.Get("maskCounts"), "variants.maskCounts");
+  const std::vector<int32_t> blocks = to_int32s(object.Get("maskBlocks"), "variants.maskBlocks");
+  if (counts.size() != sequences) refuse("variants.maskCounts", "as many counts as kvLens has lengths");
+  auto next = blocks.begin();
+  for (const int32_t count : counts) {
+    if (count < 0 || count > blocks.end() - next) refuse("variants.maskBlocks", "as many blocks as maskCounts says");
+    variants.blocks.emplace_back(next, next + count);
+    const std::vector<int32_t>& list = variants.blocks.back();
+    for (size_t i = 0; i < list.size(); ++i) {
+      if (list[i] < 0 || (i > 0 && list[i] <= list[i - 1])) refuse("variants.maskBlocks", "block numbers from 0 in ascending order");
+    }
+    next += count;
+  }
+}
+
+bench::LogitVariantShape parse_variants(const Napi::Value& value, size_t sequences) {
+  bench::LogitVariantShape variants;
+  if (value.IsUndefined()) return variants;
+  const Napi::Object object = to_object(value, "variants");
+  variants.softcap = float(to_number(object.Get("softcap"), "variants.softcap"));
+  variants.window = int(to_integer(object.Get("window"), "variants.window", 0, kMostTokens));
+  variants.alibi = to_bool(object.Get("alibi"), "variants.alibi");
+  variants.mask_block = int(to_integer(object.Get("maskBlock"), "variants.maskBlock", 0, kMostTokens));
+  if (variants.mask_block > 0) parse_block_mask(object, sequences, variants);
+  return variants;
+}
+
+template <typename Problem>
+void parse_pages(const Napi::Object& object, Problem& shape) {
+  shape.page_tokens = int(to_integer(object.Get("pageTokens"), "pageTokens", 1, 65536));
+  shape.page_gap_bytes = int(to_integer(object.Get("pageGapBytes"), "pageGapBytes", 0, 1 << 24));
+  if (shape.page_gap_bytes % 16 != 0) refuse("pageGapBytes", "a multiple of 16");
+  shape.variants = parse_variants(object.Get("variants"), shape.kv_lens.size());
+}
+
+GqaShape parse_gqa(const Napi::Object& object) {
+  GqaShape shape;
+  parse_common(object, shape);
+  parse_pages(object, shape);
+  shape.kv_heads = int(to_integer(object.Get("kvHeads"), "kvHeads", 1, 4096));
+  if (shape.heads % shape.kv_heads != 0) refuse("heads", "a multiple of kvHeads, got " + std::to_string(shape.heads) + " and " + std::to_string(shape.kv_heads));
+  shape.head_dim = int(to_integer(object.Get("headDim"), "headDim", 1, 4096));
+  shape.layout = one_of<bench::KvOrder>(object.Get("layout"), "layout", {{"nhd", bench::KvOrder::nhd}, {"hnd", bench::KvOrder::hnd}});
+  return shape;
+}
+
 Shape parse_problem(const Napi::Value& value) {
   using bench::KvType;
   const Napi::Object object = to_object(value, "problem");
@@ -95,14 +144,13 @@ Shape parse_problem(const Napi::Value& value) {
     shape.value_dim = int(to_integer(object.Get("valueDim"), "valueDim", 1, 4096));
     return shape;
   }
-  if (kind != "decode") refuse("kind", "decode or prefill, got \"" + kind + "\"");
+  if (kind == "gqa") return parse_gqa(object);
+  if (kind != "decode") refuse("kind", "decode, gqa or prefill, got \"" + kind + "\"");
   DecodeShape shape;
   parse_common(object, shape);
   shape.latent = int(to_integer(object.Get("latent"), "latent", 1, 8192));
   shape.rope = int(to_integer(object.Get("rope"), "rope", 0, 1024));
-  shape.page_tokens = int(to_integer(object.Get("pageTokens"), "pageTokens", 1, 65536));
-  shape.page_gap_bytes = int(to_integer(object.Get("pageGapBytes"), "pageGapBytes", 0, 1 << 24));
-  if (shape.page_gap_bytes % 16 != 0) refuse("pageGapBytes", "a multiple of 16");
+  parse_pages(object, shape);
   shape.kv = one_of<KvType>(object.Get("kvDType"), "kvDType", {{"bf16", KvType::bf16}, {"fp8", KvType::fp8}, {"f32", KvType::f32}});
   shape.latent_scale = to_bool(object.Get("latentScale"), "latentScale");
   return shape;
@@ -122,6 +170,7 @@ RunOptions parse_options(const Napi::Value& value) {
 
 // The CPU path is the engine's decode; its prefill expands latents and is no kernel of its own.
 void check_cpu_shape(const Shape& shape) {
+  if (std::holds_alternative<GqaShape>(shape)) throw Error("REQUEST_INVALID", "decode with ordinary keys and values runs on GPUs only; the CPU runs absorbed decode, --kind decode");
   if (std::holds_alternative<PrefillShape>(shape)) throw Error("REQUEST_INVALID", "prefill attention is timed on GPUs only; the CPU runs decode shapes");
   if (std::get<DecodeShape>(shape).path != bench::KernelPath::automatic) throw Error("REQUEST_INVALID", "sm90 and sm80 name kernels of GPUs; on the CPU the path is auto");
   if (std::get<DecodeShape>(shape).page_gap_bytes != 0) throw Error("REQUEST_INVALID", "pages of the CPU's KV lie without gaps");

@@ -46,11 +46,48 @@ KvLayout layout_of(const DecodeShape& shape) {
   return layout;
 }
 
+// The variants as the engine applies them, in fp32; one engine sequence per query token.
+class CpuLogits : public LogitTransform {
+ public:
+  struct Query {
+    int sequence;
+    int position;
+  };
+
+  CpuLogits(const LogitRule& rule, std::vector<Query> queries) : rule_(rule), queries_(std::move(queries)) {}
+
+  void apply(int64_t sequence, int64_t token0, int64_t keys, int head0, int64_t heads, float* products, int64_t ld) const override {
+    const Query& query = queries_[size_t(sequence)];
+    const float cap = float(rule_.softcap), scale = float(kDecodeScale);
+    for (int64_t i = 0; i < keys; ++i) {
+      const int t = int(token0 + i);
+      const bool visible = rule_.sees(query.sequence, query.position, t);
+      for (int64_t h = 0; h < heads; ++h) {
+        float& logit = products[i * ld + h];
+        logit *= scale;
+        if (cap > 0) logit = cap * std::tanh(logit / cap);
+        if (rule_.slopes) logit -= rule_.slopes[head0 + h] * std::fabs(float(query.position - t));
+        if (!visible) logit = -std::numeric_limits<float>::infinity();
+      }
+    }
+  }
+
+ private:
+  const LogitRule rule_;
+  const std::vector<Query> queries_;
+};
+
 // Tensors of one problem. Rows that no sequence holds are NaN in every dtype.
 class CpuProblem {
  public:
   CpuProblem(const DecodeShape& shape, uint64_t seed, int sets)
-      : shape_(shape), layout_(layout_of(shape)), tables_(draw_page_tables(shape.kv_lens, shape.page_tokens, sets, stream_seed(seed, 0))) {
+      : shape_(shape),
+        layout_(layout_of(shape)),
+        slopes_(shape.variants.alibi ? alibi_slopes(shape.heads) : std::vector<float>{}),
+        visible_stride_(visible_stride(shape.variants, shape.kv_lens)),
+        visible_(visible_blocks(shape.variants, visible_stride_)),
+        logits_(rule(), queries_of(shape)),
+        tables_(draw_page_tables(shape.kv_lens, shape.page_tokens, sets, stream_seed(seed, 0))) {
     const size_t bytes = layout_.page_bytes() * size_t(tables_.pages);
     if (bytes > kMostBytes) throw Error("OUT_OF_MEMORY", "this shape takes " + std::to_string(bytes >> 20) + " MiB of KV; on the CPU it may take " + std::to_string(kMostBytes >> 20));
     pages_.assign(bytes, std::byte{0xff});
@@ -79,6 +116,7 @@ class CpuProblem {
     attention.q_latent = q_latent_.data();
     attention.q_rope = q_rope_.data();
     attention.scale = float(kDecodeScale);
+    attention.transform = shape_.variants.any() ? &logits_ : nullptr;
     attention.out = out_.data();
     attention.lse = lse_.data();
     backend.attend(attention);
@@ -114,6 +152,7 @@ class CpuProblem {
     problem.value_dim = shape_.latent;
     problem.causal = shape_.causal;
     problem.scale = double(float(kDecodeScale));
+    problem.rule = rule();
     problem.q = queries_.data();
     problem.key = row;
     problem.value = row;
@@ -125,6 +164,19 @@ class CpuProblem {
     int sequence;
     int64_t tokens;
   };
+
+  LogitRule rule() const {
+    const LogitVariantShape& variants = shape_.variants;
+    return {variants.softcap, variants.window, variants.alibi ? slopes_.data() : nullptr, variants.mask_block, visible_.data(), visible_stride_};
+  }
+
+  static std::vector<CpuLogits::Query> queries_of(const DecodeShape& shape) {
+    std::vector<CpuLogits::Query> queries;
+    for (size_t s = 0; s < shape.q_lens.size(); ++s) {
+      for (int i = 0; i < shape.q_lens[s]; ++i) queries.push_back({int(s), shape.kv_lens[s] - shape.q_lens[s] + i});
+    }
+    return queries;
+  }
 
   int64_t visible(int sequence, int token) const {
     const int kv_len = shape_.kv_lens[size_t(sequence)];
@@ -183,6 +235,10 @@ class CpuProblem {
 
   const DecodeShape& shape_;
   const KvLayout layout_;
+  const std::vector<float> slopes_;
+  const int64_t visible_stride_;
+  const std::vector<uint8_t> visible_;
+  const CpuLogits logits_;
   const PageTables tables_;
   std::vector<std::byte> pages_;
   KvRegion region_;

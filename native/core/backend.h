@@ -35,6 +35,14 @@ struct KvSequence {
   int64_t tokens = 0;
 };
 
+// What attention does to its logits where it does more than scale them (softcap, bias, masks).
+class LogitTransform {
+ public:
+  virtual ~LogitTransform() = default;
+  // Products q · k of `keys` tokens from token0 on with heads head0 and up, [keys][heads], row stride `ld`, become logits in place; -inf hides a token.
+  virtual void apply(int64_t sequence, int64_t token0, int64_t keys, int head0, int64_t heads, float* products, int64_t ld) const = 0;
+};
+
 // Absorbed attention of one layer over latent KV: one query vector per head and sequence, all heads share the row.
 // logit = scale * (q_latent · latent + q_rope · rope), out = softmax(logit) · latent.
 struct LatentAttention {
@@ -46,6 +54,7 @@ struct LatentAttention {
   const float* q_latent = nullptr;  // [heads][sequences][width]
   const float* q_rope = nullptr;    // [heads][sequences][rope]
   float scale = 1;
+  const LogitTransform* transform = nullptr;  // in place of the scale
   float* out = nullptr;  // [heads][sequences][width]; zero for a sequence without tokens here
   float* lse = nullptr;  // [heads][sequences], natural log of the softmax denominator; -inf without tokens. May be null.
 };

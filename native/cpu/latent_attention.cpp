@@ -116,7 +116,8 @@ void CpuBackend::latent_attention_task(const LatentAttention& a, int64_t sequenc
     widen_rows(*a.kv, a.memory, a.layer, a.sequences[size_t(sequence)].pages, t, t + keys, rows, row);
     kernels_.gemm({.m = keys, .n = heads, .k = row, .a = rows, .a_row = row, .a_col = 1, .b = q_packed, .b_panel = row * kernels_.panel,
                    .b_row = kernels_.panel, .c = logits, .ldc = padded, .accumulate = false});
-    kernels_.softmax_columns(logits, keys, heads, padded, a.scale, column_max, column_sum, correction);
+    if (a.transform) a.transform->apply(sequence, t, keys, head0, heads, logits, padded);
+    kernels_.softmax_columns(logits, keys, heads, padded, a.transform ? 1.0f : a.scale, column_max, column_sum, correction);
     if (t > token0) {
       for (int64_t h = 0; h < heads; ++h) {
         if (correction[h] != 1.0f) kernels_.scale(out + h * ldo, correction[h], width);

@@ -28,6 +28,35 @@ export interface DecodeProblem extends AttentionProblemBase {
   kvDType: 'bf16' | 'fp8' | 'f32';
   /** Draws TPLA's logit factor per head. */
   latentScale: boolean;
+  variants?: LogitVariantsProblem;
+}
+
+/** Softcap, then ALiBi, then what a query does not see: tokens before its window, and tokens of blocks that are not listed. */
+export interface LogitVariantsProblem {
+  /** 0: none. */
+  softcap: number;
+  /** Tokens, the query's own included; 0: all. */
+  window: number;
+  /** With the slopes 2^(-8 (h + 1) / heads). */
+  alibi: boolean;
+  /** Tokens of a block, a multiple of 16; 0: no block mask. */
+  maskBlock: number;
+  /** Visible blocks of each sequence, and their numbers, sequence after sequence, ascending. */
+  maskCounts: Int32Array;
+  maskBlocks: Int32Array;
+}
+
+/** Decode with keys and values of their own (GQA, MQA, MHA): query head h reads KV head h / (heads / kvHeads). */
+export interface GqaProblem extends AttentionProblemBase {
+  kind: 'gqa';
+  kvHeads: number;
+  headDim: number;
+  pageTokens: number;
+  /** Bytes between one page and the next, a multiple of 16. */
+  pageGapBytes: number;
+  /** Order in a page: token, KV head, value; or KV head, token, value. */
+  layout: 'nhd' | 'hnd';
+  variants?: LogitVariantsProblem;
 }
 
 /** Un-absorbed prefill, every head with keys and values of its own. */
@@ -37,7 +66,7 @@ export interface PrefillProblem extends AttentionProblemBase {
   valueDim: number;
 }
 
-export type AttentionProblem = DecodeProblem | PrefillProblem;
+export type AttentionProblem = DecodeProblem | GqaProblem | PrefillProblem;
 
 export interface AttentionRunOptions {
   seed: number;

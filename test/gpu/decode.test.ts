@@ -1,6 +1,7 @@
 // time limit: 600 s
 import { suite } from 'uvu';
 import type { AttentionPath } from '../../src/native/attention.js';
+import { randomVariants } from '../support/logit_variants.js';
 import { Draw } from '../support/random.js';
 import { LATENTS, mustBeRight, randomDecode } from './problems.js';
 
@@ -16,6 +17,16 @@ for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
       }
     });
   }
+}
+
+for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
+  test(`logit variants, path ${path}: random shapes and combinations; what no query sees is NaN or does not exist`, async () => {
+    for (let seed = 1; seed <= 60; seed++) {
+      const draw = new Draw(seed * 77);
+      const problem = randomDecode(draw, path, draw.of(LATENTS));
+      await mustBeRight({ ...problem, variants: randomVariants(draw, problem.kvLens) }, { seed });
+    }
+  });
 }
 
 test('the longest sequence of a batch may be far longer than the others', async () => {

@@ -1,7 +1,7 @@
 /** What the GPU tests share: random problems over the whole supported range, and the judgement of their outcome. */
 import * as assert from 'uvu/assert';
 import { judge } from '../../src/bench/attention/run.js';
-import type { AttentionPath, AttentionProblem, AttentionRunOptions, DecodeProblem, PrefillProblem } from '../../src/native/attention.js';
+import type { AttentionPath, AttentionProblem, AttentionRunOptions, DecodeProblem, GqaProblem, PrefillProblem } from '../../src/native/attention.js';
 import { native } from '../../src/native/loader.js';
 import type { Draw } from '../support/random.js';
 
@@ -29,6 +29,16 @@ export function randomDecode(draw: Draw, path: AttentionPath, latent: number): D
     latentScale: draw.chance(1 / 4),
     queryScale: draw.chance(1 / 3) ? 6 : 1,
     path,
+  };
+}
+
+/** As randomDecode, with one to seventy query heads to a KV head. */
+export function randomGqa(draw: Draw): GqaProblem {
+  const { kvLens, qLens, pageTokens, pageGapBytes, causal, queryScale } = randomDecode(draw, 'auto', 512);
+  const kvHeads = draw.of([1, 1, 2, 3, 8]);
+  return {
+    kind: 'gqa', kvLens, qLens, heads: kvHeads * draw.of([1, 1, 2, 3, 4, 7, 8, 8, 12, 16, 32, 70]), kvHeads, headDim: draw.of([64, 128]), pageTokens, pageGapBytes,
+    layout: draw.of(['nhd', 'hnd']), causal, queryScale, path: 'auto',
   };
 }
 

@@ -1,4 +1,5 @@
 import type { AttentionShape } from './shape.js';
+import { countVisible } from './variants.js';
 
 /** The least a shape takes: what must move through device memory once, and multiplications and additions. */
 export interface AttentionCost {
@@ -8,11 +9,15 @@ export interface AttentionCost {
 
 export function costOfShape(shape: AttentionShape): AttentionCost {
   const queries = sum(shape.qLens);
-  const keys = sum(shape.kvLens);
-  const pairs = sum(shape.kvLens.map((keyCount, i) => visiblePairs(shape.qLens[i] as number, keyCount, shape.causal)));
+  const visible = shape.kind !== 'prefill' && shape.variants ? countVisible(shape.variants, shape.qLens, shape.kvLens, shape.causal) : undefined;
+  const keys = visible?.tokens ?? sum(shape.kvLens);
+  const pairs = visible?.pairs ?? sum(shape.kvLens.map((keyCount, i) => visiblePairs(shape.qLens[i] as number, keyCount, shape.causal)));
   if (shape.kind === 'prefill') {
     const values = shape.keyDim + shape.valueDim;
     return { bytes: (queries + keys) * shape.heads * values * 2, flops: 2 * pairs * shape.heads * values };
+  }
+  if (shape.kind === 'gqa') {
+    return { bytes: (keys * shape.kvHeads + queries * shape.heads) * shape.headDim * 2 * 2, flops: 2 * pairs * shape.heads * shape.headDim * 2 };
   }
   const width = shape.latent + shape.rope;
   return {

@@ -43,6 +43,28 @@ const PRESET_TABLE = {
       ...[320, 128].flatMap((latent) => [128, 16].flatMap((heads) => ([[1, 32768], [128, 8192]] as const).map(([batch, kv_len]) => ({ latent, heads, batch, kv_len })))),
     ],
   },
+  gqa: {
+    summary: 'decode with ordinary keys and values: 4 and 8 query heads to a KV head, MHA, MQA, head dims 128 and 64, several query tokens',
+    shapes: [
+      ...[[1, 32768], [8, 32768], [32, 8192], [128, 8192], [128, 1024]].map(([batch, kv_len]) => ({ kind: 'gqa', head_dim: 128, heads: 32, kv_heads: 8, batch, kv_len })),
+      { kind: 'gqa', head_dim: 128, heads: 64, kv_heads: 8, batch: 64, kv_len: 8192 },
+      { kind: 'gqa', head_dim: 128, heads: 32, kv_heads: 32, batch: 16, kv_len: 8192 },
+      { kind: 'gqa', head_dim: 128, heads: 16, kv_heads: 1, batch: 256, kv_len: 8192 },
+      { kind: 'gqa', head_dim: 128, heads: 64, kv_heads: 8, batch: 64, kv_len: 8192, q_tokens: 4 },
+      { kind: 'gqa', head_dim: 64, heads: 32, kv_heads: 8, batch: 128, kv_len: 8192 },
+      { kind: 'gqa', head_dim: 128, heads: 32, kv_heads: 8, batch: 128, kv_len: 8192, page: 16 },
+      { kind: 'gqa', head_dim: 128, heads: 32, kv_heads: 8, kv_lens: UNEVEN },
+    ],
+  },
+  variants: {
+    summary: 'decode with softcap, sliding window, ALiBi and block masks, each beside the plain shape',
+    shapes: [
+      { latent: 512, heads: 16, batch: 128, kv_len: 8192 },
+      { latent: 512, heads: 128, batch: 128, kv_len: 8192 },
+      { latent: 256, heads: 64, batch: 128, kv_len: 8192 },
+      { kind: 'gqa', head_dim: 128, heads: 32, kv_heads: 8, batch: 128, kv_len: 8192 },
+    ].flatMap((plain) => [{}, { softcap: 30 }, { alibi: true }, { window: 1024 }, { block_mask: '64:0.25' }].map((variant) => ({ ...plain, ...variant }))),
+  },
   prefill: {
     summary: 'un-absorbed prefill, 192/128: whole prompts, a chunk behind a cached prefix, a ragged batch',
     shapes: [

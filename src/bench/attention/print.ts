@@ -1,6 +1,7 @@
 import { facts, table, type Align } from '../../report/table.js';
 import type { BenchResult, BenchRow } from './run.js';
 import type { AttentionShape } from './shape.js';
+import { labelOfVariants } from './variants.js';
 
 /** The results for a person to read. */
 export function printResults(result: BenchResult): string {
@@ -41,7 +42,10 @@ function cells(row: BenchRow, timed: boolean, names: string[]): (string | number
 /** Widths and what departs from the plain case. */
 export function label(shape: AttentionShape): string {
   if (shape.kind === 'prefill') return `prefill ${shape.keyDim}/${shape.valueDim}${shape.causal ? '' : ' full'}`;
-  return `decode ${shape.latent}+${shape.rope}${shape.kvDType === 'bf16' ? '' : ` ${shape.kvDType}`}${shape.page === 64 ? '' : ` page ${shape.page}`}${shape.latentScale ? ' scaled' : ''}`;
+  if (shape.kind === 'gqa') {
+    return `gqa ${shape.headDim}, ${shape.heads / shape.kvHeads} to a KV head${shape.page === 64 ? '' : ` page ${shape.page}`}${shape.layout === 'nhd' ? '' : ` ${shape.layout}`}${labelOfVariants(shape.variants)}`;
+  }
+  return `decode ${shape.latent}+${shape.rope}${shape.kvDType === 'bf16' ? '' : ` ${shape.kvDType}`}${shape.page === 64 ? '' : ` page ${shape.page}`}${shape.latentScale ? ' scaled' : ''}${labelOfVariants(shape.variants)}`;
 }
 
 function span(lens: number[]): string {

@@ -1,5 +1,6 @@
 import { nearest } from '../../config/suggest.js';
 import { TplaError } from '../../errors.js';
+import { fieldsOfVariants, labelOfVariants, parseBlockMask, problemOfVariants, VARIANT_FIELDS, type BlockMask, type LogitVariants } from './variants.js';
 import type { AttentionPath, AttentionProblem } from '../../native/attention.js';
 
 interface ShapeBase {
@@ -20,6 +21,18 @@ export interface DecodeShape extends ShapeBase {
   kvDType: 'bf16' | 'fp8' | 'f32';
   /** With TPLA's logit factor per head. */
   latentScale: boolean;
+  /** Absent: none. */
+  variants?: LogitVariants;
+}
+
+/** Decode with ordinary keys and values: `heads / kvHeads` query heads read one KV head. */
+export interface GqaShape extends ShapeBase {
+  kind: 'gqa';
+  kvHeads: number;
+  headDim: number;
+  page: number;
+  layout: 'nhd' | 'hnd';
+  variants?: LogitVariants;
 }
 
 /** Un-absorbed prefill: every head has keys and values of its own. */
@@ -29,14 +42,16 @@ export interface PrefillShape extends ShapeBase {
   valueDim: number;
 }
 
-export type AttentionShape = DecodeShape | PrefillShape;
+export type AttentionShape = DecodeShape | GqaShape | PrefillShape;
 
 /** A shape as files and flags write it: the columns of a results file. Lengths of several sequences are joined with `;`. */
 export type ShapeFields = Record<string, unknown>;
 
 const DECODE_FIELDS = ['kind', 'kv_dtype', 'latent', 'rope', 'heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'page', 'causal', 'latent_scale', 'path'];
 const PREFILL_FIELDS = ['kind', 'key_dim', 'value_dim', 'heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'causal', 'path'];
-export const SHAPE_FIELDS = [...new Set([...DECODE_FIELDS, ...PREFILL_FIELDS])];
+const GQA_FIELDS = ['kind', 'head_dim', 'heads', 'kv_heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'page', 'kv_layout', 'causal', 'path'];
+const FIELDS = { decode: [...DECODE_FIELDS, ...VARIANT_FIELDS], gqa: [...GQA_FIELDS, ...VARIANT_FIELDS], prefill: PREFILL_FIELDS };
+export const SHAPE_FIELDS = [...new Set([...DECODE_FIELDS, ...PREFILL_FIELDS, ...GQA_FIELDS, ...VARIANT_FIELDS])];
 
 /** Throws REQUEST_INVALID; `where` names the flag list or the file and row. Empty fields count as absent. */
 export function shapeFromFields(fields: ShapeFields, where: string): AttentionShape {
@@ -45,8 +60,8 @@ export function shapeFromFields(fields: ShapeFields, where: string): AttentionSh
     throw new TplaError('REQUEST_INVALID', `${where}: ${message}`);
   };
   const reader = new FieldReader(given, fail);
-  const kind = reader.choice('kind', ['decode', 'prefill'], 'decode');
-  const known = kind === 'decode' ? DECODE_FIELDS : PREFILL_FIELDS;
+  const kind = reader.choice('kind', ['decode', 'gqa', 'prefill'], 'kv_heads' in given || 'head_dim' in given ? 'gqa' : 'decode');
+  const known = FIELDS[kind];
   const strange = Object.keys(given).find((name) => !known.includes(name));
   if (strange !== undefined) {
     const near = nearest(strange, known);
@@ -57,6 +72,13 @@ export function shapeFromFields(fields: ShapeFields, where: string): AttentionSh
   if (kind === 'prefill') {
     return { kind, heads: reader.integer('heads', 128), ...common, keyDim: reader.integer('key_dim', 192), valueDim: reader.integer('value_dim', 128) };
   }
+  const variants = variantsFromFields(reader);
+  if (kind === 'gqa') {
+    return {
+      kind, heads: reader.integer('heads', 32), kvHeads: reader.integer('kv_heads', 8), ...common, headDim: reader.integer('head_dim', 128), page: reader.integer('page', 64),
+      layout: reader.choice('kv_layout', ['nhd', 'hnd'], 'nhd'), ...(variants && { variants }),
+    };
+  }
   return {
     kind,
     heads: reader.integer('heads', 128),
@@ -66,7 +88,14 @@ export function shapeFromFields(fields: ShapeFields, where: string): AttentionSh
     page: reader.integer('page', 64),
     kvDType: reader.choice('kv_dtype', ['bf16', 'fp8', 'f32'], 'bf16'),
     latentScale: reader.flag('latent_scale', false),
+    ...(variants && { variants }),
   };
+}
+
+/** Undefined where none is given. */
+function variantsFromFields(reader: FieldReader): LogitVariants | undefined {
+  const variants = { softcap: reader.number('softcap', 0), window: reader.optionalInteger('window', 0) ?? 0, alibi: reader.flag('alibi', false), blockMask: reader.blockMask('block_mask') };
+  return variants.softcap > 0 || variants.window > 0 || variants.alibi || variants.blockMask !== null ? variants : undefined;
 }
 
 /** The fields a results file names a shape with; reading them back gives the same shape. */
@@ -80,23 +109,31 @@ export function fieldsOfShape(shape: AttentionShape): Record<string, string | nu
   if (shape.kind === 'prefill') {
     return { kind: shape.kind, key_dim: shape.keyDim, value_dim: shape.valueDim, heads: shape.heads, ...lengths, causal: shape.causal, path: shape.path };
   }
+  if (shape.kind === 'gqa') {
+    return {
+      kind: shape.kind, head_dim: shape.headDim, heads: shape.heads, kv_heads: shape.kvHeads, ...lengths, page: shape.page, kv_layout: shape.layout, causal: shape.causal, path: shape.path,
+      ...fieldsOfVariants(shape.variants),
+    };
+  }
   return {
     kind: shape.kind, kv_dtype: shape.kvDType, latent: shape.latent, rope: shape.rope, heads: shape.heads, ...lengths,
     page: shape.page, causal: shape.causal, latent_scale: shape.latentScale, path: shape.path,
+    ...fieldsOfVariants(shape.variants),
   };
 }
 
 /** Equal for shapes whose times can be compared: the work is the same, whatever the page size or kernel. */
 export function workOfShape(shape: AttentionShape): string {
-  const width = shape.kind === 'decode' ? [shape.kvDType, shape.latent, shape.rope] : [shape.keyDim, shape.valueDim];
-  const causal = shape.kind === 'decode' && shape.qLens.every((len) => len <= 1) ? true : shape.causal;
-  return [shape.kind, ...width, shape.heads, shape.qLens.join(';'), shape.kvLens.join(';'), causal].join(' ');
+  const width = shape.kind === 'decode' ? [shape.kvDType, shape.latent, shape.rope] : shape.kind === 'gqa' ? [shape.headDim, shape.kvHeads] : [shape.keyDim, shape.valueDim];
+  const causal = shape.kind !== 'prefill' && shape.qLens.every((len) => len <= 1) ? true : shape.causal;
+  return [shape.kind, ...width, shape.heads, shape.qLens.join(';'), shape.kvLens.join(';'), causal].join(' ') + (shape.kind === 'prefill' ? '' : labelOfVariants(shape.variants));
 }
 
 /** Short enough for an error message or a label. */
 export function describeShape(shape: AttentionShape): string {
   const span = (lens: number[]) => (lens.every((len) => len === lens[0]) ? String(lens[0]) : `${Math.min(...lens)}..${Math.max(...lens)}`);
-  const dims = shape.kind === 'decode' ? `latent ${shape.latent}+${shape.rope} ${shape.kvDType}` : `${shape.keyDim}/${shape.valueDim}${shape.causal ? ' causal' : ''}`;
+  const dims = shape.kind === 'decode' ? `latent ${shape.latent}+${shape.rope} ${shape.kvDType}${labelOfVariants(shape.variants)}`
+    : shape.kind === 'gqa' ? `${shape.kvHeads} KV heads of ${shape.headDim}${labelOfVariants(shape.variants)}` : `${shape.keyDim}/${shape.valueDim}${shape.causal ? ' causal' : ''}`;
   return `${shape.kind} ${dims}, ${shape.heads} heads, ${shape.kvLens.length} × ${span(shape.kvLens)}, ${span(shape.qLens)} query tokens`;
 }
 
@@ -105,12 +142,17 @@ export function problemOfShape(shape: AttentionShape): AttentionProblem {
     heads: shape.heads, qLens: Int32Array.from(shape.qLens), kvLens: Int32Array.from(shape.kvLens), causal: shape.causal, path: shape.path, queryScale: 1,
   };
   if (shape.kind === 'prefill') return { kind: shape.kind, ...common, keyDim: shape.keyDim, valueDim: shape.valueDim };
+  const variants = shape.variants && { variants: problemOfVariants(shape.variants, shape.kvLens) };
+  if (shape.kind === 'gqa') {
+    return { kind: shape.kind, ...common, kvHeads: shape.kvHeads, headDim: shape.headDim, pageTokens: shape.page, pageGapBytes: 0, layout: shape.layout, ...variants };
+  }
   return {
     kind: shape.kind, ...common, latent: shape.latent, rope: shape.rope, pageTokens: shape.page, pageGapBytes: 0, kvDType: shape.kvDType, latentScale: shape.latentScale,
+    ...variants,
   };
 }
 
-function sequenceLengths(reader: FieldReader, kind: 'decode' | 'prefill', fail: (message: string) => never): { qLens: number[]; kvLens: number[] } {
+function sequenceLengths(reader: FieldReader, kind: AttentionShape['kind'], fail: (message: string) => never): { qLens: number[]; kvLens: number[] } {
   const listed = reader.lengths('kv_lens');
   const each = reader.optionalInteger('kv_len', 0);
   const batch = reader.optionalInteger('batch', 1);
@@ -142,6 +184,18 @@ class FieldReader {
     if (value === undefined) return undefined;
     const items: unknown[] = Array.isArray(value) ? value : String(value).split(';');
     return items.map((item) => this.toInteger(name, item, 0));
+  }
+
+  number(name: string, absent: number): number {
+    const value = this.fields[name] ?? absent;
+    const number = typeof value === 'string' && value.trim() === '' ? NaN : Number(value);
+    return Number.isFinite(number) && number >= 0 ? number : this.fail(`${name} is ${JSON.stringify(value)}; it takes a number of at least 0`);
+  }
+
+  blockMask(name: string): BlockMask | null {
+    const value = this.fields[name];
+    if (value === undefined) return null;
+    return parseBlockMask(String(value)) ?? this.fail(`${name} is ${JSON.stringify(value)}; it takes tokens of a block and the share of blocks that are visible, such as 128:0.25`);
   }
 
   flag(name: string, absent: boolean): boolean {

@@ -26,8 +26,22 @@ test('a shape written as fields reads back as itself, every preset included', ()
     ...(Object.keys(PRESETS) as PresetName[]).flatMap(presetShapes),
     shapeFromFields({ kv_lens: [3, 0, 7], q_lens: '1;0;4', latent: 320, page: 16, causal: 'false', latent_scale: 1, kv_dtype: 'fp8', path: 'sm80' }, 'here'),
     shapeFromFields({ kind: 'prefill', batch: 2, kv_len: 64, q_tokens: 16, causal: false }, 'here'),
+    shapeFromFields({ kv_len: 64, softcap: '1.5', window: 7, alibi: true, block_mask: '32:0.3' }, 'here'),
+    shapeFromFields({ kind: 'gqa', kv_lens: '5;6', kv_layout: 'hnd', head_dim: 64, window: 2 }, 'here'),
   ];
   for (const shape of shapes) assert.equal(shapeFromFields(fieldsOfShape(shape), 'again'), shape);
+});
+
+test('KV heads or a head dim mean ordinary keys and values', () => {
+  assert.equal(shapeFromFields({ kv_len: 9, kv_heads: 2 }, 'here'), {
+    kind: 'gqa', heads: 32, kvHeads: 2, qLens: [1], kvLens: [9], causal: true, path: 'auto', headDim: 128, page: 64, layout: 'nhd',
+  });
+});
+
+test('variants that are off leave no trace', () => {
+  assert.not('variants' in shapeFromFields({ kv_len: 9, softcap: 0, window: 0, alibi: false }, 'here'));
+  assert.equal(fieldsOfShape(shapeFromFields({ kv_len: 9, window: 4 }, 'here')).window, 4);
+  assert.not('softcap' in fieldsOfShape(shapeFromFields({ kv_len: 9, window: 4 }, 'here')));
 });
 
 test('presets hold the published workloads', () => {
@@ -46,6 +60,10 @@ test('what cannot be meant is refused, saying where and what is taken', () => {
   assert.is(refusal({ kv_lens: '5;6', batch: 3 }), 'here: batch is 3, but kv_lens has 2 lengths');
   assert.is(refusal({ kv_lens: '5;6', q_lens: '1' }), 'here: q_lens has 1 lengths for 2 sequences');
   assert.is(refusal({ kv_len: 5, kv_dtype: 'int4' }), 'here: kv_dtype is "int4"; it takes bf16, fp8, f32');
+  assert.is(refusal({ kv_len: 5, softcap: -1 }), 'here: softcap is -1; it takes a number of at least 0');
+  for (const block_mask of ['64', '64:1.5', '0:0.5', 'x:1']) assert.match(refusal({ kv_len: 5, block_mask }), /block_mask is .* such as 128:0\.25/);
+  assert.match(refusal({ kind: 'prefill', kv_len: 5, window: 3 }), /a prefill shape has no field window/);
+  assert.match(refusal({ kv_heads: 2, kv_len: 5, latent: 256 }), /a gqa shape has no field latent; it has kind, head_dim/);
   assert.is(refusal({ kv_len: 5, causal: 'maybe' }), 'here: causal is "maybe"; it takes true or false');
 });
 
@@ -54,6 +72,8 @@ test('equal work is equal whatever the page, the kernel, or how the lengths were
   assert.is(work({ batch: 2, kv_len: 7, page: 16, path: 'sm80', causal: false }), work({ kv_lens: '7;7', q_lens: '1;1' }));
   assert.is.not(work({ kv_len: 7, q_tokens: 2, causal: false }), work({ kv_len: 7, q_tokens: 2 }));
   assert.is.not(work({ kv_len: 7, kv_dtype: 'fp8' }), work({ kv_len: 7 }));
+  assert.is.not(work({ kv_len: 7, window: 3 }), work({ kv_len: 7 }));
+  assert.is(work({ kv_len: 7, kv_heads: 8, kv_layout: 'hnd' }), work({ kv_len: 7, kind: 'gqa', page: 16 }));
 });
 
 test('flags with lists stand for every combination, after presets', () => {
