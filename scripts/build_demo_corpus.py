@@ -185,6 +185,7 @@ def digest(text):
 def fetch_packages(work):
     deb, root = work / "deb", work / "root"
     deb.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
     versions = {}
     for name in sorted({p for family in FAMILIES for p in family[1]}):
         if not list(deb.glob(name + "_*.deb")):

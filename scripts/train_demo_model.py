@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Train the demo model: a DeepSeek-V3-style MLA + MoE language model small enough to ship in the repository.
 
-    python3 scripts/train_demo_model.py --corpus DIR --out DIR [--minutes 5] [--smoke]
+    python3 scripts/train_demo_model.py --corpus DIR --out DIR [--config FILE] [--minutes 5] [--smoke]
 
 DIR/ of --corpus is what scripts/build_demo_corpus.py wrote. One process does everything: tokenizer, token streams,
 training against the wall clock, export under the Hugging Face names, evaluation (bits per byte, recall of planted facts)
 and the numbers for the model card. The export loads in transformers as DeepseekV3ForCausalLM without remote code.
+--config names a JSON file with entries of config.json to replace: another width, rank, head count, `"q_lora_rank": null`
+for queries without compression, `"first_k_dense_replace"` equal to the number of layers for a model without experts.
 """
 
 import argparse
@@ -391,8 +393,8 @@ def prepare_data(args, out):
             parts = pool.map(_facts_job, jobs, chunksize=1)
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
-    short = facts(args.short, 64 if args.smoke else 16_000, 0)
-    long = facts(args.long, 32 if args.smoke else 7_000, 500)
+    short = facts(args.short, 64 if args.smoke else args.short_facts, 0)
+    long = facts(args.long, 32 if args.smoke else args.long_facts, 500)
     print(f"facts {short[0].shape} {long[0].shape}, {time.time() - started:.1f} s", flush=True)
     numbers = {"documents": len(documents), "characters": sum(map(len, documents)), "tokens": len(stream)}
     return tokenizer, stream, short, long, numbers
@@ -424,9 +426,11 @@ class Attention(nn.Module):
         c = CONFIG
         heads, nope, rope, v = c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
         matrix = lambda rows, columns: nn.Parameter(torch.randn(rows, columns) * columns ** -0.5)
-        self.q_a = matrix(c["q_lora_rank"], c["hidden_size"])
-        self.q_a_norm = nn.Parameter(torch.ones(c["q_lora_rank"]))
-        self.q_b = matrix(heads * (nope + rope), c["q_lora_rank"])
+        self.compressed = c["q_lora_rank"] is not None
+        if self.compressed:
+            self.q_a = matrix(c["q_lora_rank"], c["hidden_size"])
+            self.q_a_norm = nn.Parameter(torch.ones(c["q_lora_rank"]))
+        self.q_b = matrix(heads * (nope + rope), c["q_lora_rank"] or c["hidden_size"])
         self.kv_a = matrix(c["kv_lora_rank"] + rope, c["hidden_size"])
         self.kv_a_norm = nn.Parameter(torch.ones(c["kv_lora_rank"]))
         self.kv_b = matrix(heads * (nope + v), c["kv_lora_rank"])
@@ -436,7 +440,8 @@ class Attention(nn.Module):
         c = CONFIG
         batch, length, _ = x.shape
         heads, nope, rope, v = c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
-        q = F.linear(rms_norm(F.linear(x, self.q_a), self.q_a_norm), self.q_b).view(batch, length, heads, nope + rope).transpose(1, 2)
+        compressed = rms_norm(F.linear(x, self.q_a), self.q_a_norm) if self.compressed else x
+        q = F.linear(compressed, self.q_b).view(batch, length, heads, nope + rope).transpose(1, 2)
         q_nope, q_rope = q.split((nope, rope), -1)
         latent, k_rope = F.linear(x, self.kv_a).split((c["kv_lora_rank"], rope), -1)
         kv = F.linear(rms_norm(latent, self.kv_a_norm), self.kv_b).view(batch, length, heads, nope + v).transpose(1, 2)
@@ -535,7 +540,7 @@ class Model(nn.Module):
             x, load = block(x, cos[:tokens.shape[1]], sin[:tokens.shape[1]])
             if load is not None:
                 loads.append(load)
-        return x, torch.stack(loads)
+        return x, torch.stack(loads) if loads else x.new_zeros(0, 1)
 
     def head_loss(self, x, targets, weights):
         logits = F.linear(rms_norm(x, self.norm), self.embed).float()
@@ -692,9 +697,10 @@ def train(args, model, stream, short, long, device, log):
             progress = elapsed / seconds
             curve.append({"step": steps, "tokens": tokens_seen, "seconds": round(elapsed, 1), "loss": round(value, 4),
                           "length": phase.length, "lr_scale": round(scale, 4),
-                          "max_load": round(loads.max().item() / average, 3), "min_load": round(loads.min().item() / average, 3)})
+                          **({"max_load": round(loads.max().item() / average, 3), "min_load": round(loads.min().item() / average, 3)}
+                             if routers else {})})
             print(f"step {steps:6d} {tokens_seen / 1e6:8.1f} M tokens {elapsed:6.1f} s {tokens_seen / elapsed / 1e6:5.2f} M tok/s "
-                  f"loss {value:.4f} lr {scale:.3f} load {curve[-1]['min_load']:.2f}-{curve[-1]['max_load']:.2f} "
+                  f"loss {value:.4f} lr {scale:.3f} load {curve[-1].get('min_load', 1):.2f}-{curve[-1].get('max_load', 1):.2f} "
                   f"T {phase.length}", flush=True)
             window = []
             next_log = progress + 0.02
@@ -715,10 +721,14 @@ def export(model, out):
         p = f"model.layers.{i}."
         a = block.attn
         tensors |= {p + "input_layernorm.weight": block.attn_norm, p + "post_attention_layernorm.weight": block.mlp_norm,
-                    p + "self_attn.q_a_proj.weight": a.q_a, p + "self_attn.q_a_layernorm.weight": a.q_a_norm,
-                    p + "self_attn.q_b_proj.weight": a.q_b, p + "self_attn.kv_a_proj_with_mqa.weight": a.kv_a,
+                    p + "self_attn.kv_a_proj_with_mqa.weight": a.kv_a,
                     p + "self_attn.kv_a_layernorm.weight": a.kv_a_norm, p + "self_attn.kv_b_proj.weight": a.kv_b,
                     p + "self_attn.o_proj.weight": a.o}
+        if a.compressed:
+            tensors |= {p + "self_attn.q_a_proj.weight": a.q_a, p + "self_attn.q_a_layernorm.weight": a.q_a_norm,
+                        p + "self_attn.q_b_proj.weight": a.q_b}
+        else:
+            tensors[p + "self_attn.q_proj.weight"] = a.q_b
         if isinstance(block.mlp, Dense):
             for name in ("gate", "up", "down"):
                 tensors[p + f"mlp.{name}_proj.weight"] = getattr(block.mlp, name)
@@ -844,7 +854,7 @@ def write_recall_prompts(model, tokenizer, heldout, out, cos, sin, device, smoke
     ids = tokenizer.encode(heldout, add_special_tokens=False).ids
     correct, records = 0, []
     sizes = ((320, 1),) if smoke else ((320, 5), (512, 3), (1024, 3), (2048, 2), (3400, 1))
-    plan = [(c, d) for c, n in sizes for _ in range(n)
+    plan = [(c, d) for c, n in sizes if c <= CONFIG["max_position_embeddings"] - 64 for _ in range(n)
             for d in (0.05, 0.25, 0.5, 0.75, 0.95)]
     for index, (context, depth) in enumerate(plan):
         record = recall_prompt(rng, tokenizer, ids, breaks, context, depth, rng.randint(1, 4), False)
@@ -918,6 +928,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--config", type=pathlib.Path, help="JSON with entries of config.json to replace")
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path("/tmp/demo-model-cache"))
     parser.add_argument("--minutes", type=float, default=5.0, help="wall-clock training time; the learning rate decays on it")
     parser.add_argument("--seed", type=int, default=17)
@@ -925,6 +936,8 @@ def main():
     parser.add_argument("--short", type=int, default=1024)
     parser.add_argument("--long", type=int, default=4096)
     parser.add_argument("--short-share", type=float, default=0.6, help="share of the time spent at the short length")
+    parser.add_argument("--short-facts", type=int, default=16_000, help="sequences with planted facts, of the short length")
+    parser.add_argument("--long-facts", type=int, default=7_000, help="the same, of the long length")
     parser.add_argument("--hold", type=float, default=0.35, help="share of the time before the learning rate decays")
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--muon-lr", type=float, default=0.02)
@@ -936,6 +949,9 @@ def main():
     args = parser.parse_args()
     if args.smoke:
         args.minutes, args.per_cell = min(args.minutes, 0.15), 1
+    if args.config:
+        CONFIG.update(json.loads(args.config.read_text()))
+    contexts = [n for n in (512, 1024, 2048, 3072, 3500) if n <= CONFIG["max_position_embeddings"] - 64]
     args.out.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
     begun = time.time()
@@ -962,12 +978,12 @@ def main():
     log.update(seed=args.seed, parameters=parameters, batch_tokens=args.batch,
                device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__,
                settings={k: (str(v) if isinstance(v, pathlib.Path) else v) for k, v in vars(args).items()
-                         if k not in ("corpus", "out", "cache")})
+                         if k not in ("corpus", "out", "cache", "config")})
     log["bits_per_byte"] = {str(n): round(bits_per_byte(model, tokenizer, heldout, n, cos, sin, device), 4)
-                            for n in ((1024,) if args.smoke else (512, 1024, 2048, 4094))}
+                            for n in ((1024,) if args.smoke else (512, 1024, 2048, 4094)) if n < CONFIG["max_position_embeddings"]}
     print("bits per byte", log["bits_per_byte"], flush=True)
     log["recall"] = evaluate_recall(model, tokenizer, heldout, cos, sin, device, args.per_cell,
-                                    (512,) if args.smoke else (512, 1024, 2048, 3072, 3500), args.seed + 7)
+                                    contexts[:1] if args.smoke else contexts, args.seed + 7)
     for row in log["recall"]:
         print("recall", row, flush=True)
     log["recall_file"] = write_recall_prompts(model, tokenizer, heldout, args.out, cos, sin, device, args.smoke, args.seed + 11)

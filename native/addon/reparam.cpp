@@ -1,19 +1,25 @@
+#include <algorithm>
+#include <chrono>
 #include <functional>
 #include <memory>
+#include <tuple>
 
 #include "addon/arguments.h"
 #include "addon/async_work.h"
 #include "reparam/layer_fit.h"
+#ifdef TPLA_WITH_CUDA
+#include "cuda/reparam_compute.h"
+#endif
 
 namespace tpla::addon {
 
 namespace {
 
+using reparam::Compute;
 using reparam::Design;
+using reparam::HostMatrix;
 using reparam::LayerFit;
 using reparam::LayerShape;
-using reparam::Matrix;
-using reparam::RankDesign;
 
 const float* floats(const Napi::Value& value, const std::string& field, size_t count) {
   if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_float32_array) refuse(field, "a Float32Array");
@@ -24,19 +30,28 @@ const float* floats(const Napi::Value& value, const std::string& field, size_t c
   return array.Data();
 }
 
-Matrix matrix(const Napi::Value& value, const std::string& field, int64_t rows, int64_t cols) {
-  return Matrix(rows, cols, floats(value, field, size_t(rows * cols)));
+HostMatrix matrix(const Napi::Value& value, const std::string& field, int64_t rows, int64_t cols) {
+  return HostMatrix(rows, cols, floats(value, field, size_t(rows * cols)));
 }
 
-Napi::Float32Array to_js(Napi::Env env, const Matrix& m) {
-  Napi::Float32Array out = Napi::Float32Array::New(env, size_t(m.rows() * m.cols()));
-  for (int64_t i = 0; i < m.rows(); ++i) std::copy_n(m.row(i), m.cols(), out.Data() + i * m.cols());
+Napi::Float32Array to_js(Napi::Env env, const HostMatrix& m) {
+  Napi::Float32Array out = Napi::Float32Array::New(env, m.values.size());
+  std::copy(m.values.begin(), m.values.end(), out.Data());
   return out;
 }
 
-int threads_of(const Napi::Value& value) {
-  const int threads = int(to_integer(value, "threads", 0, 4096));
-  return threads > 0 ? threads : int(std::max(1u, std::thread::hardware_concurrency()));
+// { device: 'cpu', threads } or { device: 'cuda', index, library? }
+std::shared_ptr<Compute> compute_of(const Napi::Value& value) {
+  const Napi::Object object = to_object(value, "target");
+  const std::string device = to_text(object.Get("device"), "target.device");
+  if (device == "cpu") return reparam::make_cpu_compute(int(to_integer(object.Get("threads"), "target.threads", 0, 4096)));
+  if (device != "cuda") refuse("target.device", "cpu or cuda");
+#ifdef TPLA_WITH_CUDA
+  const Napi::Value library = object.Get("library");
+  return cuda::make_reparam_compute(int(to_integer(object.Get("index"), "target.index", 0, 63)), library.IsUndefined() || to_bool(library, "target.library"));
+#else
+  throw Error("GPU_UNAVAILABLE", "this addon was built without CUDA; rebuild it where nvcc is installed with TPLA_CUDA=on npm run build:native, or use --device cpu");
+#endif
 }
 
 LayerShape shape_of(const Napi::Object& object) {
@@ -52,40 +67,21 @@ LayerShape shape_of(const Napi::Object& object) {
   return shape;
 }
 
-std::vector<reparam::Sequence> sequences_of(const LayerShape& shape, const Napi::Object& sample) {
-  const std::vector<int32_t> bounds = to_int32s(sample.Get("sequences"), "sample.sequences");
-  const std::vector<int32_t> query_tokens = to_int32s(sample.Get("queryTokens"), "sample.queryTokens");
+// Points into the arrays.
+reparam::Sample sample_of(const LayerShape& shape, const Napi::Object& object) {
+  reparam::Sample sample;
+  sample.bounds = to_int32s(object.Get("sequences"), "sample.sequences");
+  sample.query_tokens = to_int32s(object.Get("queryTokens"), "sample.queryTokens");
+  const auto& [bounds, query_tokens] = std::tie(sample.bounds, sample.query_tokens);
   if (bounds.size() < 2 || bounds.front() != 0 || !std::is_sorted(bounds.begin(), bounds.end())) refuse("sample.sequences", "ascending token offsets from 0");
   if (!std::is_sorted(query_tokens.begin(), query_tokens.end()) || (!query_tokens.empty() && (query_tokens.front() < 0 || query_tokens.back() >= bounds.back()))) {
     refuse("sample.queryTokens", "ascending tokens of the sample");
   }
-  const size_t tokens = size_t(bounds.back()), head_dim = size_t(shape.nope + shape.rope);
-  const float* latents = floats(sample.Get("latents"), "sample.latents", tokens * size_t(shape.latent));
-  const float* rope_keys = floats(sample.Get("ropeKeys"), "sample.ropeKeys", tokens * size_t(shape.rope));
-  const float* queries = floats(sample.Get("queries"), "sample.queries", query_tokens.size() * size_t(shape.heads) * head_dim);
-  std::vector<reparam::Sequence> sequences;
-  size_t query = 0;
-  for (size_t i = 0; i + 1 < bounds.size(); ++i) {
-    const int begin = bounds[i], end = bounds[i + 1];
-    const size_t first = query;
-    reparam::Sequence sequence;
-    for (; query < query_tokens.size() && query_tokens[query] < end; ++query) sequence.query_token.push_back(query_tokens[query] - begin);
-    const int64_t count = int64_t(sequence.query_token.size());
-    if (count == 0) continue;
-    sequence.latents = Matrix(end - begin, shape.latent, latents + size_t(begin) * size_t(shape.latent));
-    sequence.rope_keys = Matrix(end - begin, shape.rope, rope_keys + size_t(begin) * size_t(shape.rope));
-    for (int head = 0; head < shape.heads; ++head) {
-      Matrix of_head(int64_t(head_dim), count);
-      for (int64_t q = 0; q < count; ++q) {
-        const float* from = queries + ((first + size_t(q)) * size_t(shape.heads) + size_t(head)) * head_dim;
-        for (size_t d = 0; d < head_dim; ++d) of_head.row(int64_t(d))[q] = from[d];
-      }
-      sequence.queries.push_back(std::move(of_head));
-    }
-    sequences.push_back(std::move(sequence));
-  }
-  if (sequences.empty()) refuse("sample.queryTokens", "at least one query");
-  return sequences;
+  const size_t tokens = size_t(bounds.back());
+  sample.latents = floats(object.Get("latents"), "sample.latents", tokens * size_t(shape.latent));
+  sample.rope_keys = floats(object.Get("ropeKeys"), "sample.ropeKeys", tokens * size_t(shape.rope));
+  sample.queries = floats(object.Get("queries"), "sample.queries", query_tokens.size() * size_t(shape.heads) * size_t(shape.nope + shape.rope));
+  return sample;
 }
 
 Design design_of(const LayerShape& shape, const Napi::Value& value) {
@@ -103,19 +99,22 @@ Design design_of(const LayerShape& shape, const Napi::Value& value) {
   return design;
 }
 
-using Step = std::function<void(LayerFit&, Design&)>;
+struct Step {
+  std::string kind;
+  std::function<void(LayerFit&, LayerFit::Ranks&)> apply;
+};
 
 Step step_of(const Napi::Value& value) {
   const Napi::Object step = to_object(value, "steps[]");
   const std::string kind = to_text(step.Get("kind"), "steps[].kind");
   if (kind == "scales") {
     const bool per_head = to_bool(step.Get("perHead"), "steps[].perHead");
-    return [per_head](LayerFit& fit, Design& design) { fit.fit_scales(design, per_head); };
+    return {kind, [per_head](LayerFit& fit, LayerFit::Ranks& ranks) { fit.fit_scales(ranks, per_head); }};
   }
-  if (kind == "queries") return [](LayerFit& fit, Design& design) { fit.fit_queries(design); };
+  if (kind == "queries") return {kind, [](LayerFit& fit, LayerFit::Ranks& ranks) { fit.fit_queries(ranks); }};
   if (kind == "values") {
     const double ridge = to_number(step.Get("ridge"), "steps[].ridge");
-    return [ridge](LayerFit& fit, Design& design) { fit.fit_values(design, ridge); };
+    return {kind, [ridge](LayerFit& fit, LayerFit::Ranks& ranks) { fit.fit_values(ranks, ridge); }};
   }
   if (kind != "refine") refuse("steps[].kind", "scales, queries, values or refine");
   reparam::RefineOptions options;
@@ -124,14 +123,40 @@ Step step_of(const Napi::Value& value) {
   options.basis = to_bool(step.Get("basis"), "steps[].basis");
   options.shared = int(to_integer(step.Get("shared"), "steps[].shared", 0));
   options.seed = uint64_t(to_integer(step.Get("seed"), "steps[].seed", 0));
-  return [options](LayerFit& fit, Design& design) { fit.refine(design, options); };
+  return {kind, [options](LayerFit& fit, LayerFit::Ranks& ranks) { fit.refine(ranks, options); }};
 }
 
 struct Fitted {
   Design design;
   double train_error = 0;
   double test_error = 0;
+  std::vector<std::pair<std::string, double>> seconds;  // by kind of step, and "error"
 };
+
+// Runs the steps in order and takes the time of each kind.
+Fitted apply(LayerFit& fit, const Design& design, const std::vector<Step>& steps, Compute& compute) {
+  Fitted result;
+  const auto timed = [&](const std::string& kind, const std::function<void()>& work) {
+    const auto started = std::chrono::steady_clock::now();
+    work();
+    compute.finish();
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+    const auto known = std::find_if(result.seconds.begin(), result.seconds.end(), [&](const auto& entry) { return entry.first == kind; });
+    if (known == result.seconds.end()) {
+      result.seconds.emplace_back(kind, seconds);
+    } else {
+      known->second += seconds;
+    }
+  };
+  LayerFit::Ranks ranks = fit.upload(design);
+  for (const Step& step : steps) timed(step.kind, [&] { step.apply(fit, ranks); });
+  timed("error", [&] {
+    result.train_error = fit.train_error(ranks);
+    result.test_error = fit.test_error(ranks);
+  });
+  result.design = fit.download(ranks);
+  return result;
+}
 
 class LayerFitHandle : public Napi::ObjectWrap<LayerFitHandle> {
  public:
@@ -148,13 +173,15 @@ class LayerFitHandle : public Napi::ObjectWrap<LayerFitHandle> {
     guarded(info.Env(), [&] {
       shape_ = shape_of(to_object(info[0], "shape"));
       const Napi::Object weights = to_object(info[1], "weights");
-      auto sequences = sequences_of(shape_, to_object(info[2], "sample"));
+      const reparam::Sample sample = sample_of(shape_, to_object(info[2], "sample"));
       const Napi::Object options = to_object(info[3], "options");
-      const int train = int(to_integer(options.Get("train"), "options.train", 1, int64_t(sequences.size())));
-      fit_ = std::make_shared<LayerFit>(shape_, matrix(weights.Get("uk"), "weights.uk", int64_t(shape_.heads) * shape_.nope, shape_.latent),
-                                        matrix(weights.Get("uv"), "weights.uv", int64_t(shape_.heads) * shape_.v, shape_.latent),
-                                        matrix(weights.Get("wo"), "weights.wo", shape_.hidden, int64_t(shape_.heads) * shape_.v), std::move(sequences), train,
-                                        threads_of(options.Get("threads")));
+      const int train = int(to_integer(options.Get("train"), "options.train", 1, int64_t(sample.bounds.size()) - 1));
+      compute_ = compute_of(options.Get("target"));
+      fit_ = std::make_shared<LayerFit>(compute_, shape_,
+                                        reparam::LayerWeights{matrix(weights.Get("uk"), "weights.uk", int64_t(shape_.heads) * shape_.nope, shape_.latent),
+                                                              matrix(weights.Get("uv"), "weights.uv", int64_t(shape_.heads) * shape_.v, shape_.latent),
+                                                              matrix(weights.Get("wo"), "weights.wo", shape_.hidden, int64_t(shape_.heads) * shape_.v)},
+                                        sample, train);
     });
   }
 
@@ -188,13 +215,7 @@ class LayerFitHandle : public Napi::ObjectWrap<LayerFitHandle> {
       for (uint32_t i = 0; i < array.Length(); ++i) steps.push_back(step_of(array.Get(i)));
       return AsyncWork<Fitted>::start(
           info.Env(), "tpla reparam",
-          [fit = open(), design = std::move(design), steps = std::move(steps)] {
-            Fitted result{design, 0, 0};
-            for (const Step& step : steps) step(*fit, result.design);
-            result.train_error = fit->train_error(result.design);
-            result.test_error = fit->test_error(result.design);
-            return result;
-          },
+          [fit = open(), compute = compute_, design = std::move(design), steps = std::move(steps)] { return apply(*fit, design, steps, *compute); },
           [](Napi::Env env, const Fitted& fitted) -> Napi::Value {
             Napi::Array ranks = Napi::Array::New(env, fitted.design.size());
             for (size_t i = 0; i < fitted.design.size(); ++i) {
@@ -208,34 +229,43 @@ class LayerFitHandle : public Napi::ObjectWrap<LayerFitHandle> {
             object.Set("design", ranks);
             object.Set("trainError", fitted.train_error);
             object.Set("testError", fitted.test_error);
+            Napi::Object seconds = Napi::Object::New(env);
+            for (const auto& [kind, value] : fitted.seconds) seconds.Set(kind, value);
+            object.Set("seconds", seconds);
             return object;
           });
     });
   }
 
-  void close(const Napi::CallbackInfo&) { fit_.reset(); }
+  void close(const Napi::CallbackInfo&) {
+    fit_.reset();
+    compute_.reset();
+  }
 
   LayerShape shape_;
+  std::shared_ptr<Compute> compute_;
   std::shared_ptr<LayerFit> fit_;
 };
 
 Napi::Value multiply(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const int64_t m = to_integer(info[2], "m", 1), k = to_integer(info[3], "k", 1), n = to_integer(info[4], "n", 1);
-    auto a = std::make_shared<Matrix>(matrix(info[0], "a", m, k));
-    auto b = std::make_shared<Matrix>(matrix(info[1], "b", k, n));
-    const int threads = threads_of(info[5]);
-    return AsyncWork<Matrix>::start(
+    auto a = std::make_shared<HostMatrix>(matrix(info[0], "a", m, k));
+    auto b = std::make_shared<HostMatrix>(matrix(info[1], "b", k, n));
+    return AsyncWork<HostMatrix>::start(
         info.Env(), "tpla reparam",
-        [a, b, m, n, threads] {
-          const cpu::Kernels& kernels = cpu::select_kernels(nullptr);
-          cpu::ThreadTeam team(threads);
-          Matrix out(m, n);
-          team.run_ranges(m, 64, [&](int64_t begin, int64_t end, int) { reparam::multiply(kernels, reparam::Left(*a, begin, end), *b, out, begin); });
-          return out;
+        [a, b, m, n, compute = compute_of(info[5])] {
+          const reparam::Tensor left = compute->upload(*a), right = compute->upload(*b), out = compute->allocate(m, n);
+          compute->multiply(left, right, out);
+          return compute->download(out.view());
         },
-        [](Napi::Env env, const Matrix& out) -> Napi::Value { return to_js(env, out); });
+        [](Napi::Env env, const HostMatrix& out) -> Napi::Value { return to_js(env, out); });
   });
+}
+
+// reparamDevice(target): what it computes with, in words. Throws GPU_UNAVAILABLE.
+Napi::Value device(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value { return Napi::String::New(info.Env(), compute_of(info[0])->name()); });
 }
 
 }  // namespace
@@ -243,6 +273,7 @@ Napi::Value multiply(const Napi::CallbackInfo& info) {
 void export_reparam(Napi::Env env, Napi::Object exports) {
   LayerFitHandle::define(env, exports);
   exports.Set("multiply", Napi::Function::New(env, multiply));
+  exports.Set("reparamDevice", Napi::Function::New(env, device));
 }
 
 }  // namespace tpla::addon

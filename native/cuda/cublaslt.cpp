@@ -1,5 +1,9 @@
 #include "cuda/cublaslt.h"
 
+#include <algorithm>
+#include <array>
+#include <map>
+
 #include "core/dynamic_library.h"
 
 namespace tpla::cuda {
@@ -17,7 +21,10 @@ constexpr int kTransposeA = 3;  // attributes of a matmul descriptor
 constexpr int kTransposeB = 4;
 constexpr int32_t kTransposed = 1;
 constexpr int32_t kNotTransposed = 0;
-constexpr int kMaxWorkspaceBytes = 1;  // attribute of a preference
+constexpr int kBatchCount = 5;  // attributes of a matrix layout
+constexpr int kBatchStep = 6;
+constexpr int kMaxWorkspaceBytes = 1;  // attributes of a preference
+constexpr int kMinAlignmentA = 5;      // of A, B, C and D, one after the other
 
 struct Algorithm {
   uint64_t data[8];
@@ -42,6 +49,7 @@ struct CublasLt::Library {
   Status (*desc_destroy)(Descriptor) = library.symbol<Status(Descriptor)>("cublasLtMatmulDescDestroy");
   Status (*desc_set)(Descriptor, int, const void*, size_t) = library.symbol<Status(Descriptor, int, const void*, size_t)>("cublasLtMatmulDescSetAttribute");
   Status (*layout_create)(Descriptor*, int, uint64_t, uint64_t, int64_t) = library.symbol<Status(Descriptor*, int, uint64_t, uint64_t, int64_t)>("cublasLtMatrixLayoutCreate");
+  Status (*layout_set)(Descriptor, int, const void*, size_t) = library.symbol<Status(Descriptor, int, const void*, size_t)>("cublasLtMatrixLayoutSetAttribute");
   Status (*layout_destroy)(Descriptor) = library.symbol<Status(Descriptor)>("cublasLtMatrixLayoutDestroy");
   Status (*preference_create)(Descriptor*) = library.symbol<Status(Descriptor*)>("cublasLtMatmulPreferenceCreate");
   Status (*preference_destroy)(Descriptor) = library.symbol<Status(Descriptor)>("cublasLtMatmulPreferenceDestroy");
@@ -56,11 +64,29 @@ struct CublasLt::Library {
   Handle handle = nullptr;
   std::string name;
 
+  // How products of one shape are computed; `usable` is false where the library refuses.
+  struct Plan {
+    Descriptor desc = nullptr, a = nullptr, b = nullptr, c = nullptr;
+    Algorithm algorithm{};
+    bool usable = false;
+  };
+  using Shape = std::array<int64_t, 14>;
+  std::map<Shape, Plan> plans;
+
+  const Plan& plan(const Fp32Product& product, size_t workspace_bytes);
+  void release(const Plan& plan) {
+    for (const Descriptor layout : {plan.a, plan.b, plan.c}) {
+      if (layout) layout_destroy(layout);
+    }
+    if (plan.desc) desc_destroy(plan.desc);
+  }
+
   ~Library() {
+    for (const auto& [shape, known] : plans) release(known);
     if (handle) destroy(handle);
   }
   bool complete() const {
-    return create && destroy && version && desc_create && desc_destroy && desc_set && layout_create && layout_destroy && preference_create && preference_destroy &&
+    return create && destroy && version && desc_create && desc_destroy && desc_set && layout_create && layout_set && layout_destroy && preference_create && preference_destroy &&
            preference_set && heuristic && matmul;
   }
 };
@@ -109,6 +135,49 @@ bool CublasLt::multiply(const Bf16Product& p, void* workspace, size_t workspace_
   }
   if (desc) lt.desc_destroy(desc);
   return ok;
+}
+
+// The largest power of two, up to 16, that divides addresses and distances, in bytes.
+static uint32_t alignment_of(const void* data, int64_t ld, int64_t step) {
+  const uint64_t bits = reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(ld * 4) | static_cast<uint64_t>(step * 4) | 16;
+  return static_cast<uint32_t>(bits & -bits);
+}
+
+const CublasLt::Library::Plan& CublasLt::Library::plan(const Fp32Product& p, size_t workspace_bytes) {
+  const std::array<uint32_t, 3> alignments = {alignment_of(p.b, p.ldb, p.step_b), alignment_of(p.a, p.lda, p.step_a), alignment_of(p.c, p.ldc, p.step_c)};
+  const Shape shape = {p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.step_a, p.step_b, p.step_c, p.count, p.transpose_a, p.transpose_b, p.beta != 0,
+                       int64_t{alignments[0]} << 16 | alignments[1] << 8 | alignments[2]};
+  const auto [entry, fresh] = plans.try_emplace(shape);
+  Plan& made = entry->second;
+  if (!fresh) return made;
+  // Row-major is the transpose of cuBLAS's column-major: Cᵀ = op(B)ᵀ · op(A)ᵀ, where what is stored as rows [r, c] is a column-major [c, r].
+  const int32_t count = static_cast<int32_t>(p.count);
+  const int32_t of_b = p.transpose_b ? kTransposed : kNotTransposed, of_a = p.transpose_a ? kTransposed : kNotTransposed;
+  const auto layout = [&](Descriptor* out, int64_t rows, int64_t cols, int64_t ld, int64_t step) {
+    return layout_create(out, kTypeF32, static_cast<uint64_t>(cols), static_cast<uint64_t>(rows), ld) == 0 && layout_set(*out, kBatchCount, &count, sizeof count) == 0 &&
+           layout_set(*out, kBatchStep, &step, sizeof step) == 0;
+  };
+  Descriptor preference = nullptr;
+  Heuristic found{};
+  int results = 0;
+  const auto prefer = [&](int attribute, const auto& value) { return preference_set(preference, attribute, &value, sizeof value) == 0; };
+  made.usable = desc_create(&made.desc, kCompute32F, kTypeF32) == 0 && desc_set(made.desc, kTransposeA, &of_b, sizeof of_b) == 0 &&
+                desc_set(made.desc, kTransposeB, &of_a, sizeof of_a) == 0 &&
+                layout(&made.b, p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n, p.ldb, p.step_b) &&
+                layout(&made.a, p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k, p.lda, p.step_a) && layout(&made.c, p.m, p.n, p.ldc, p.step_c) &&
+                preference_create(&preference) == 0 && prefer(kMaxWorkspaceBytes, workspace_bytes) && prefer(kMinAlignmentA, alignments[0]) &&
+                prefer(kMinAlignmentA + 1, alignments[1]) && prefer(kMinAlignmentA + 2, alignments[2]) && prefer(kMinAlignmentA + 3, alignments[2]) &&
+                heuristic(handle, made.desc, made.b, made.a, made.c, made.c, preference, 1, &found, &results) == 0 && results == 1;
+  made.algorithm = found.algorithm;
+  if (preference) preference_destroy(preference);
+  return made;
+}
+
+bool CublasLt::multiply(const Fp32Product& p, void* workspace, size_t workspace_bytes, CUstream_st* stream) {
+  Library& lt = *library_;
+  const Library::Plan& plan = lt.plan(p, workspace_bytes);
+  return plan.usable && lt.matmul(lt.handle, plan.desc, &p.alpha, p.b, plan.b, p.a, plan.a, &p.beta, p.c, plan.c, p.c, plan.c, &plan.algorithm, workspace, workspace_bytes,
+                                  stream) == 0;
 }
 
 }  // namespace tpla::cuda

@@ -18,6 +18,21 @@ struct Bf16Product {
   int64_t m = 0, n = 0, k = 0;
 };
 
+// C[i] = alpha · op(A[i]) · op(B[i]) + beta · C[i] for `count` products, row-major fp32 with fp32 arithmetic throughout (no TF32).
+// op(A) is [m, k], op(B) [k, n]; steps are from one matrix to the next, in floats, and may be 0 for A and B.
+struct Fp32Product {
+  const float* a = nullptr;
+  const float* b = nullptr;
+  float* c = nullptr;
+  int64_t m = 0, n = 0, k = 0;
+  int64_t lda = 0, ldb = 0, ldc = 0;
+  int64_t step_a = 0, step_b = 0, step_c = 0;
+  int64_t count = 1;
+  bool transpose_a = false, transpose_b = false;
+  float alpha = 1, beta = 0;
+};
+
+// Not for use by several threads at a time.
 class CublasLt {
  public:
   // Null where the library is not there or lacks a function; `why` then says so.
@@ -28,6 +43,8 @@ class CublasLt {
   const std::string& name() const;
   // Enqueues a product; `workspace` must stay untouched until it has run. False where the library refuses.
   bool multiply(const Bf16Product& product, void* workspace, size_t workspace_bytes, CUstream_st* stream);
+  // The same; how the library computes a shape is asked once.
+  bool multiply(const Fp32Product& product, void* workspace, size_t workspace_bytes, CUstream_st* stream);
 
  private:
   struct Library;

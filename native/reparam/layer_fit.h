@@ -1,10 +1,9 @@
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/thread_team.h"
-#include "reparam/matrix.h"
+#include "reparam/compute.h"
 
 namespace tpla::reparam {
 
@@ -18,30 +17,38 @@ struct LayerShape {
   float softmax_scale = 1;
 };
 
-// What calibration saw of one layer in one sequence. Latents are normalised, without the norm's gain; rope parts are rotated.
-struct Sequence {
-  Matrix latents;                // [tokens, latent]
-  Matrix rope_keys;              // [tokens, rope]
-  std::vector<int> query_token;  // ascending; a query attends to tokens 0..query_token of its sequence
-  std::vector<Matrix> queries;   // per head [nope + rope, queries]
+// What calibration saw of one layer, in host memory, row-major. Latents are normalised, without the norm's gain; rope parts are rotated.
+struct Sample {
+  const float* latents = nullptr;    // [tokens, latent]
+  const float* rope_keys = nullptr;  // [tokens, rope]
+  const float* queries = nullptr;    // [queries, heads, nope + rope]
+  std::vector<int32_t> bounds;       // first token of each sequence, and the number of tokens
+  std::vector<int32_t> query_tokens; // ascending; a query attends to its sequence up to that token
+};
+
+// The exact weights in the sample's coordinates, the norm's gain folded in.
+struct LayerWeights {
+  HostMatrix uk;  // [heads * nope, latent]
+  HostMatrix uv;  // [heads * v, latent]
+  HostMatrix wo;  // [hidden, heads * v]
 };
 
 // One rank's share: u = basis · latent is what it caches, a head's logit is q_nope · uk · u + q_pe · k_pe, and its term of the head's
 // value is uv · Σ p u.
 struct RankDesign {
-  Matrix basis;  // [width, latent]
-  Matrix uk;     // [heads * nope, width]
-  Matrix uv;     // [heads * v, width]
+  HostMatrix basis;  // [width, latent]
+  HostMatrix uk;     // [heads * nope, width]
+  HostMatrix uv;     // [heads * v, width]
 };
 using Design = std::vector<RankDesign>;
 
 // Sums over all heads and sampled queries, [latent, latent], in the latent's coordinates.
 struct Sensitivity {
-  Matrix token_covariance;      // centred, over tokens
-  Matrix attention_covariance;  // mean over heads and queries of Cov_p(latent), p the exact attention
-  Matrix key;                   // Σ_h weight_h W_UK,hᵀ E[q qᵀ] W_UK,h: how much logits depend on a direction
-  Matrix value;                 // Σ_h W_UV,hᵀ W_O,hᵀ W_O,h W_UV,h: how much the layer's output depends on it
-  Matrix output_moment;         // mean over heads and queries of o oᵀ, o = Σ p latent
+  HostMatrix token_covariance;      // centred, over tokens
+  HostMatrix attention_covariance;  // mean over heads and queries of Cov_p(latent), p the exact attention
+  HostMatrix key;                   // Σ_h weight_h W_UK,hᵀ E[q qᵀ] W_UK,h: how much logits depend on a direction
+  HostMatrix value;                 // Σ_h W_UV,hᵀ W_O,hᵀ W_O,h W_UV,h: how much the layer's output depends on it
+  HostMatrix output_moment;         // mean over heads and queries of o oᵀ, o = Σ p latent
 };
 
 struct RefineOptions {
@@ -54,58 +61,88 @@ struct RefineOptions {
 
 // Fits what decode ranks compute to what exact MLA computes, for one layer, on calibration sequences.
 // Sequences [0, train) are fitted on; the rest only measure.
+//
+// In the device's memory, whatever belongs to a query is a column; the columns of a head's queries stand side by side and those of all heads
+// follow one another ([rows, heads · queries]), so that what heads share, the cached columns, meets all of them in one product.
 class LayerFit {
  public:
-  LayerFit(const LayerShape& shape, Matrix uk, Matrix uv, Matrix wo, std::vector<Sequence> sequences, int train, int threads);
+  // Copies the sample. Sequences without queries are left out; throws REQUEST_INVALID when none is left.
+  LayerFit(std::shared_ptr<Compute> compute, const LayerShape& shape, const LayerWeights& weights, const Sample& sample, int train);
+
+  const LayerShape& shape() const { return shape_; }
+  int sequence_count() const { return int(sequences_.size()); }
 
   Sensitivity sensitivity();
 
-  // ‖layer output with `design` − exact‖² / ‖exact‖² over the sequences [begin, end).
-  double error(const Design& design, int begin, int end);
-  double train_error(const Design& design) { return error(design, 0, train_); }
-  double test_error(const Design& design) { return error(design, train_ < sequence_count() ? train_ : 0, sequence_count()); }
-  int sequence_count() const { return int(sequences_.size()); }
+  // A design in the device's memory.
+  struct Rank {
+    Tensor basis, uk, uv;
+  };
+  using Ranks = std::vector<Rank>;
+  Ranks upload(const Design& design);
+  Design download(const Ranks& ranks);
+
+  // ‖layer output with `ranks` − exact‖² / ‖exact‖² over the sequences [begin, end).
+  double error(const Ranks& ranks, int begin, int end);
+  double train_error(const Ranks& ranks) { return error(ranks, 0, train_); }
+  double test_error(const Ranks& ranks) { return error(ranks, train_ < sequence_count() ? train_ : 0, sequence_count()); }
 
   // Multiplies each rank's uk by the factor that fits its logits best to the exact ones, in the variance under exact attention:
   // one factor per head, or one for all heads.
-  void fit_scales(Design& design, bool per_head);
+  void fit_scales(Ranks& ranks, bool per_head);
   // Replaces uk by the regression of the exact absorbed logit on the rank's columns, under attention-weighted covariance.
-  void fit_queries(Design& design);
+  void fit_queries(Ranks& ranks);
   // Replaces uv by the ridge regression of the exact head value on all ranks' attention outputs, drawn towards the given uv.
-  void fit_values(Design& design, double ridge);
+  void fit_values(Ranks& ranks, double ridge);
   // Descends the squared output error over uk, uv and, if asked for, the bases.
-  void refine(Design& design, const RefineOptions& options);
+  void refine(Ranks& ranks, const RefineOptions& options);
 
  private:
-  struct Exact {
-    Matrix values;  // [heads * v, queries]
-    Matrix output;  // [hidden, queries]
+  struct Sequence {
+    Tensor latents;     // [tokens, latent]
+    Tensor rope_keys;   // [tokens, rope]
+    Tensor queries;     // [nope + rope, heads · columns]
+    Tensor last_token;  // [1, columns]; -1 where `count` is filled up to whole vectors
+    int64_t count = 0;  // of queries
+    Tensor values;      // exact head values [heads · v, columns]; empty until they are asked for
+    double output_squares = 0;
+
+    int64_t tokens() const { return latents->rows; }
+    int64_t columns() const { return last_token->cols; }
   };
   struct Attended {
-    Matrix probabilities;  // [tokens, queries], columns sum to 1
-    Matrix outputs;        // [width, queries]
-    Matrix keys_query;     // a = ukᵀ q, [width, queries]
+    Tensor keys_query;     // ukᵀ q [width, heads · columns]
+    Tensor probabilities;  // [tokens, heads · columns], columns sum to 1
+    Tensor outputs;        // Σ p u [width, heads · columns]
   };
+  struct HeadRange {
+    int begin, end;
+    int count() const { return end - begin; }
+  };
+  HeadRange all_heads() const { return {0, shape_.heads}; }
 
-  Left head_rows(const Matrix& m, int head, int per_head) const { return Left(m, int64_t(head) * per_head, int64_t(head + 1) * per_head); }
-  // Attention of one head over columns `cached` [tokens, width] with `uk` [nope, width].
-  void attend(const Sequence& sequence, int head, const Matrix& cached, const Left& uk, Attended& out) const;
-  void exact(const Sequence& sequence, Exact& out);
-  std::vector<Matrix> cached_columns(const Sequence& sequence, const Design& design);
-  // Rank outputs of all heads, [rank][head].
-  std::vector<std::vector<Attended>> attend_all(const Sequence& sequence, const Design& design, const std::vector<Matrix>& cached);
-  void values_of(const Design& design, const std::vector<std::vector<Attended>>& attended, Matrix& values);
-  // Per head: attention-weighted covariance over the training sequences.
-  void head_covariance(int head, Matrix& out) const;
-  void add_gradient(int sequence, const Design& design, Design& gradient, bool basis);
+  View of_heads(const View& m, int per_head, HeadRange heads) const;
+  View nope_queries(const Sequence& sequence, HeadRange heads) const;
+  // Attention of some heads over columns `cached` [tokens, width] with `uk` [heads · nope, width] of all heads.
+  Attended attend(const Sequence& sequence, const View& cached, const View& uk, HeadRange heads);
+  // Exact head values and output norms, once.
+  void prepare();
+  Tensor cached_columns(const Sequence& sequence, const Rank& rank);
+  // values (+)= uv · outputs, head by head.
+  void add_values(const View& uv, const View& outputs, const View& values, Update update);
+  // Values of all ranks less the exact ones, [heads · v, columns].
+  Tensor value_difference(const Sequence& sequence, const Ranks& ranks, std::vector<Attended>* kept, std::vector<Tensor>* cached);
+  // Attention-weighted covariance of each head, side by side [latent, heads · latent], over the training sequences.
+  Tensor head_covariances(HeadRange heads);
+  // Σ over training tokens of the centred latents' outer products; returns how many tokens there are.
+  int64_t token_scatter(HostMatrix& out);
+  void add_gradient(const Sequence& sequence, const Ranks& ranks, Ranks& gradient, bool basis);
 
+  std::shared_ptr<Compute> compute_;
   LayerShape shape_;
-  Matrix uk_, uv_, wo_;
+  Tensor uk_, uv_, wo_;
   std::vector<Sequence> sequences_;
-  std::vector<Exact> exact_;
   int train_;
-  const cpu::Kernels& kernels_;
-  cpu::ThreadTeam team_;
 };
 
 }  // namespace tpla::reparam

@@ -7,6 +7,7 @@ import { loadModelConfig } from '../model/config.js';
 import type { KvDType } from '../native/types.js';
 import { MOST_TOKENS, QUERY_BYTES, type CalibrationOptions } from '../reparam/calibration.js';
 import { convert, type ConversionOptions, type ConversionResult } from '../reparam/convert.js';
+import { DEVICES, type Device } from '../reparam/device.js';
 import type { OutputDType } from '../reparam/layer_tensors.js';
 import { METHODS, withinBudget, type Method } from '../reparam/method.js';
 import { report, type Report, type ReportOptions } from '../reparam/report.js';
@@ -40,12 +41,12 @@ conversion that was interrupted goes on where it stopped when the same command i
     method: Flags.string({ options: Object.keys(METHODS), default: 'default', description: 'combination to start from' }),
     groups: Flags.integer({ default: 2, min: 1, description: 'ranks that share the latent', aliases: ['ranks'] }),
     shared: Flags.integer({ min: 0, description: 'latent directions replicated on every rank' }),
-    basis: Flags.string({ options: ['identity', 'hadamard', 'pca', 'aware', 'aware-oblique', 'best'], description: 'change of basis; aware looks at queries and outputs too, best chooses per layer by measured error' }),
+    basis: Flags.string({ options: ['identity', 'hadamard', 'pca', 'aware', 'aware-oblique', 'best'], description: 'change of basis; aware looks at queries and outputs too, best chooses basis and queries per layer by measured error' }),
     scale: Flags.string({ options: ['none', 'printed', 'reciprocal', 'fitted', 'head'], description: 'factor on a rank\'s logits, or on its norm with --norm sliced' }),
     queries: Flags.string({ options: ['sliced', 'regressed'], description: 'cut W_UK, or regress the whole logit on a rank\'s columns' }),
     values: Flags.string({ options: ['sliced', 'ridge'], description: 'cut W_UV, or regress the exact head output on the ranks\' outputs' }),
     refine: Flags.integer({ min: 0, description: 'steps of descent on each layer\'s output error' }),
-    'budget-bytes-per-token': Flags.integer({ min: 1, exclusive: ['shared'], description: 'bytes of bf16 cache per token and rank, all layers: takes the widest shared subspace within it, and per layer the basis that measures best' }),
+    'budget-bytes-per-token': Flags.integer({ min: 1, exclusive: ['shared'], description: 'bytes of bf16 cache per token and rank, all layers: takes the widest shared subspace within it, and per layer the basis and queries that measure best' }),
     norm: Flags.string({ options: ['exact', 'sliced'], description: 'RMSNorm over the whole latent, or each rank\'s estimate from its slice as published' }),
     calibration: Flags.string({ description: 'UTF-8 text to fit on; default calibration.txt of the checkpoint' }),
     'calibration-tokens': Flags.integer({ min: 64, description: `tokens of it that are used; default ${MOST_TOKENS}, fewer where a layer's queries would take more than ${QUERY_BYTES / 1e9} GB` }),
@@ -53,6 +54,7 @@ conversion that was interrupted goes on where it stopped when the same command i
     'calibration-queries': Flags.integer({ default: 128, min: 1, description: 'queries sampled per sequence' }),
     'output-dtype': Flags.string({ options: ['auto', 'f32', 'bf16', 'fp8'], default: 'auto', description: 'format of changed matrices; auto keeps theirs, bf16 in place of fp8' }),
     seed: Flags.integer({ default: 1, min: 0, description: 'of the Hadamard signs, the sampling and the descent' }),
+    device: Flags.string({ options: [...DEVICES], default: 'auto', description: 'what fits layers: the first GPU that can be used, or the CPU; the same result within rounding' }),
     threads: Flags.integer({ default: 0, min: 0, description: 'compute threads; 0 for all cores' }),
     report: Flags.boolean({ helpGroup: 'REPORT', description: 'write no checkpoint: measure every method through the decode path, beside mla and dcp' }),
     only: Flags.string({ helpGroup: 'REPORT', multiple: true, description: 'report only methods whose name contains this; repeatable' }),
@@ -86,7 +88,7 @@ function conversionOptions(request: Request): ConversionOptions {
   if (request.out === undefined) throw new TplaError('USAGE', 'name the output directory: tpla reparam MODEL OUT');
   return {
     model: request.model, out: request.out, methodName: request.method, method: methodOf(request), groups: request.groups, calibration: calibrationOf(request),
-    output: request['output-dtype'] as OutputDType, seed: request.seed, threads: request.threads,
+    output: request['output-dtype'] as OutputDType, seed: request.seed, device: request.device as Device, threads: request.threads,
   };
 }
 
@@ -115,7 +117,7 @@ function reportOptions(request: Request): ReportOptions {
   if (!existsSync(text)) throw new TplaError('USAGE', `text ${text}: no such file`);
   return {
     model: request.model, groups: request.groups, only: request.only ?? [], calibration, text, recall: request.recall ?? ownFile(request.model, 'recall.jsonl'),
-    recallPrompts: request['recall-prompts'], context: request.context, tokens: request.tokens, seed: request.seed, dtype: request['kv-dtype'] as KvDType, threads: request.threads,
+    recallPrompts: request['recall-prompts'], context: request.context, tokens: request.tokens, seed: request.seed, dtype: request['kv-dtype'] as KvDType, device: request.device as Device, threads: request.threads,
     picture: request.picture ?? null,
   };
 }
@@ -139,6 +141,7 @@ function printConversion(result: ConversionResult): string {
     ...(errors.length > 0 ? [['attention output error, mean over layers', `${((100 * errors.reduce((a, b) => a + b, 0)) / errors.length).toFixed(2)} %`] as [string, string]] : []),
     ['fingerprint', result.fingerprint],
     ['peak memory', `${(result.peak_rss_bytes / 1e9).toFixed(2)} GB`],
-    ['time', `${result.seconds.toFixed(1)} s`],
+    ['fitted on', result.device_name],
+    ['time', `${result.seconds.toFixed(1)} s: ${Object.entries(result.stage_seconds).filter(([, seconds]) => seconds >= 0.05).map(([stage, seconds]) => `${stage} ${seconds.toFixed(1)}`).join(', ')}`],
   ]);
 }

@@ -63,16 +63,29 @@ export type FitStep =
   /** Adam on the squared output error of the layer; `rate` is relative to a parameter's root mean square. */
   | { kind: 'refine'; steps: number; rate: number; basis: boolean; shared: number; seed: number };
 
+export interface FittedLayer {
+  design: RankDesign[];
+  trainError: number;
+  testError: number;
+  /** By kind of step, and `error` for measuring. */
+  seconds: Partial<Record<FitStep['kind'] | 'error', number>>;
+}
+
 export interface LayerFit {
   sensitivity(): Promise<Sensitivity>;
   /** Applies the steps in order; errors are ‖output − exact‖² / ‖exact‖² of the layer's attention. */
-  run(design: RankDesign[], steps: FitStep[]): Promise<{ design: RankDesign[]; trainError: number; testError: number }>;
+  run(design: RankDesign[], steps: FitStep[]): Promise<FittedLayer>;
   close(): void;
 }
 
+/** What computes a fit; `threads` 0 for all cores. `library` false leaves cuBLASLt out. */
+export type FitTarget = { device: 'cpu'; threads: number } | { device: 'cuda'; index: number; library?: boolean };
+
 export interface ReparamModule {
   /** Sequences [0, train) are fitted on, the others measure. */
-  LayerFit: new (shape: LayerShape, weights: LayerWeights, sample: LayerSample, options: { train: number; threads: number }) => LayerFit;
+  LayerFit: new (shape: LayerShape, weights: LayerWeights, sample: LayerSample, options: { train: number; target: FitTarget }) => LayerFit;
   /** a [m, k] · b [k, n], fp32. */
-  multiply(a: Float32Array, b: Float32Array, m: number, k: number, n: number, threads: number): Promise<Float32Array>;
+  multiply(a: Float32Array, b: Float32Array, m: number, k: number, n: number, target: FitTarget): Promise<Float32Array>;
+  /** What a target computes with, in words; throws GPU_UNAVAILABLE. */
+  reparamDevice(target: FitTarget): string;
 }

@@ -7,15 +7,17 @@ import { readSafetensors } from '../model/safetensors.js';
 import { attemptWrite, writeSafetensors } from '../model/safetensors_writer.js';
 import { Tokenizer } from '../model/tokenizer.js';
 import { native } from '../native/loader.js';
-import type { LayerSample } from '../native/reparam.js';
+import type { FitTarget, LayerSample } from '../native/reparam.js';
 import type { Weights } from '../native/types.js';
 import { captureLayers, loadSample, readCalibrationText, type CalibrationOptions, type CalibrationText } from './calibration.js';
+import { fitTarget, type Device } from './device.js';
 import { Journal } from './journal.js';
 import { designLayer, type LayerDesign } from './layer.js';
 import { fitWeights, layerShape, layerTensors, readSourceLayer, type OutputDType, type StoredTensor } from './layer_tensors.js';
 import { writeManifest, type LayerRecord } from './manifest.js';
 import { hasRankWeights, hasTransform, needsCalibration, rankWidth, validateMethod, type Method } from './method.js';
 import type { Progress } from '../report/progress.js';
+import { StageClock, type Stage } from './stages.js';
 import { isWritten, planBytes, planShards, writeShard } from './shards.js';
 
 export interface ConversionOptions {
@@ -28,6 +30,8 @@ export interface ConversionOptions {
   calibration: CalibrationOptions | null;
   output: OutputDType;
   seed: number;
+  /** What fits layers; the calibration text goes through the model on the CPU. */
+  device: Device;
   threads: number;
 }
 
@@ -42,7 +46,12 @@ export interface ConversionResult {
   bytes_written: number;
   kv_values_per_token_per_rank: number;
   peak_rss_bytes: number;
+  device: FitTarget['device'];
+  /** "avx512, 2 threads"; "NVIDIA H100 80GB HBM3, cuBLASLt 13.1.0" */
+  device_name: string;
   seconds: number;
+  /** Summed over layers. */
+  stage_seconds: Partial<Record<Stage, number>>;
 }
 
 /**
@@ -56,21 +65,30 @@ export async function convert(options: ConversionOptions, progress: Progress): P
   if (spec.tpla !== null) throw new TplaError('USAGE', `${source.dir} is already reparameterised (fingerprint ${spec.tpla.fingerprint}); start from the published checkpoint`);
   if (resolve(options.out) === source.dir) throw new TplaError('USAGE', 'the output directory is the model itself; choose another');
   validateMethod(options.method, { groups: options.groups, kvLoraRank: spec.kvLoraRank });
+  const target = fitTarget(options.device, options.threads);
+  const fit: FitContext = { target, deviceName: native().reparamDevice(target), clock: new StageClock() };
   const text = needsCalibration(options.method) ? await calibrationText(source, options) : null;
   checkSpace(source, options);
 
   const { journal, resumed } = Journal.open(resolve(options.out), planOf(source, text, options));
-  const layers = await convertLayers(source, text, options, journal, progress);
+  const layers = await convertLayers(source, text, options, fit, journal, progress);
   const fingerprint = fingerprintOf(options, layers);
-  const written = writeShards(source, journal, progress);
+  const written = fit.clock.timeNow('shards', () => writeShards(source, journal, progress));
   finish(source, journal, { fingerprint, layers, text, options });
   return {
     out: journal.dir, method: options.methodName, groups: options.groups, shared: options.method.shared, fingerprint, resumed, layers,
     bytes_written: written,
     kv_values_per_token_per_rank: rankWidth(options.method, { groups: options.groups, kvLoraRank: spec.kvLoraRank }) + spec.qkRopeHeadDim,
-    peak_rss_bytes: process.resourceUsage().maxRSS * 1024,
-    seconds: (performance.now() - started) / 1000,
+    peak_rss_bytes: process.resourceUsage().maxRSS * 1024, device: target.device, device_name: fit.deviceName,
+    seconds: (performance.now() - started) / 1000, stage_seconds: fit.clock.seconds,
   };
+}
+
+/** What layers are fitted with, and the clock of it all. */
+export interface FitContext {
+  target: FitTarget;
+  deviceName: string;
+  clock: StageClock;
 }
 
 async function calibrationText(source: Checkpoint, options: ConversionOptions): Promise<CalibrationText> {
@@ -79,7 +97,10 @@ async function calibrationText(source: Checkpoint, options: ConversionOptions): 
   return readCalibrationText(Tokenizer.load(source.dir), source.spec, options.calibration, columns);
 }
 
-/** Everything that decides what is written; a directory holds the work of one plan only. */
+/**
+ * Everything that decides what is written; a directory holds the work of one plan only. The device is no part of it: it changes a fit
+ * by rounding, so a conversion may be resumed on another. The fingerprint is that of the bytes that were written.
+ */
 function planOf(source: Checkpoint, text: CalibrationText | null, options: ConversionOptions): object {
   const { method, groups, output, seed, calibration } = options;
   return {
@@ -118,18 +139,18 @@ function directoryBytes(dir: string): number {
 const layerName = (layer: number) => `layer-${String(layer).padStart(4, '0')}`;
 const captureName = (layer: number) => `capture-${String(layer).padStart(4, '0')}.safetensors`;
 
-async function convertLayers(source: Checkpoint, text: CalibrationText | null, options: ConversionOptions, journal: Journal, progress: Progress): Promise<LayerRecord[]> {
+async function convertLayers(source: Checkpoint, text: CalibrationText | null, options: ConversionOptions, fit: FitContext, journal: Journal, progress: Progress): Promise<LayerRecord[]> {
   const { spec } = source;
   const isDone = (layer: number) => journal.has(`${layerName(layer)}.json`);
   const todo = Array.from({ length: spec.layers }, (_, layer) => layer).filter((layer) => !isDone(layer));
   if (text !== null && todo.some((layer) => !journal.has(captureName(layer)))) {
     progress.start('calibrate', spec.layers);
-    await captureLayers(source, text, {
+    await fit.clock.time('capture', () => captureLayers(source, text, {
       queries: options.calibration!.queries, seed: options.seed, threads: options.threads,
       isWanted: (layer) => !isDone(layer) && !journal.has(captureName(layer)),
       pathOf: (layer) => journal.path(captureName(layer)),
       onLayer: () => progress.advance(1),
-    });
+    }));
     progress.finish();
   }
   progress.start('fit layers', spec.layers);
@@ -137,7 +158,7 @@ async function convertLayers(source: Checkpoint, text: CalibrationText | null, o
   const weights = new (native().Weights)(source.files, source.tensors);
   try {
     for (const layer of todo) {
-      await convertLayer(source, weights, layer, text !== null, options, journal);
+      await convertLayer(source, weights, layer, text !== null, options, fit, journal);
       weights.release();
       progress.advance(1);
     }
@@ -148,10 +169,10 @@ async function convertLayers(source: Checkpoint, text: CalibrationText | null, o
   return Array.from({ length: spec.layers }, (_, layer) => journal.readJson<LayerRecord>(`${layerName(layer)}.json`));
 }
 
-async function convertLayer(source: Checkpoint, weights: Weights, layer: number, calibrated: boolean, options: ConversionOptions, journal: Journal): Promise<void> {
-  const sample = calibrated ? loadSample(journal.path(captureName(layer))) : null;
-  const { tensors, record } = await reparameteriseLayer(source, weights, layer, sample, options);
-  writeSafetensors(journal.path(`${layerName(layer)}.safetensors`), tensors);
+async function convertLayer(source: Checkpoint, weights: Weights, layer: number, calibrated: boolean, options: ConversionOptions, fit: FitContext, journal: Journal): Promise<void> {
+  const sample = calibrated ? fit.clock.timeNow('read', () => loadSample(journal.path(captureName(layer)))) : null;
+  const { tensors, record } = await reparameteriseLayer(source, weights, layer, sample, { ...options, fit });
+  fit.clock.timeNow('store', () => writeSafetensors(journal.path(`${layerName(layer)}.safetensors`), tensors));
   journal.writeJson(`${layerName(layer)}.json`, record);
   rmSync(journal.path(captureName(layer)), { force: true });
 }
@@ -162,19 +183,20 @@ export async function reparameteriseLayer(
   weights: Weights,
   layer: number,
   sample: LayerSample | null,
-  { method, groups, seed, threads, output }: Pick<ConversionOptions, 'method' | 'groups' | 'seed' | 'threads' | 'output'>,
+  { method, groups, seed, output, fit }: Pick<ConversionOptions, 'method' | 'groups' | 'seed' | 'output'> & { fit: FitContext },
 ): Promise<{ tensors: StoredTensor[]; record: LayerRecord }> {
-  const published = readSourceLayer(source, weights, layer);
-  const input = { shape: layerShape(source), weights: fitWeights(source, weights, layer, published), sample };
-  const design = await designLayer(input, method, { groups, seed: seed + layer, threads });
-  const tensors = await layerTensors(source, layer, published, design, { transform: hasTransform(method), output, threads });
+  const { target, clock } = fit;
+  const published = clock.timeNow('read', () => readSourceLayer(source, weights, layer));
+  const input = { shape: layerShape(source), weights: clock.timeNow('read', () => fitWeights(source, weights, layer, published)), sample };
+  const design = await designLayer(input, method, { groups, seed: seed + layer, target, clock });
+  const tensors = await clock.time('store', () => layerTensors(source, layer, published, design, { transform: hasTransform(method), output, target }));
   const hash = createHash('sha256');
   for (const { name, dtype, shape, data } of tensors) hash.update(`${name} ${dtype} ${shape.join('x')}\n`).update(data);
-  return { tensors, record: recordOf(layer, design, hash.digest('hex')) };
+  return { tensors, record: recordOf(layer, design, hash.digest('hex'), fit) };
 }
 
-function recordOf(layer: number, { basisKind, shares, normScale, error }: LayerDesign, hash: string): LayerRecord {
-  return { layer, hash, basis: basisKind, variance_shares: shares, norm_scale: normScale, output_error: error };
+function recordOf(layer: number, { basisKind, queries, descended, shares, normScale, error }: LayerDesign, hash: string, { deviceName }: FitContext): LayerRecord {
+  return { layer, hash, basis: basisKind, queries, descended, variance_shares: shares, norm_scale: normScale, output_error: error, fitted_on: deviceName };
 }
 
 export function fingerprintOf({ groups, method }: Pick<ConversionOptions, 'groups' | 'method'>, layers: LayerRecord[]): string {

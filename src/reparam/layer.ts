@@ -1,14 +1,18 @@
 import { Matrix } from 'ml-matrix';
 import { native } from '../native/loader.js';
-import type { FitStep, LayerFit, LayerSample, LayerShape, LayerWeights, RankDesign, Sensitivity } from '../native/reparam.js';
+import type { FitStep, FitTarget, FittedLayer, LayerFit, LayerSample, LayerShape, LayerWeights, RankDesign, Sensitivity } from '../native/reparam.js';
 import { awareBasis, freeBasis, hadamardBasis, identityBasis, matrixOf, pcaBasis, rowsOf, square, varianceShares, CALIBRATED_BASES, type Basis, type BasisKind } from './basis.js';
+import type { Stage, StageClock } from './stages.js';
 import { hasRankWeights, isPublishedScale, rankWidth, type Method } from './method.js';
 
 /** What decode uses of one layer after reparameterisation. */
 export interface LayerDesign {
   basis: Basis;
-  /** Where the basis started from. */
+  /** Where the basis started from, and how queries were made. */
   basisKind: BasisKind;
+  queries: Method['queries'];
+  /** Whether descent was kept: it is where it lowered the error on sequences that it did not see. */
+  descended: boolean;
   /** null where ranks use the columns of kv_b_proj as they are. */
   ranks: RankDesign[] | null;
   /** Per rank sqrt(α_i / g) of the sliced norm; null with the exact one. */
@@ -28,38 +32,44 @@ export interface LayerInput {
 export interface FitOptions {
   groups: number;
   seed: number;
-  threads: number;
+  target: FitTarget;
+  clock: StageClock;
 }
 
 /** Of the calibration sequences, the part that only measures. */
 const TEST_SHARE = 1 / 8;
 const RIDGE = 1e-3;
+const STAGE_OF: Record<FitStep['kind'] | 'error', Stage> = { scales: 'regress', queries: 'regress', values: 'regress', refine: 'descend', error: 'measure' };
 const REFINE_RATE = 0.03;
 
 export async function designLayer(input: LayerInput, method: Method, options: FitOptions): Promise<LayerDesign> {
   const fit = input.sample === null ? null : openFit(input, options);
   try {
-    const sensitivity = fit === null ? null : await fit.sensitivity();
-    const kind = method.basis === 'best' ? await bestBasis(input, method, options, fit!, sensitivity!) : method.basis;
-    return await designWith(input, { ...method, basis: kind }, options, fit, sensitivity);
+    const sensitivity = fit === null ? null : await options.clock.time('statistics', () => fit.sensitivity());
+    const definite = method.basis === 'best' ? await bestForm(input, method, options, fit!, sensitivity!) : { ...method, basis: method.basis };
+    return await designWith(input, definite, options, fit, sensitivity);
   } finally {
     fit?.close();
   }
 }
 
-function openFit({ shape, weights, sample }: LayerInput, { threads }: { threads: number }): LayerFit {
+function openFit({ shape, weights, sample }: LayerInput, { target, clock }: FitOptions): LayerFit {
   const sequences = sample!.sequences.length - 1;
   const train = Math.max(1, sequences - Math.max(1, Math.floor(sequences * TEST_SHARE)));
-  return new (native().LayerFit)(shape, weights, sample!, { train, threads });
+  return clock.timeNow('upload', () => new (native().LayerFit)(shape, weights, sample!, { train, target }));
 }
 
-async function bestBasis(input: LayerInput, method: Method, options: FitOptions, fit: LayerFit, sensitivity: Sensitivity): Promise<BasisKind> {
-  let best: { kind: BasisKind; error: number } | null = null;
-  for (const kind of CALIBRATED_BASES) {
-    const { error } = await designWith(input, { ...method, basis: kind, refine: 0 }, options, fit, sensitivity);
-    if (best === null || error! < best.error) best = { kind, error: error! };
+/** The calibrated basis, with logits cut or regressed, whose closed forms leave the least error on sequences that nothing was fitted on. */
+async function bestForm(input: LayerInput, method: Method, options: FitOptions, fit: LayerFit, sensitivity: Sensitivity): Promise<DefiniteMethod> {
+  let best: { form: DefiniteMethod; error: number } | null = null;
+  for (const basis of CALIBRATED_BASES) {
+    for (const queries of method.scale === 'none' ? (['regressed', 'sliced'] as const) : (['sliced'] as const)) {
+      const form = { ...method, basis, queries };
+      const { error } = await designWith(input, { ...form, refine: 0 }, options, fit, sensitivity);
+      if (best === null || error! < best.error) best = { form, error: error! };
+    }
   }
-  return best!.kind;
+  return best!.form;
 }
 
 type DefiniteMethod = Method & { basis: BasisKind };
@@ -67,15 +77,30 @@ type DefiniteMethod = Method & { basis: BasisKind };
 async function designWith(input: LayerInput, method: DefiniteMethod, options: FitOptions, fit: LayerFit | null, sensitivity: Sensitivity | null): Promise<LayerDesign> {
   const { latent } = input.shape;
   const covariance = sensitivity === null ? null : square(sensitivity.tokenCovariance, latent);
-  let basis = chooseBasis(method, latent, options.seed, sensitivity, covariance);
+  let basis = options.clock.timeNow('basis', () => chooseBasis(method, latent, options.seed, sensitivity, covariance));
   const shares = covariance === null ? null : varianceShares(basis, covariance, options.groups, method.shared);
   const normScale = method.norm === 'sliced' ? shares!.slices.map((share) => Math.sqrt(alpha(share, method.scale) / options.groups)) : null;
   const start = await cutRanks(input, basis, method, options, isPublishedScale(method) && normScale === null ? shares!.slices.map((share) => alpha(share, method.scale)) : null);
-  if (fit === null) return { basis, basisKind: method.basis, ranks: hasRankWeights(method) ? start : null, normScale, shares, error: null };
+  const known = { basisKind: method.basis, queries: method.queries, normScale, shares };
+  if (fit === null) return { ...known, basis, ranks: hasRankWeights(method) ? start : null, descended: false, error: null };
 
-  const { design, testError } = await fit.run(start, fitSteps(method, options.seed));
-  if (method.refine > 0) basis = movedBasis(design, method.shared, latent);
-  return { basis, basisKind: method.basis, ranks: hasRankWeights(method) ? design : null, normScale, shares, error: testError };
+  let fitted = await timedRun(fit, start, closedForms(method), options.clock);
+  let descended = false;
+  if (method.refine > 0) {
+    const moved = await timedRun(fit, fitted.design, descent(method, options.seed), options.clock);
+    descended = moved.testError < fitted.testError;
+    if (descended) {
+      fitted = moved;
+      basis = options.clock.timeNow('basis', () => movedBasis(moved.design, method.shared, latent));
+    }
+  }
+  return { ...known, basis, ranks: hasRankWeights(method) ? fitted.design : null, descended, error: fitted.testError };
+}
+
+async function timedRun(fit: LayerFit, start: RankDesign[], steps: FitStep[], clock: StageClock): Promise<FittedLayer> {
+  const fitted = await fit.run(start, steps);
+  for (const [kind, spent] of Object.entries(fitted.seconds)) clock.add(STAGE_OF[kind as keyof typeof fitted.seconds], spent);
+  return fitted;
 }
 
 /** The published formula prints slice over total; the estimate it is meant for, RMS(c) ≈ sqrt(α/g)·RMS(c_i), needs total over slice. */
@@ -99,13 +124,13 @@ function chooseBasis(method: DefiniteMethod, latent: number, seed: number, sensi
 }
 
 /** Ranks that use the exact weights' columns in the new basis; the shared columns' value is counted on rank 0. */
-async function cutRanks({ shape, weights }: LayerInput, basis: Basis, method: Method, { groups, threads }: FitOptions, scales: number[] | null): Promise<RankDesign[]> {
+async function cutRanks({ shape, weights }: LayerInput, basis: Basis, method: Method, { groups, target, clock }: FitOptions, scales: number[] | null): Promise<RankDesign[]> {
   const { heads, nope, v, latent } = shape;
   const inverse = rowsOf(basis.inverse);
-  const [uk, uv] = await Promise.all([
-    native().multiply(weights.uk, inverse, heads * nope, latent, latent, threads),
-    native().multiply(weights.uv, inverse, heads * v, latent, latent, threads),
-  ]);
+  const [uk, uv] = await clock.time('rotate', async () => [
+    await native().multiply(weights.uk, inverse, heads * nope, latent, latent, target),
+    await native().multiply(weights.uv, inverse, heads * v, latent, latent, target),
+  ] as const);
   const width = rankWidth(method, { groups, kvLoraRank: latent });
   return Array.from({ length: groups }, (_, rank) => {
     const column = (j: number) => (j < method.shared ? j : rankColumns(method, rank, width) + j);
@@ -130,15 +155,17 @@ function rankColumns(method: Method, rank: number, width: number): number {
   return rank * (width - method.shared);
 }
 
-function fitSteps(method: Method, seed: number): FitStep[] {
+function closedForms(method: Method): FitStep[] {
   const steps: FitStep[] = [];
   if (method.scale === 'fitted' || method.scale === 'head') steps.push({ kind: 'scales', perHead: method.scale === 'head' });
   if (method.queries === 'regressed') steps.push({ kind: 'queries' });
   if (method.values === 'ridge') steps.push({ kind: 'values', ridge: RIDGE });
-  if (method.refine > 0) {
-    steps.push({ kind: 'refine', steps: method.refine, rate: REFINE_RATE, basis: true, shared: method.shared, seed });
-    if (method.values === 'ridge') steps.push({ kind: 'values', ridge: RIDGE });
-  }
+  return steps;
+}
+
+function descent(method: Method, seed: number): FitStep[] {
+  const steps: FitStep[] = [{ kind: 'refine', steps: method.refine, rate: REFINE_RATE, basis: true, shared: method.shared, seed }];
+  if (method.values === 'ridge') steps.push({ kind: 'values', ridge: RIDGE });
   return steps;
 }
 

@@ -2,7 +2,7 @@ import type { Checkpoint } from '../model/checkpoint.js';
 import { quantizeBlocks, toBf16, toF16 } from '../model/dtype.js';
 import type { TensorHeader } from '../model/safetensors_writer.js';
 import { native } from '../native/loader.js';
-import type { LayerShape, LayerWeights } from '../native/reparam.js';
+import type { FitTarget, LayerShape, LayerWeights } from '../native/reparam.js';
 import type { Weights } from '../native/types.js';
 import { rowsOf } from './basis.js';
 import type { LayerDesign } from './layer.js';
@@ -53,7 +53,7 @@ export function fitWeights(checkpoint: Checkpoint, weights: Weights, layer: numb
  * The tensors of a layer that reparameterisation replaces or adds. The norm's gain is folded away. An orthogonal basis commutes with
  * the norm and goes into W_DKV; any other is applied after it, and W_DKV stays as it is.
  */
-export async function layerTensors(checkpoint: Checkpoint, layer: number, source: SourceLayer, design: LayerDesign, options: { transform: boolean; output: OutputDType; threads: number }): Promise<StoredTensor[]> {
+export async function layerTensors(checkpoint: Checkpoint, layer: number, source: SourceLayer, design: LayerDesign, options: { transform: boolean; output: OutputDType; target: FitTarget }): Promise<StoredTensor[]> {
   const { heads, nope, v, latent, rope, hidden } = layerShape(checkpoint);
   const at = `model.layers.${layer}.self_attn.`;
   const { basis } = design;
@@ -65,14 +65,14 @@ export async function layerTensors(checkpoint: Checkpoint, layer: number, source
   } else {
     const name = `${at}kv_a_proj_with_mqa.weight`;
     const rotated = new Float32Array(source.kvA);
-    rotated.set(await native().multiply(rowsOf(basis.matrix), source.kvA.slice(0, latent * hidden), latent, latent, hidden, options.threads));
+    rotated.set(await native().multiply(rowsOf(basis.matrix), source.kvA.slice(0, latent * hidden), latent, latent, hidden, options.target));
     tensors.push(...stored(name, [latent + rope, hidden], rotated, formatOf(name)));
   }
   const norm = `${at}kv_a_layernorm.weight`;
   tensors.push(...stored(norm, [latent], new Float32Array(latent).fill(1), formatOf(norm)));
   const kvB = `${at}kv_b_proj.weight`;
   const rows = heads * (nope + v);
-  tensors.push(...stored(kvB, [rows, latent], await native().multiply(source.kvB, rowsOf(basis.inverse), rows, latent, latent, options.threads), formatOf(kvB)));
+  tensors.push(...stored(kvB, [rows, latent], await native().multiply(source.kvB, rowsOf(basis.inverse), rows, latent, latent, options.target), formatOf(kvB)));
 
   const rankFormat = formatOf(kvB) === 'F8_E4M3' ? 'BF16' : formatOf(kvB);
   design.ranks?.forEach((rank, i) => {

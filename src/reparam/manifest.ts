@@ -12,11 +12,17 @@ export interface LayerRecord {
   hash: string;
   /** Where the layer's basis started from. */
   basis: BasisKind;
+  /** W_UK cut, or the logits regressed on a rank's columns. */
+  queries: Method['queries'];
+  /** Whether descent lowered the error on held-out calibration sequences and was kept. */
+  descended: boolean;
   /** Share of the calibration latents' variance in the shared subspace and in each rank's slice; null without calibration. */
   variance_shares: { shared: number; slices: number[] } | null;
   norm_scale: number[] | null;
   /** ‖attention output − exact‖² / ‖exact‖² on held-out calibration sequences. */
   output_error: number | null;
+  /** What fitted the layer; devices differ by rounding. */
+  fitted_on: string;
 }
 
 export const MANIFEST = 'tpla.json';

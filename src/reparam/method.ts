@@ -3,7 +3,7 @@ import { CALIBRATED_BASES, type BasisKind } from './basis.js';
 
 /** How a layer's decode weights are made. Every part can be chosen alone; `METHODS` are the named combinations. */
 export interface Method {
-  /** `best`: per layer, the calibrated basis whose closed-form fit leaves the least output error on held-out sequences. */
+  /** `best`: per layer, the calibrated basis, with queries cut or regressed, whose closed forms leave the least output error on held-out sequences. */
   basis: BasisKind | 'best';
   /** Directions replicated on every rank, like the rope key. */
   shared: number;

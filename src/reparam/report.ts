@@ -12,10 +12,12 @@ import type { KvDType, KvForm } from '../native/types.js';
 import type { Progress } from '../report/progress.js';
 import { scatter } from '../report/scatter.js';
 import { captureLayers, loadSample, readCalibrationText, type CalibrationOptions } from './calibration.js';
-import { fingerprintOf, reparameteriseLayer, tplaSection } from './convert.js';
+import { fingerprintOf, reparameteriseLayer, tplaSection, type FitContext } from './convert.js';
+import { fitTarget, type Device } from './device.js';
 import type { LayerRecord } from './manifest.js';
 import { METHODS, needsCalibration, rankWidth, validateMethod, type Method } from './method.js';
 import { Overlay } from './overlay.js';
+import { StageClock } from './stages.js';
 
 export interface ReportOptions {
   model: string;
@@ -31,6 +33,7 @@ export interface ReportOptions {
   tokens: number;
   seed: number;
   dtype: KvDType;
+  device: Device;
   threads: number;
   /** SVG to write; null for none. */
   picture: string | null;
@@ -118,6 +121,8 @@ export async function report(options: ReportOptions, progress: Progress): Promis
   const { kvLoraRank, layers } = source.spec;
   if (source.spec.tpla !== null) throw new TplaError('USAGE', `${source.dir} is already reparameterised; --report starts from the published checkpoint`);
   if (options.calibration.file === options.text) throw new TplaError('USAGE', `${options.text} is both calibration and evaluation text; they must not overlap`);
+  const target = fitTarget(options.device, options.threads);
+  const fit: FitContext = { target, deviceName: native().reparamDevice(target), clock: new StageClock() };
   const entries = reportEntries(kvLoraRank, options.groups).filter(({ name }) => options.only.length === 0 || options.only.some((word) => name.includes(word)));
   for (const { method } of entries) validateMethod(method, { groups: options.groups, kvLoraRank });
   const tokenizer = Tokenizer.load(source.dir);
@@ -148,7 +153,7 @@ export async function report(options: ReportOptions, progress: Progress): Promis
       const records: LayerRecord[] = [];
       for (let layer = 0; layer < layers; layer++) {
         const sample = needsCalibration(entry.method) ? loadSample(capture(layer)) : null;
-        const { tensors, record } = await reparameteriseLayer(source, weights, layer, sample, { method: entry.method, groups: options.groups, seed: options.seed, threads: options.threads, output: 'auto' });
+        const { tensors, record } = await reparameteriseLayer(source, weights, layer, sample, { method: entry.method, groups: options.groups, seed: options.seed, output: 'auto', fit });
         overlay.addLayer(layer, tensors);
         records.push(record);
       }

@@ -33,7 +33,7 @@ function options(method: Partial<Method> & { name?: string }, change: Partial<Co
   const { name = 'pca', ...parts } = method;
   return {
     model: source, out: join(root, `out-${outs++}`), methodName: name, method: { ...METHODS[name]!, ...parts }, groups: 2,
-    calibration: { file: text, context: 96, tokens: 1536, queries: 24, seed: 1 }, output: 'auto', seed: 1, threads: 2, ...change,
+    calibration: { file: text, context: 96, tokens: 1536, queries: 24, seed: 1 }, output: 'auto', seed: 1, device: 'cpu', threads: 2, ...change,
   };
 }
 

@@ -3,10 +3,11 @@ import { Matrix, solve } from 'ml-matrix';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import { native } from '../../src/native/loader.js';
-import type { LayerFit, LayerSample, LayerShape, LayerWeights, RankDesign } from '../../src/native/reparam.js';
+import type { FitTarget, LayerFit, LayerSample, LayerShape, LayerWeights, RankDesign } from '../../src/native/reparam.js';
 import { gaussian } from '../support/checkpoint.js';
 
 const test = suite('reparam/layer_fit');
+const TARGET: FitTarget = { device: 'cpu', threads: 2 };
 const SHAPE: LayerShape = { heads: 3, nope: 5, rope: 4, v: 6, latent: 12, hidden: 10, softmaxScale: 0.4 };
 const SEQUENCES = [0, 20, 47, 60];
 const random = gaussian(11);
@@ -27,7 +28,7 @@ const weights: LayerWeights = {
 };
 
 function open(train = 3): LayerFit {
-  return new (native().LayerFit)(SHAPE, weights, sample, { train, threads: 2 });
+  return new (native().LayerFit)(SHAPE, weights, sample, { train, target: TARGET });
 }
 
 /** Rank i holds `width` coordinates from `begin`, weights cut out of the exact ones. */
@@ -178,13 +179,13 @@ test('each fit lowers the error, descent most; shared rows stay one', async () =
 
 test('multiply', async () => {
   const [a, b] = [fill(7 * 33), fill(33 * 70)];
-  const c = await native().multiply(a, b, 7, 33, 70, 2);
+  const c = await native().multiply(a, b, 7, 33, 70, TARGET);
   near(c[3 * 70 + 69]!, sum(33, (k) => a[3 * 33 + k]! * b[k * 70 + 69]!), 1e-4);
 });
 
 test('arguments that do not fit are refused by name', () => {
-  assert.throws(() => new (native().LayerFit)(SHAPE, { ...weights, uk: new Float32Array(3) }, sample, { train: 1, threads: 1 }), /weights\.uk: expected 180 numbers, got 3/);
-  assert.throws(() => new (native().LayerFit)(SHAPE, weights, { ...sample, queryTokens: Int32Array.of(99) }, { train: 1, threads: 1 }), /sample\.queryTokens/);
+  assert.throws(() => new (native().LayerFit)(SHAPE, { ...weights, uk: new Float32Array(3) }, sample, { train: 1, target: TARGET }), /weights\.uk: expected 180 numbers, got 3/);
+  assert.throws(() => new (native().LayerFit)(SHAPE, weights, { ...sample, queryTokens: Int32Array.of(99) }, { train: 1, target: TARGET }), /sample\.queryTokens/);
 });
 
 test.run();
