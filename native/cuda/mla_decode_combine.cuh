@@ -112,15 +112,14 @@ __device__ void combine_parts(const Args& args, const DecodeSchedule<kBlockRows,
     }
   } else {
     // Many parts, few vectors: several threads to a vector, each over every groups-th part, joined in order.
-    int groups = 2;
-    while (groups < 8 && groups * 2 * (end - begin) <= kThreads) groups *= 2;
+    const int per_group = max(end - begin, 1);
+    const int groups = min(kThreads / per_group, 16);
     float4* joined = reinterpret_cast<float4*>(weights + ((share_rows * parts + 1) & ~1));
-    const int per_group = kThreads / groups;
     const int group = thread / per_group;
     const int vector = begin + thread % per_group;
     float4 total = {};
-    if (vector < end) {
-#pragma unroll 8
+    if (vector < end && group < groups) {
+#pragma unroll 16
       for (int part = group; part < parts; part += groups) add(total, vector, part, load_l2(part_vectors(part) + vector));
     }
     joined[thread] = total;

@@ -47,52 +47,12 @@ struct DecodeSchedule {
 
   // All threads of the block call this; `scratch` holds 34 ints. Ends with a barrier.
   __device__ DecodeShare share(int* scratch) const {
-    const int per_thread = (args.batch + blockDim.x - 1) / blockDim.x;
-    const int first = min(static_cast<int>(threadIdx.x) * per_thread, args.batch);
-    const int last = min(first + per_thread, args.batch);
-    int own = 0;
-    for (int i = first; i < last; ++i) own += cost(i);
-
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int inclusive = own;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(~0u, inclusive, d);
-      if (lane >= d) inclusive += other;
-    }
-    if (lane == 31) scratch[warp] = inclusive;
-    if (threadIdx.x == 0) {
-      scratch[32] = args.batch;
-      scratch[33] = 0;
-    }
+    static_assert(sizeof(DecodeShare) <= 34 * sizeof(int));
+    if (args.batch > kWarpBatch) return share_of_many(scratch);
+    DecodeShare* result = reinterpret_cast<DecodeShare*>(scratch);
+    if (threadIdx.x < 32) plan(*result);
     __syncthreads();
-    int before = 0, total = 0;
-    for (int w = 0; w < warps; ++w) {
-      if (w < warp) before += scratch[w];
-      total += scratch[w];
-    }
-    const int begin = before + inclusive - own;
-
-    DecodeShare result;
-    result.parts = result.part = 0;
-    result.units = max((total + args.slots - 1) / args.slots, kMinUnits);
-    result.unit_begin = slot * result.units;
-    result.unit_end = min(result.unit_begin + result.units, total);
-    if (args.batch <= kAlignedBatch && args.batch <= args.slots) {
-      __syncthreads();
-      if (align(scratch, result.units, result)) return result;
-    }
-    if (own > 0 && begin <= result.unit_begin && result.unit_begin < begin + own) {
-      int sequence = first, position = begin;
-      while (position + cost(sequence) <= result.unit_begin) position += cost(sequence++);
-      scratch[32] = sequence;
-      scratch[33] = position;
-    }
-    __syncthreads();
-    result.sequence = scratch[32];
-    result.sequence_begin = scratch[33];
-    __syncthreads();
-    return result;
+    return *result;
   }
 
   // Takes the next non-empty piece off the share; false at its end.
@@ -100,8 +60,8 @@ struct DecodeSchedule {
     if (share.parts > 0) {
       if (share.part == share.parts) return false;
       const int count = tiles(share.sequence);
-      piece.tile_begin = static_cast<int>(static_cast<int64_t>(count) * share.part / share.parts);
-      piece.tile_end = static_cast<int>(static_cast<int64_t>(count) * (share.part + 1) / share.parts);
+      piece.tile_begin = static_cast<unsigned>(count) * share.part / share.parts;
+      piece.tile_end = static_cast<unsigned>(count) * (share.part + 1) / share.parts;
       piece.participants = share.parts;
       piece.participant = share.part;
       describe(share.sequence, piece);
@@ -149,8 +109,8 @@ struct DecodeSchedule {
   __device__ int arrival_index(const DecodePiece& piece) const { return (slot - piece.participant) * args.row_tiles + row_tile; }
 
  private:
-  static constexpr int kAlignedBatch = 256;
-  static constexpr int kSplitCost = 4;  // tiles that the second piece of a stream share is worth
+  static constexpr int kWarpBatch = 256;  // that one warp plans
+  static constexpr int kSplitCost = kOverhead > 1 ? 6 : 4;  // tiles that the second piece of a stream share is worth
 
   __device__ void describe(int sequence, DecodePiece& piece) const {
     piece.sequence = sequence;
@@ -160,59 +120,113 @@ struct DecodeSchedule {
     piece.rows = piece.q_tokens * args.heads;
   }
 
-  // Parts of a sequence when none may exceed `most` tiles.
-  __device__ static int parts_of(int units, int most) { return units == 0 ? 0 : max(1, (units - kOverhead + most - 1) / most); }
-
-  // Finds the shortest longest part that `slots` slots allow, if it is no longer than the stream cut plus what that cut loses.
-  __device__ bool align(int* scratch, int stream_units, DecodeShare& result) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int units[kAlignedBatch / 32];
+  // One warp, for short batches: a lane has every 32nd sequence. The code is short because every launch fetches it cold.
+  __device__ void plan(DecodeShare& result) const {
+    constexpr int kRounds = kWarpBatch / 32;
+    const int lane = threadIdx.x;
+    int units[kRounds], total = 0;
 #pragma unroll
-    for (int i = 0; i < kAlignedBatch / 32; ++i) units[i] = lane + i * 32 < args.batch ? cost(lane + i * 32) : 0;
-    // No part can be shorter than an even share without overhead. One candidate a warp.
+    for (int i = 0; i < kRounds; ++i) {
+      units[i] = lane + i * 32 < args.batch ? cost(lane + i * 32) : 0;
+      total += units[i];
+    }
+    total = __reduce_add_sync(~0u, total);
+    const int stream_units = max((total + args.slots - 1) / args.slots, kMinUnits);
+    const int most = args.batch <= args.slots ? longest_part(units, stream_units) : 0;
+
+    // Aligned: which sequence, in parts, this slot falls into. Stream: which sequence, in units, the share begins in.
+    const int position = most > 0 ? slot : slot * stream_units;
+    if (lane == 0) result = {most > 0, most > 0, position, min(position + stream_units, total), stream_units, args.batch, 0};
+    __syncwarp();
+    int before = 0;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      if (i * 32 >= args.batch) break;
+      const int length = most > 0 ? parts_of(units[i], most) : units[i];
+      int inclusive = length;
+#pragma unroll
+      for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(~0u, inclusive, d);
+        if (lane >= d) inclusive += other;
+      }
+      const int first = before + inclusive - length;
+      if (first <= position && position < first + length) {
+        if (most > 0) {
+          result.parts = length;
+          result.part = position - first;
+        }
+        result.sequence = lane + i * 32;
+        result.sequence_begin = first;
+      }
+      before += __shfl_sync(~0u, inclusive, 31);
+    }
+  }
+
+  // Parts of a sequence when none may exceed `most` tiles.
+  __device__ static int parts_of(int units, int most) { return units == 0 ? 0 : max(1, static_cast<int>(static_cast<unsigned>(units - kOverhead + most - 1) / most)); }
+
+  // Length of the longest part when it is as short as the number of slots allows; 0 if the stream cut ends earlier even with what it loses.
+  template <int kRounds>
+  __device__ int longest_part(const int (&units)[kRounds], int stream_units) const {
+    // No part can be shorter than an even share without overhead.
     const int shortest = max(stream_units - kOverhead - 1, 1), longest = stream_units - kOverhead + kSplitCost;
-    if (threadIdx.x == 0) scratch[0] = longest + 1;
-    __syncthreads();
-    for (int candidate = shortest + warp; candidate <= longest; candidate += warps) {
+#pragma unroll 1
+    for (int most = shortest; most <= longest; ++most) {
       int slots = 0;
 #pragma unroll
-      for (int i = 0; i < kAlignedBatch / 32; ++i) slots += parts_of(units[i], candidate);
-      slots = __reduce_add_sync(~0u, slots);
-      if (lane == 0 && slots <= args.slots) atomicMin(scratch, candidate);
-    }
-    __syncthreads();
-    const int most = scratch[0];
-    __syncthreads();
-    if (most > longest) return false;
-
-    if (warp == 0) {
-      if (lane == 0) scratch[0] = -1;
-      __syncwarp();
-      int base = 0;
-#pragma unroll
-      for (int i = 0; i < kAlignedBatch / 32; ++i) {
-        const int parts = parts_of(units[i], most);
-        int inclusive = parts;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-          const int other = __shfl_up_sync(~0u, inclusive, d);
-          if (lane >= d) inclusive += other;
-        }
-        const int first = base + inclusive - parts;
-        if (first <= slot && slot < first + parts) {
-          scratch[0] = lane + i * 32;
-          scratch[1] = parts;
-          scratch[2] = slot - first;
-        }
-        base += __shfl_sync(~0u, inclusive, 31);
+      for (int i = 0; i < kRounds; ++i) {
+        if (i * 32 >= args.batch) break;
+        slots += parts_of(units[i], most);
       }
+      if (static_cast<int>(__reduce_add_sync(~0u, slots)) <= args.slots) return most;
+    }
+    return 0;
+  }
+
+  // Stream cut of a long batch, by all threads.
+  __device__ DecodeShare share_of_many(int* scratch) const {
+    const int per_thread = (args.batch + blockDim.x - 1) / blockDim.x;
+    const int first = min(static_cast<int>(threadIdx.x) * per_thread, args.batch);
+    const int last = min(first + per_thread, args.batch);
+    int own = 0;
+    for (int i = first; i < last; ++i) own += cost(i);
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int inclusive = own;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, inclusive, d);
+      if (lane >= d) inclusive += other;
+    }
+    if (lane == 31) scratch[warp] = inclusive;
+    if (threadIdx.x == 0) {
+      scratch[32] = args.batch;
+      scratch[33] = 0;
     }
     __syncthreads();
-    result.sequence = scratch[0];
-    result.parts = scratch[0] < 0 ? 1 : scratch[1];
-    result.part = scratch[0] < 0 ? 1 : scratch[2];  // beyond the parts: nothing to do
+    int before = 0, total = 0;
+    for (int w = 0; w < warps; ++w) {
+      if (w < warp) before += scratch[w];
+      total += scratch[w];
+    }
+    const int begin = before + inclusive - own;
+
+    DecodeShare result;
+    result.parts = result.part = 0;
+    result.units = max((total + args.slots - 1) / args.slots, kMinUnits);
+    result.unit_begin = slot * result.units;
+    result.unit_end = min(result.unit_begin + result.units, total);
+    if (own > 0 && begin <= result.unit_begin && result.unit_begin < begin + own) {
+      int sequence = first, position = begin;
+      while (position + cost(sequence) <= result.unit_begin) position += cost(sequence++);
+      scratch[32] = sequence;
+      scratch[33] = position;
+    }
     __syncthreads();
-    return true;
+    result.sequence = scratch[32];
+    result.sequence_begin = scratch[33];
+    __syncthreads();
+    return result;
   }
 };
 

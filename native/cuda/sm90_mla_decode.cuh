@@ -5,6 +5,7 @@
 #pragma once
 
 #include "mla_decode_schedule.cuh"
+#include "sm80_primitives.cuh"
 #include "sm90_primitives.cuh"
 #include "sm90_wgmma.cuh"
 
@@ -23,8 +24,11 @@ struct TileBoxes {
 template <class Logits = PlainLogits>
 class PageWalk {
  public:
-  __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece)
-      : args_(args), piece_(piece), boxes_per_tile_(kTokenTile / args.box_tokens) {}
+  // `passing`: L2 should rather keep anything else.
+  __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece, bool passing)
+      : args_(args), piece_(piece), policy_(passing ? l2_evict_first() : l2_evict_normal()), boxes_per_tile_(kTokenTile / args.box_tokens) {}
+  // Row tiles share what they read.
+  __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece) : PageWalk(args, piece, args.row_tiles == 1) {}
 
   // Tiles in ascending order, each once, by a whole warp.
   __device__ TileBoxes boxes(int tile) {
@@ -52,8 +56,16 @@ class PageWalk {
 #pragma unroll
     for (int box = 0; box < kBoxes; ++box) {
       if (box < boxes_per_tile_) {
-        tma_load_4d(chunk + box * args_.box_tokens * 128, map, barrier, 0, boxes.offsets[box], column, boxes.pages[box]);
+        tma_load_4d(chunk + box * args_.box_tokens * 128, map, barrier, 0, boxes.offsets[box], column, boxes.pages[box], policy_);
       }
+    }
+  }
+
+  // Asks L2 for what load() of the same boxes and column will read.
+  __device__ void prefetch(const CUtensorMap& map, const TileBoxes& boxes, int column) const {
+#pragma unroll
+    for (int box = 0; box < kBoxes; ++box) {
+      if (box < boxes_per_tile_) tma_prefetch_4d(map, 0, boxes.offsets[box], column, boxes.pages[box]);
     }
   }
 
@@ -62,41 +74,49 @@ class PageWalk {
 
   const MlaDecodeArgs& args_;
   const DecodePiece& piece_;
+  uint64_t policy_;
   int boxes_per_tile_;
   int next_ = 0;
   int page_ = 0, offset_ = 0;
 };
 
-// Ring of kSlots chunks. Chunk number n of a block lives in slot n % kSlots; its phase is that of n / kSlots.
+// Ring of kSlots chunks. Chunk number n of a block is use n / kSlots of slot n % kSlots.
+//
+// Uses take turns at two `full` barriers. A wait names a phase only by its parity, so with one barrier a warpgroup that waits for use u
+// takes the end of use u - 2 for it while use u - 1 is still on its way; where warpgroups take alternate tiles, u - 1 may be the other's,
+// and loads need not arrive in order. With two, the phase before would be use u - 4: use u - 2 was consumed before use u - 1 was asked
+// for, and that was asked for before the last tile this warpgroup has seen.
 template <int kChunks, int kSlots>
 struct ChunkRing {
+  static constexpr int kBarriers = 3 * kSlots;
+
   uint32_t data;
-  uint32_t full;   // [kSlots] mbarriers
-  uint32_t empty;  // [kSlots]
+  uint32_t barriers;  // [kBarriers] mbarriers: full [kSlots][2], then empty [kSlots]
 
   __device__ uint32_t chunk(int slot) const { return data + slot * kChunkBytes; }
-  __device__ void wait_full(int slot, int phase) const { mbarrier_wait(full + slot * 8, phase); }
-  __device__ void release(int slot) const { mbarrier_arrive(empty + slot * 8); }  // by one thread of each warp that has read the slot
+  __device__ uint32_t full(int slot, int use) const { return barriers + (slot * 2 + (use & 1)) * 8; }
+  __device__ uint32_t empty(int slot) const { return barriers + (2 * kSlots + slot) * 8; }
+  __device__ void wait_full(int slot, int use) const { mbarrier_wait(full(slot, use), use >> 1 & 1); }
+  __device__ void release(int slot) const { mbarrier_arrive(empty(slot)); }  // by one thread of each warp that has read the slot
 
+  // By a whole warp.
   __device__ void init(int consumer_arrivals) const {
-    for (int i = 0; i < kSlots; ++i) {
-      mbarrier_init(full + i * 8, 1);
-      mbarrier_init(empty + i * 8, consumer_arrivals);
-    }
+    for (int i = threadIdx.x % 32; i < kBarriers; i += 32) mbarrier_init(barriers + i * 8, i < 2 * kSlots ? 1 : consumer_arrivals);
     mbarrier_init_fence();
   }
 
   // Position 0 of a tile is the rope chunk, the last column; the latent chunks follow.
   template <class Logits>
   __device__ void fill(const CUtensorMap& map, const PageWalk<Logits>& walk, const TileBoxes& boxes, int slot, int position, int use) const {
-    mbarrier_wait(empty + slot * 8, (use & 1) ^ 1);
-    mbarrier_arrive_expect_bytes(full + slot * 8, kChunkBytes);
-    walk.load(map, boxes, position == 0 ? kChunks - 1 : position - 1, chunk(slot), full + slot * 8);
+    mbarrier_wait(empty(slot), (use & 1) ^ 1);
+    mbarrier_arrive_expect_bytes(full(slot, use), kChunkBytes);
+    walk.load(map, boxes, position == 0 ? kChunks - 1 : position - 1, chunk(slot), full(slot, use));
   }
 
-  // One warp feeds all tiles of a piece. `count` numbers the block's chunks from 0 across pieces.
-  template <class Logits = PlainLogits>
-  __device__ void feed(const CUtensorMap& map, const MlaDecodeArgs& args, const DecodePiece& piece, int& count) const {
+  // One warp feeds all tiles of a piece; one of its threads calls begun() when the first is under way. `count` numbers the block's chunks
+  // from 0 across pieces.
+  template <class Logits = PlainLogits, class Begun>
+  __device__ void feed(const CUtensorMap& map, const MlaDecodeArgs& args, const DecodePiece& piece, int& count, Begun begun) const {
     PageWalk<Logits> walk(args, piece);
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       const TileBoxes boxes = walk.boxes(tile);
@@ -105,6 +125,7 @@ struct ChunkRing {
         for (int position = 0; position < kChunks; ++position) {
           fill(map, walk, boxes, (count + position) % kSlots, position, (count + position) / kSlots);
         }
+        if (tile == piece.tile_begin) begun();
       }
       count += kChunks;
       __syncwarp();
@@ -113,35 +134,58 @@ struct ChunkRing {
 };
 
 // The first kColumns columns of the query rows of this row tile -> shared memory, [chunk of 64 columns][row][64], 128-byte swizzle;
-// absent rows are zero.
+// absent rows are zero. All loads are in flight together: under load each takes as long as all that the memory has been asked for before.
 template <int kBlockRows, int kLatent, int kColumns, int kThreads>
 __device__ __forceinline__ void load_query(const MlaDecodeArgs& args, int row0, const DecodePiece& piece, uint8_t* destination, int thread) {
   constexpr int kUnits = kColumns / 8, kRowUnits = (kLatent + 64) / 8, kTotal = kBlockRows * kUnits;
-  constexpr int kBatch = (kTotal + kThreads - 1) / kThreads < 10 ? (kTotal + kThreads - 1) / kThreads : 10;  // loads in flight
   const uint4* source = reinterpret_cast<const uint4*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row0) * kRowUnits;
+  const auto place = [](int row, int unit) { return (unit / 8) * (kBlockRows * 128) + row * 128 + (((unit % 8) ^ (row & 7)) << 4); };
+#pragma unroll 4
+  for (int i = thread; i < kTotal; i += kThreads) {
+    const int row = i / kUnits, unit = i % kUnits;
+    copy_async_16(smem_address(destination) + place(row, unit), source + row * kRowUnits + unit, row0 + row < piece.rows);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  if (args.latent_scale) {
 #pragma unroll 1
-  for (int base = thread; base < kTotal; base += kBatch * kThreads) {
-    uint4 values[kBatch];
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n) {
-      const int i = base + n * kThreads;
-      values[n] = i < kTotal && row0 + i / kUnits < piece.rows ? __ldg(source + (i / kUnits) * kRowUnits + i % kUnits) : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n) {
-      const int i = base + n * kThreads;
+    for (int i = thread; i < kTotal; i += kThreads) {
       const int row = i / kUnits, unit = i % kUnits;
-      if (args.latent_scale && unit < kLatent / 8) {
-        const float scale = args.latent_scale[(row0 + row) % args.heads];
-        uint32_t* words = reinterpret_cast<uint32_t*>(&values[n]);
+      if (unit >= kLatent / 8) continue;
+      const float scale = args.latent_scale[(row0 + row) % args.heads];
+      uint4* unit_values = reinterpret_cast<uint4*>(destination + place(row, unit));
+      uint4 values = *unit_values;
+      uint32_t* words = reinterpret_cast<uint32_t*>(&values);
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          words[w] = pack_bf16(__uint_as_float(words[w] << 16) * scale, __uint_as_float(words[w] & 0xFFFF0000u) * scale);
-        }
+      for (int w = 0; w < 4; ++w) {
+        words[w] = pack_bf16(__uint_as_float(words[w] << 16) * scale, __uint_as_float(words[w] & 0xFFFF0000u) * scale);
       }
-      if (i < kTotal) *reinterpret_cast<uint4*>(destination + (unit / 8) * (kBlockRows * 128) + row * 128 + (((unit % 8) ^ (row & 7)) << 4)) = values[n];
+      *unit_values = values;
     }
   }
+}
+
+// Asks L2 for the block table, of which each block takes a part: nobody's first page number should wait for memory. One warp.
+__device__ __forceinline__ void prefetch_block_table(const MlaDecodeArgs& args) {
+  constexpr int kLine = 128, kMostRounds = 4;
+  const int64_t bytes = static_cast<int64_t>(args.batch) * args.block_table_stride * 4;
+#pragma unroll 1
+  for (int round = 0; round < kMostRounds; ++round) {
+    const int64_t offset = (static_cast<int64_t>(round * gridDim.x + blockIdx.x) * 32 + threadIdx.x % 32) * kLine;
+    if (offset < bytes) l2_prefetch_line(reinterpret_cast<const uint8_t*>(args.block_table) + offset);
+  }
+}
+
+// Asks L2 for the query rows of the next piece, if there is one: when its turn comes, they would wait behind all the KV that is on its
+// way. One thread.
+template <int kBlockRows, int kLatent, class Schedule>
+__device__ __forceinline__ void prefetch_next_query(const MlaDecodeArgs& args, const Schedule& schedule, DecodeShare share) {
+  DecodePiece piece;
+  if (!schedule.next(share, piece)) return;
+  const int row0 = schedule.row_tile * kBlockRows;
+  const int rows = min(piece.rows - row0, kBlockRows);
+  constexpr int kRowBytes = (kLatent + 64) * 2;
+  if (rows > 0) l2_prefetch(static_cast<const uint8_t*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row0) * kRowBytes, rows * kRowBytes);
 }
 
 // Rope columns of this thread's rows, `row` and row + 8 of the sequence, as A operands of four k-steps.

@@ -44,18 +44,17 @@ __global__ void __launch_bounds__(384, 1)
   int* plan_scratch = reinterpret_cast<int*>(scratch);              // 34 ints
   // Pieces that other blocks share: the first of this block's share and the last.
   DecodePiece* split = reinterpret_cast<DecodePiece*>(scratch + 144);
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(scratch + 256);  // 2 · kSlots
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(scratch + 256);
   float* warp_values = reinterpret_cast<float*>(scratch + 2048);    // [2 warpgroups][4 warps][rows]
   float* row_values = warp_values + 2 * 4 * kRows;                  // [2 warpgroups][{maximum, sum}][rows]
 
-  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers), smem_address(barriers + kSlots)};
+  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers)};
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
   const int row0 = schedule.row_tile * kRows;
 
-  if (threadIdx.x == 0) {
-    ring.init(4);  // the four warps of the warpgroup that owns the tile
-    tma_prefetch_map(kv_map);
-  }
+  if (threadIdx.x / 32 == 1) ring.init(4);  // the four warps of the warpgroup that owns the tile
+  if (threadIdx.x / 32 == 2) prefetch_block_table(args);
+  if (threadIdx.x == 96) tma_prefetch_map(kv_map);
   DecodeShare share = schedule.share(plan_scratch);  // its barriers also publish the mbarriers
   DecodePiece piece;
 
@@ -63,7 +62,9 @@ __global__ void __launch_bounds__(384, 1)
     registers_shrink<24>();
     if (threadIdx.x < 32) {
       int count = 0;
-      while (schedule.next(share, piece)) ring.template feed<Logits>(kv_map, args, piece, count);
+      while (schedule.next(share, piece)) {
+        ring.template feed<Logits>(kv_map, args, piece, count, [&] { prefetch_next_query<kRows, kLatent>(args, schedule, share); });
+      }
     }
   } else {
     registers_grow<240>();
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(384, 1)
         const int first_slot = warp_uniform(number % kSlots);
         const int first_use = number / kSlots;
         const auto slot_of = [&](int position) { return first_slot + position >= kSlots ? first_slot + position - kSlots : first_slot + position; };
-        const auto phase_of = [&](int position) { return (first_slot + position >= kSlots ? first_use + 1 : first_use) & 1; };
+        const auto use_of = [&](int position) { return first_slot + position >= kSlots ? first_use + 1 : first_use; };
 
         float logits[kRows / 2];
 #pragma unroll
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(384, 1)
           const int slot = slot_of(position);
           const int column = position == 0 ? kLatentChunks : position - 1;
           const uint32_t keys_low = descriptor_low(ring.chunk(slot)), query_low = descriptor_low(query_address + column * (kRows * 128));
-          ring.wait_full(slot, phase_of(position));
+          ring.wait_full(slot, use_of(position));
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < 4; ++k) {

@@ -68,14 +68,13 @@ __global__ void __launch_bounds__(384, 1)
   float* references = reinterpret_cast<float*>(scratch + 768);  // [2 tiles][64 rows]
   float* row_sums = reinterpret_cast<float*>(scratch + 1280);   // [2 warpgroups][64 rows]
 
-  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers), smem_address(barriers + kSlots)};
+  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers)};
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
   const int row0 = schedule.row_tile * kRows;
 
-  if (threadIdx.x == 0) {
-    ring.init(4);
-    tma_prefetch_map(kv_map);
-  }
+  if (threadIdx.x / 32 == 1) ring.init(4);
+  if (threadIdx.x / 32 == 2) prefetch_block_table(args);
+  if (threadIdx.x == 96) tma_prefetch_map(kv_map);
   DecodeShare share = schedule.share(plan_scratch);
   DecodePiece piece;
 
@@ -87,15 +86,23 @@ __global__ void __launch_bounds__(384, 1)
     const bool brings_rope = half != buffer;
     int use = 0;
     while (schedule.next(share, piece)) {
-      PageWalk<Logits> walk(args, piece);
+      // Long streams are a little faster where L2 treats them like anything else, short ones where it keeps code and partial results.
+      PageWalk<Logits> walk(args, piece, args.row_tiles == 1 && share.units <= 32);
       for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
         const TileBoxes boxes = walk.boxes(tile);
         if (((tile - piece.tile_begin) & 1) != buffer) continue;
         if (threadIdx.x % 32 == 0) {
           const int slot0 = buffer * kChunks;
+          // While the buffer is still in use, L2 can fetch what goes there; the row tiles share that work.
+          if (args.row_tiles > 1 && tile % args.row_tiles == schedule.row_tile) {
+            if (brings_rope) walk.prefetch(kv_map, boxes, kChunks - 1);
+#pragma unroll 1
+            for (int column = half * 4; column < half * 4 + 4; ++column) walk.prefetch(kv_map, boxes, column);
+          }
           if (brings_rope) ring.fill(kv_map, walk, boxes, slot0, 0, use);
 #pragma unroll 1
           for (int position = half * 4 + 1; position <= half * 4 + 4; ++position) ring.fill(kv_map, walk, boxes, slot0 + position, position, use);
+          if (threadIdx.x == 0 && tile == piece.tile_begin) prefetch_next_query<kRows, kLatent>(args, schedule, share);
         }
         ++use;
         __syncwarp();
@@ -133,7 +140,7 @@ __global__ void __launch_bounds__(384, 1)
       const int unmasked_tokens = schedule.limit(piece, row0);
       const int limits[2] = {schedule.limit(piece, row0 + thread_row), schedule.limit(piece, row0 + thread_row + 8)};
 
-      const auto multiply_logits = [&](auto of_group, float(&logits)[32], int phase) {
+      const auto multiply_logits = [&](auto of_group, float(&logits)[32], int use) {
         constexpr int kGroup = decltype(of_group)::value;  // compile-time positions: descriptors need one addition each
         uint32_t query_low = descriptor_low(smem_address(query)), keys_low = descriptor_low(ring.chunk(kGroup * kChunks));
         asm volatile("" : "+r"(query_low), "+r"(keys_low));  // keeps descriptors out of loop-invariant registers
@@ -145,7 +152,7 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
           const int position = i == 4 ? 0 : ((i < 4 ? i : i - 1) ^ (kGroup * 4)) + 1;
-          ring.wait_full(slot0 + position, phase);
+          ring.wait_full(slot0 + position, use);
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
@@ -239,7 +246,7 @@ __global__ void __launch_bounds__(384, 1)
         float logits[32], factor[2];
         uint32_t own[4][4], other[4][4];
         if (group == 0) {
-          multiply_logits(std::integral_constant<int, 0>{}, logits, (uses[0] + pair) & 1);
+          multiply_logits(std::integral_constant<int, 0>{}, logits, uses[0] + pair);
           mask(logits, a);
           const bool moved = softmax.update(logits, Logits::scale(args), factor);
           named_barrier_sync(kFirstTaken, kConsumers);
@@ -271,7 +278,7 @@ __global__ void __launch_bounds__(384, 1)
         } else {
           float adopted[2];
           if (has_b) {
-            multiply_logits(std::integral_constant<int, 1>{}, logits, (uses[1] + pair) & 1);
+            multiply_logits(std::integral_constant<int, 1>{}, logits, uses[1] + pair);
             mask(logits, b);
             named_barrier_sync(kReferenceReady, kConsumers);
             const bool moved = adopt_references(0, adopted);

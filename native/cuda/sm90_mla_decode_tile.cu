@@ -65,14 +65,13 @@ __global__ void __launch_bounds__(384, 1)
   uint64_t* barriers = reinterpret_cast<uint64_t*>(scratch + 256);
   float2* row_values = reinterpret_cast<float2*>(scratch + 1024);  // [2 warpgroups][64 rows]: reference, sum
 
-  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers), smem_address(barriers + kSlots)};
+  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers)};
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
   const int row0 = schedule.row_tile * kRows;
 
-  if (threadIdx.x == 0) {
-    ring.init(kSplitRows ? 8 : 4);
-    tma_prefetch_map(kv_map);
-  }
+  if (threadIdx.x / 32 == 1) ring.init(kSplitRows ? 8 : 4);
+  if (threadIdx.x / 32 == 2) prefetch_block_table(args);
+  if (threadIdx.x == 96) tma_prefetch_map(kv_map);
   DecodeShare share = schedule.share(plan_scratch);
   DecodePiece piece;
 
@@ -80,7 +79,9 @@ __global__ void __launch_bounds__(384, 1)
     registers_shrink<24>();
     if (threadIdx.x < 32) {
       int count = 0;
-      while (schedule.next(share, piece)) ring.template feed<Logits>(kv_map, args, piece, count);
+      while (schedule.next(share, piece)) {
+        ring.template feed<Logits>(kv_map, args, piece, count, [&] { prefetch_next_query<kRows, kLatent>(args, schedule, share); });
+      }
     }
   } else {
     registers_grow<240>();
@@ -119,9 +120,9 @@ __global__ void __launch_bounds__(384, 1)
       const int limits[2] = {schedule.limit(piece, group_row0 + thread_row), schedule.limit(piece, group_row0 + thread_row + 8)};
 
       const auto stage_of = [&](int t) { return warp_uniform((stage_count + t) % Shape::kStages); };
-      const auto phase_of = [&](int t) { return (stage_count + t) / Shape::kStages & 1; };
+      const auto use_of = [&](int t) { return (stage_count + t) / Shape::kStages; };
       const auto multiply_logits = [&](int t) {
-        const int slot = stage_of(t) * kChunks, phase = phase_of(t);
+        const int slot = stage_of(t) * kChunks, use = use_of(t);
         uint32_t query_low = descriptor_low(query_address);
         asm volatile("" : "+r"(query_low));  // else 4 · kChunks descriptors are kept in registers across the loop
         const uint32_t keys_low = descriptor_low(ring.chunk(slot));
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
         for (int position = 0; position < kChunks; ++position) {
           const int column = position == 0 ? kChunks - 1 : position - 1;
-          ring.wait_full(slot + position, phase);
+          ring.wait_full(slot + position, use);
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < 4; ++k) {

@@ -5,8 +5,10 @@
 //   attention_test prefill COUNT SEED
 //   attention_test time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]]
 //   attention_test time LATENT BATCH HEADS QTOKENS LEN[;LEN...] [PAGE]
+//   attention_test times [RUNS [REPEATS]]      lines of the same fields from standard input, each checked, then timed
 #include <cstdio>
 #include <cstdlib>
+#include <iostream>
 #include <random>
 #include <sstream>
 #include <string>
@@ -115,16 +117,25 @@ static bool right(const Shape& shape, unsigned seed) {
   return ok;
 }
 
-static int time_shape(int argc, char** argv) {
+// LATENT BATCH HEADS QTOKENS LENS [PAGE]
+static DecodeShape parse_shape(const std::string& line) {
   DecodeShape shape;
-  shape.latent = std::atoi(argv[2]);
-  shape.heads = std::atoi(argv[4]);
-  std::stringstream lens(argv[6]);
-  for (std::string item; std::getline(lens, item, ';');) shape.kv_lens.push_back(std::atoi(item.c_str()));
-  if (shape.kv_lens.size() == 1) shape.kv_lens.assign(std::atoi(argv[3]), shape.kv_lens[0]);
-  shape.q_lens.assign(shape.kv_lens.size(), std::atoi(argv[5]));
-  if (argc > 7) shape.page_tokens = std::atoi(argv[7]);
-  const Timing timing = *run_on_gpu(0, shape, {1, 0, false, 20}).timing;
+  std::stringstream fields(line);
+  int batch = 0, q_tokens = 0, page = 0;
+  std::string lens;
+  fields >> shape.latent >> batch >> shape.heads >> q_tokens >> lens;
+  std::stringstream items(lens);
+  for (std::string item; std::getline(items, item, ';');) shape.kv_lens.push_back(std::atoi(item.c_str()));
+  if (shape.kv_lens.size() == 1) shape.kv_lens.assign(batch, shape.kv_lens[0]);
+  shape.q_lens.assign(shape.kv_lens.size(), q_tokens);
+  if (fields >> page) shape.page_tokens = page;
+  return shape;
+}
+
+static int time_shape(int argc, char** argv) {
+  std::string line;
+  for (int i = 2; i < argc; ++i) line += std::string(argv[i]) + " ";
+  const Timing timing = *run_on_gpu(0, parse_shape(line), {1, 0, false, 20}).timing;
   std::printf("%.4f ms, from %.4f to %.4f\n", timing.median_ms, timing.min_ms, timing.max_ms);
   return 0;
 }
@@ -144,6 +155,21 @@ static int time_gqa(int argc, char** argv) {
   return 0;
 }
 
+static int time_shapes(int runs, int repeats) {
+  int failures = 0;
+  for (std::string line; std::getline(std::cin, line);) {
+    const Outcome outcome = run_on_gpu(0, parse_shape(line), {1, repeats, false, runs});
+    const bool ok = !outcome.check || (outcome.check->same_bits && outcome.check->worst_row < kErrorLimit && outcome.check->worst_lse < kLseLimit);
+    failures += !ok;
+    std::printf("%s %-44s", ok ? "ok  " : "FAIL", line.c_str());
+    if (outcome.timing) std::printf(" %8.1f us, from %.1f", outcome.timing->median_ms * 1e3, outcome.timing->min_ms * 1e3);
+    if (outcome.check) std::printf(", error %.1e lse %.1e%s", outcome.check->worst_row, outcome.check->worst_lse, outcome.check->same_bits ? "" : " BITS DIFFER");
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+  return failures != 0;
+}
+
 static int run(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   if ((mode == "decode" || mode == "variants" || mode == "gqa" || mode == "prefill") && argc >= 4) {
@@ -161,7 +187,8 @@ static int run(int argc, char** argv) {
   }
   if (mode == "time-gqa" && argc >= 8) return time_gqa(argc, argv);
   if (mode == "time" && argc >= 7) return time_shape(argc, argv);
-  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] | gqa|prefill COUNT SEED | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [PAGE]\n");
+  if (mode == "times") return time_shapes(argc > 2 ? std::atoi(argv[2]) : 20, argc > 3 ? std::atoi(argv[3]) : 3);
+  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] | gqa|prefill COUNT SEED | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [PAGE] | times [RUNS [REPEATS]]\n");
   return 2;
 }
 
