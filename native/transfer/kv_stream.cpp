@@ -1,12 +1,15 @@
 #include "transfer/kv_stream.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <fcntl.h>
 #include <linux/errqueue.h>
+#include <map>
+#include <mutex>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
@@ -14,6 +17,7 @@
 #include <sys/uio.h>
 #include <thread>
 #include <unistd.h>
+#include <vector>
 
 #include "core/error.h"
 #include "transfer/reshard.h"
@@ -143,7 +147,7 @@ StreamReceiver::~StreamReceiver() { close(); }
 uint16_t StreamReceiver::port() const { return core_->port; }
 
 void StreamReceiver::admit(const std::string& key, std::shared_ptr<const WriteGate> gate) {
-  if (key.size() != kStreamKeyBytes) throw Error("REQUEST_INVALID", "a stream key has " + std::to_string(kStreamKeyBytes) + " bytes");
+  if (key.size() != kLinkKeyBytes) throw Error("REQUEST_INVALID", "a stream key has " + std::to_string(kLinkKeyBytes) + " bytes");
   auto client = std::make_shared<Core::Client>();
   client->key = key;
   client->gate = std::move(gate);
@@ -157,6 +161,13 @@ void StreamReceiver::grant(const std::string& key, int slot, uint32_t epoch, Ran
   if (!client) throw Error("REQUEST_INVALID", "no such stream key");
   const std::lock_guard lock(client->mutex);
   client->grants[slot] = std::make_shared<const Core::Grant>(Core::Grant{epoch, tokens, std::move(pages)});
+}
+
+void StreamReceiver::disconnect(const std::string& key) {
+  const auto client = core_->client_of(key);
+  if (!client) return;
+  const std::lock_guard lock(client->mutex);
+  for (int socket : client->sockets) shutdown(socket, SHUT_RDWR);
 }
 
 void StreamReceiver::withdraw(const std::string& key) {
@@ -208,7 +219,7 @@ void StreamReceiver::Core::on_accept(UniqueFd socket) {
 void StreamReceiver::Core::serve(UniqueFd socket) {
   set_blocking(socket.get());
   set_receive_timeout(socket.get(), kKeyTimeoutMs);
-  std::string key(kStreamKeyBytes, '\0');
+  std::string key(kLinkKeyBytes, '\0');
   const bool came = receive_all(socket.get(), key.data(), key.size());
   unknown--;
   const auto client = came ? client_of(key) : nullptr;
@@ -361,8 +372,8 @@ class ZeroCopySends {
 
 struct StreamSender::Core : std::enable_shared_from_this<StreamSender::Core> {
   struct Job {
-    Job(StreamPut what, const KvLayout& dst, Done finished) : put(std::move(what)), mover(*put.src, dst, false), done(std::move(finished)) {}
-    StreamPut put;
+    Job(LinkPut what, const KvLayout& dst, Done finished) : put(std::move(what)), mover(*put.src, dst, false), done(std::move(finished)) {}
+    LinkPut put;
     RowMover mover;
     Done done;
     uint64_t id = 0;
@@ -411,7 +422,7 @@ struct StreamSender::Core : std::enable_shared_from_this<StreamSender::Core> {
 
 StreamSender::StreamSender(const SocketAddress& address, const std::string& key, int connections, const KvLayout& dst, ZeroCopy zero_copy)
     : core_(std::make_shared<Core>(dst)) {
-  if (key.size() != kStreamKeyBytes) throw Error("REQUEST_INVALID", "a stream key has " + std::to_string(kStreamKeyBytes) + " bytes");
+  if (key.size() != kLinkKeyBytes) throw Error("REQUEST_INVALID", "a stream key has " + std::to_string(kLinkKeyBytes) + " bytes");
   if (connections < 1 || connections > kMaxConnections) throw Error("REQUEST_INVALID", std::to_string(connections) + " connections, expected 1 to " + std::to_string(kMaxConnections));
   core_->mode = zero_copy;
   for (int i = 0; i < connections; i++) {
@@ -449,7 +460,7 @@ void StreamSender::close() { core_->fail("the sender was closed"); }
 
 bool StreamSender::is_zero_copy() const { return core_->uses_zero_copy; }
 
-void StreamSender::put(StreamPut put, Done done) {
+void StreamSender::put(LinkPut put, Done done) {
   check_compatible(put.src->layout, core_->dst);
   check_pages("source", *put.src, put.src_pages, put.layers, put.tokens);
   const KvLayout& dst = core_->dst;

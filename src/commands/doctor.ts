@@ -12,7 +12,7 @@ Ends with status ${ERRORS.ADDON_LOAD_FAILED.exit} where the native addon cannot 
 
   async run(): Promise<Examination> {
     await this.parse(Doctor);
-    const found = examine(this.config.version);
+    const found = await examine(this.config.version);
     this.log(printExamination(found));
     if (!found.addon.loaded) process.exitCode = ERRORS.ADDON_LOAD_FAILED.exit;
     return found;

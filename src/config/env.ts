@@ -54,3 +54,15 @@ export function runtimeBase(env: Environment = process.env): string {
 export function cacheDirectory(env: Environment = process.env): string {
   return join(env['XDG_CACHE_HOME'] || join(homedir(), '.cache'), 'tpla');
 }
+
+/**
+ * Settings of UCX that suit a server with threads: its log apart from our output, signals left to us, and no hooks patched into memory calls
+ * that other threads are in the middle of (we register what is sent). What the user has set stays.
+ */
+const UCX_DEFAULTS = { UCX_LOG_FILE: 'stderr', UCX_HANDLE_ERRORS: 'none', UCX_MEM_EVENTS: 'n' };
+
+/** Hands settings to UCX, which reads its environment when it is loaded and whenever a worker is made; what is configured goes over what is inherited. */
+export function setUcxEnvironment(options: Record<string, string>, env: Environment = process.env): void {
+  for (const [name, value] of Object.entries(UCX_DEFAULTS)) env[name] ??= value;
+  Object.assign(env, options);
+}

@@ -1,5 +1,6 @@
 /** What each role's YAML says after defaults, environment and flags are laid over one another. Bytes are plain numbers. */
 import type { KvDType, KvForm } from '../native/types.js';
+import type { TransferPath } from '../transfer/types.js';
 
 export interface PrefillConfig {
   /** `unix:/run/tpla/prefill-0.sock` or `tcp://127.0.0.1:7200`. */
@@ -15,10 +16,18 @@ export interface PrefillConfig {
   chunk_tokens: number;
   max_batch_tokens: number;
   max_waiting: number;
+  transfer: { require_path: TransferPath | null; ucx: UcxConfig };
   threads: number;
   /** After SIGTERM, how long running requests may take to finish. */
   drain_ms: number;
   log_level: LogLevel;
+}
+
+export interface UcxConfig {
+  use: 'auto' | 'always' | 'never';
+  library: string | null;
+  /** UCX_… settings. */
+  options: Record<string, string>;
 }
 
 export interface DecodeConfig {
@@ -35,6 +44,7 @@ export interface DecodeConfig {
   max_waiting: number;
   /** A hand-off that is silent for so long is cut off. */
   lease_ms: number;
+  transfer: { ucx: UcxConfig };
   threads: number;
   /** After SIGTERM, how long running requests may take to finish. */
   drain_ms: number;

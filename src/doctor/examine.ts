@@ -1,6 +1,8 @@
+import { setUcxEnvironment } from '../config/env.js';
 import { toTplaError } from '../errors.js';
 import { native } from '../native/loader.js';
 import type { ProbeResult } from '../native/types.js';
+import { describeUcx } from '../transfer/ucx.js';
 import { readLimits, type Limits } from './limits.js';
 
 /** What `tpla doctor --json` prints. */
@@ -31,7 +33,7 @@ export interface Finding {
 const MEMLOCK_WANTED = 256 * 2 ** 20;
 const OPEN_FILES_WANTED = 4096;
 
-export function examine(version: string): Examination {
+export async function examine(version: string): Promise<Examination> {
   const limits = readLimits();
   const facts = { version, node: process.version, platform: `${process.platform}-${process.arch}`, limits };
   let probe: ProbeResult;
@@ -46,9 +48,22 @@ export function examine(version: string): Examination {
     addon: { loaded: true, error: null },
     cpu: probe.cpu,
     cuda: { ...probe.cuda, devices: probe.cuda.devices.map(({ memoryBytes, ...device }) => ({ ...device, memory_bytes: memoryBytes })) },
-    libraries: probe.libraries,
+    libraries: await Promise.all(probe.libraries.map(askUcx)),
     findings: [...machineFindings(probe), ...limitFindings(limits)],
   };
+}
+
+/** UCX says itself which transports it has here. */
+async function askUcx(library: ProbeResult['libraries'][number]): Promise<ProbeResult['libraries'][number]> {
+  if (library.name !== 'UCX' || library.path === null) return library;
+  setUcxEnvironment({});
+  try {
+    const ucx = await native().openUcx(library.path);
+    ucx.close();
+    return { ...library, detail: describeUcx(ucx) };
+  } catch (error) {
+    return { ...library, detail: toTplaError(error).message };
+  }
 }
 
 function machineFindings({ cpu, cuda }: ProbeResult): Finding[] {

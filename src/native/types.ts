@@ -295,23 +295,47 @@ export interface WritePass {
   epoch: number;
 }
 
-/** Decode's side of KV over TCP (native/transfer/kv_stream.h). Every write into the arena passes the gate of the key it came with. */
-export interface KvStreamReceiver {
-  readonly port: number;
-  /** Connections that show `key`, 32 ASCII characters, write through `gate`. */
+/** Decode's side of KV between processes that share no memory (native/transfer/kv_link.h). Every write into the arena passes a gate. */
+export interface KvLinkReceiver {
+  /** Senders that show `key`, 32 ASCII characters, write through `gate`. */
   admit(key: string, gate: WriteGate): void;
   /** What a slot of that key's gate stands for while `epoch` lasts. */
   grant(key: string, slot: number, epoch: number, tokens: [number, number], pages: Int32Array[], rank?: number): void;
+  /** Ends the sender's connections, with what it is in the middle of. */
+  disconnect(key: string): void;
   withdraw(key: string): void;
   close(): void;
 }
 
 /** Prefill's side, connected to one receiver. */
-export interface KvStreamSender {
+export interface KvLinkSender {
+  /** Resolves once the receiver has all of it in its pages; rejects with CANCELLED where the gate is shut, IO_FAILED where the link is lost. */
+  put(put: { src: KvRegion | KvArena; layers: [number, number]; tokens: [number, number]; srcPages: Int32Array[]; srcRank?: number; slot: number; epoch: number }): Promise<KvPutResult>;
+  close(): void;
+}
+
+/** KV over TCP (native/transfer/kv_stream.h). */
+export interface KvStreamReceiver extends KvLinkReceiver {
+  readonly port: number;
+}
+
+export interface KvStreamSender extends KvLinkSender {
   /** Whether the kernel sends from our buffers (MSG_ZEROCOPY); it does not on loopback. */
   readonly zeroCopy: boolean;
-  /** Resolves once the receiver has all of it in its pages; rejects with CANCELLED where the gate is shut, IO_FAILED where the connection is lost. */
-  put(put: { src: KvRegion | KvArena; layers: [number, number]; tokens: [number, number]; srcPages: Int32Array[]; srcRank?: number; slot: number; epoch: number }): Promise<KvPutResult>;
+}
+
+/** KV over UCX (native/transfer/ucx/): one installation, loaded at run time, with a worker and its thread. */
+export interface Ucx {
+  /** The library's file and what it says of itself: version, `transport/device` pairs, whether any of them is RDMA, whether it takes GPU memory. */
+  readonly library: string;
+  readonly version: string;
+  readonly resources: string[];
+  readonly rdma: boolean;
+  readonly cuda: boolean;
+  listen(arena: KvRegion | KvArena): Promise<KvLinkReceiver & { readonly address: Buffer }>;
+  /** `layout` is the receiver's. */
+  connect(link: { address: Buffer; key: string; layout: KvLayout }): Promise<KvLinkSender>;
+  /** Ends its thread and every link. */
   close(): void;
 }
 
@@ -346,6 +370,8 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   probe(): ProbeResult;
   /** Measures this machine for about a second, on the calling thread too; `isa` as in EngineOptions. */
   measureCpu(threads: number, isa?: string): CpuRates;
+  /** Loads UCX from the absolute path of libucp, under the UCX_… settings of the environment. Throws CONFIG_INVALID saying what is wrong with either. */
+  openUcx(library: string): Promise<Ucx>;
   /** Sends a state such as `READY=1` to systemd; `socket` is the value of NOTIFY_SOCKET. */
   notifyServiceManager(socket: string, state: string): void;
   Weights: new (files: string[], tensors: TensorEntry[]) => Weights;

@@ -29,6 +29,7 @@ export class CudaLanding implements Landing {
   revoke(slot: number): boolean { return this.#slots.revoke(slot); }
   isDrained(slot: number): boolean { return this.#slots.isDrained(slot); }
   release(slot: number): void { this.#slots.release(slot); }
+  abandon(): void {}
   close(): void { this.#slots.gate.close(); }
 }
 
@@ -44,7 +45,7 @@ export class CudaReach implements Reach {
   readonly #pinnedSource: KvRegion | null;
 
   constructor(source: KvArena, { layout, pages, offer, fds }: Welcome) {
-    if (offer.path === 'tcp') throw new TplaError('INTERNAL', 'a CUDA path was built from an offer of tcp');
+    if (offer.path === 'tcp' || offer.path === 'ucx') throw new TplaError('INTERNAL', `a CUDA path was built from an offer of ${offer.path}`);
     if (fds.length === 0) throw new TplaError('PROTOCOL', `decode offered ${offer.path} and sent no write gate`);
     const addon = native();
     const device = isOnGpu(source) ? source.device : 0;

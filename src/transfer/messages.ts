@@ -25,6 +25,8 @@ export type PathOffer =
   /** GPU memory of this host; with the welcome come the write gate and, for cuda-fd, a descriptor per memory. `devices` are the GPUs' UUIDs. */
   | { path: 'cuda-fd'; gateSlots: number; devices: string[] }
   | { path: 'cuda-ipc'; gateSlots: number; devices: string[]; handles: string[] }
+  /** UCX endpoints to the worker at `address`, each opened with `key`. */
+  | { path: 'ucx'; version: string; address: Buffer; key: string }
   /** Data connections to `port` of the host the channel was dialled at, each opened with `key`. */
   | { path: 'tcp'; port: number; key: string };
 
@@ -41,12 +43,14 @@ export type Message =
   | { type: 'cancel'; session: string; code: ErrorCode; message: string }
   | { type: 'alive' };
 
-const OFFERED = ['shm', 'cuda-fd', 'cuda-ipc', 'tcp'] as const;
+const OFFERED = ['shm', 'cuda-fd', 'cuda-ipc', 'ucx', 'tcp'] as const;
 const FORMS: readonly KvForm[] = ['mla', 'tpla', 'dcp', 'dp'];
 const DTYPES: readonly KvDType[] = ['f32', 'bf16', 'fp8'];
 
 const MAX_HEAD_BYTES = 1 << 20;
 const MAX_TEXT = 4096;
+/** A UCX address grows with the devices of the host. */
+const MAX_BASE64 = 65_536;
 const MAX_TOKENS = 2 ** 31 - 2 ** 15;
 const MAX_CHOICES = 1024;
 const MAX_TOP = 1024;
@@ -63,6 +67,8 @@ export function encodeMessage(message: Message): Uint8Array {
   } else if (message.type === 'pushed') {
     tails.push(bytesOf(message.checksums));
     head = { ...message, checksums: message.checksums.length };
+  } else if (message.type === 'welcome') {
+    head = { ...message, offers: message.offers.map(writeOffer) };
   } else if (message.type === 'commit') {
     head = { ...message, firstTokens: message.firstTokens.map(writeSampled) };
   }
@@ -73,6 +79,10 @@ export function encodeMessage(message: Message): Uint8Array {
 }
 
 const bytesOf = (array: Int32Array | BigUint64Array) => new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+
+function writeOffer(offer: PathOffer): object {
+  return offer.path === 'ucx' ? { ...offer, address: offer.address.toString('base64') } : offer;
+}
 
 /** JSON has no NaN, and a log-probability nobody asked for is one. */
 function writeSampled({ token, logprob, top }: SampledToken): object {
@@ -186,6 +196,7 @@ function readOffer(fields: Fields): PathOffer {
     case 'shm': offer = { path, gateSlots: readSlots(fields) }; break;
     case 'cuda-fd': offer = { path, gateSlots: readSlots(fields), devices: fields.texts('devices', MAX_RANKS) }; break;
     case 'cuda-ipc': offer = { path, gateSlots: readSlots(fields), devices: fields.texts('devices', MAX_RANKS), handles: fields.texts('handles', MAX_RANKS) }; break;
+    case 'ucx': offer = { path, version: fields.text('version'), address: fields.base64('address'), key: fields.text('key') }; break;
     case 'tcp': offer = { path, port: fields.integer('port', 1, 65535), key: fields.text('key') }; break;
   }
   fields.end();
@@ -248,6 +259,12 @@ class Fields {
     const value = this.#take(field);
     if (typeof value !== 'string' || value.length > MAX_TEXT) throw this.#wrong(field, `text of at most ${MAX_TEXT} characters`);
     return value;
+  }
+
+  base64(field: string): Buffer {
+    const value = this.#take(field);
+    if (typeof value !== 'string' || value.length > MAX_BASE64 || !/^[A-Za-z0-9+/]+={0,2}$/.test(value)) throw this.#wrong(field, `base64 of at most ${MAX_BASE64} characters`);
+    return Buffer.from(value, 'base64');
   }
 
   oneOf<T extends string>(field: string, allowed: readonly T[]): T {

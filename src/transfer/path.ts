@@ -34,6 +34,8 @@ export interface Landing {
   isDrained(slot: number): boolean;
   /** The slot may serve another session. */
   release(slot: number): void;
+  /** The peer is gone or silent: ends what this process is still taking in on its behalf. */
+  abandon(): void;
   /** The peer is gone and every session settled. */
   close(): void;
 }

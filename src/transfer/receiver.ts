@@ -6,25 +6,17 @@ import { TplaError, toTplaError, type ErrorCode } from '../errors.js';
 import { formatAddress, parseAddress, type Address } from '../http/address.js';
 import { removeStaleSocket } from '../http/server.js';
 import { native } from '../native/loader.js';
-import type { Channel, ChannelServer, KvArena, KvStreamReceiver } from '../native/types.js';
-import { CudaLanding, isOnGpu } from './cuda_path.js';
+import type { Channel, ChannelServer, KvArena } from '../native/types.js';
+import { isOnGpu } from './cuda_path.js';
 import { Coverage } from './coverage.js';
 import { checkHandshake, describeLayout, handshakeFingerprint } from './handshake.js';
-import { decodeMessage, encodeMessage, type Message, type PathOffer } from './messages.js';
+import { decodeMessage, encodeMessage, type Message } from './messages.js';
 import type { Admission, Landing } from './path.js';
 import { Pulse } from './pulse.js';
-import { ShmLanding } from './shm_path.js';
-import { TcpLanding } from './tcp_path.js';
+import { openLandings, PATHS_OF, type Landings } from './landings.js';
 import type { Handshake, HandoffCommit, HandoffEndpointOptions, HandoffGrant, HandoffReceiver, HandoffStats, HandoffTicket, OpenHandoff, TransferPath } from './types.js';
 
 const HELLO_MS = 5000;
-/** What a sender may make of an offer, depending on where its own pages are. */
-const PATHS_OF: Record<PathOffer['path'], TransferPath[]> = {
-  shm: ['shm', 'pinned'],
-  'cuda-fd': ['cuda-fd', 'same-gpu', 'pinned'],
-  'cuda-ipc': ['cuda-ipc', 'same-gpu', 'pinned'],
-  tcp: ['tcp'],
-};
 /** How often a session whose last writer is still inside is looked at. */
 const DRAIN_POLL_MS = 2;
 /** How long close() waits for writers of peers that do not answer. */
@@ -44,7 +36,13 @@ export async function createHandoffReceiver(address: string, options: HandoffEnd
   if (target.kind === 'tcp' && ['0.0.0.0', '::'].includes(target.host)) {
     throw new TplaError('CONFIG_INVALID', `hand-offs cannot listen on ${address}: prefill workers are told this address; give the one of the interface they reach`);
   }
-  return new Receiver(target, options);
+  const landings = await openLandings(target, options);
+  try {
+    return new Receiver(target, landings, options);
+  } catch (error) {
+    landings.close();
+    throw error;
+  }
 }
 
 class Receiver implements HandoffReceiver {
@@ -54,21 +52,20 @@ class Receiver implements HandoffReceiver {
   readonly #log: Logger;
   readonly #clock: Clock;
   readonly #server: ChannelServer;
-  /** Where KV comes in beside a TCP channel. */
-  readonly #stream: KvStreamReceiver | null;
+  readonly #landings: Landings;
   readonly #connections = new Map<Channel, Connection>();
   readonly #sessions = new Map<string, Session>();
   readonly #pulse: Pulse;
   readonly #stats: HandoffStats = { open: 0, draining: 0, committed: 0, bytes: 0, failed: {} };
   #isClosing = false;
 
-  constructor(target: Address, { handshake, arena, log, clock }: HandoffEndpointOptions & { log: Logger; clock: Clock }) {
+  constructor(target: Address, landings: Landings, { handshake, arena, log, clock }: HandoffEndpointOptions & { log: Logger; clock: Clock }) {
     this.#handshake = handshake;
     this.#arena = arena;
     this.#log = log;
     this.#clock = clock;
     this.#pulse = new Pulse(clock, (isLate) => this.#beat(isLate));
-    this.#stream = target.kind === 'tcp' ? native().listenKvStream(target.host, arena) : null;
+    this.#landings = landings;
     this.#server = native().listenChannel(target.kind === 'unix' ? target.path : target, (channel) => this.#onConnection(channel), {
       onMessage: (channel, bytes, fds) => this.#onMessage(channel, bytes, fds),
       onClose: (channel, reason) => this.#onClose(channel, reason),
@@ -110,7 +107,7 @@ class Receiver implements HandoffReceiver {
     const connections = [...this.#connections.values()];
     for (const { channel } of connections) channel.close();
     await Promise.all(connections.map(({ closed }) => closed));
-    this.#stream?.close();
+    this.#landings.close();
   }
 
   // ---------------------------------------------------------------- connections
@@ -136,7 +133,7 @@ class Receiver implements HandoffReceiver {
   }
 
   #handle(connection: Connection, message: Message): void {
-    if (connection.landing === undefined) {
+    if (connection.landings.length === 0) {
       if (message.type !== 'hello') throw new TplaError('PROTOCOL', `"${message.type}" came before hello`);
       return this.#welcome(connection, message.handshake);
     }
@@ -153,15 +150,10 @@ class Receiver implements HandoffReceiver {
   #welcome(connection: Connection, handshake: Handshake): void {
     checkHandshake(handshake, this.#handshake);
     clearTimeout(connection.helloTimer);
-    connection.landing = this.#newLanding();
-    const { offer, fds } = connection.landing;
-    connection.send({ type: 'welcome', handshake: this.#handshake, pages: this.#arena.pages, offers: [offer] }, fds);
-    this.#log.info({ peer: connection.channel.peer, path: offer.path, layout: describeLayout(handshake.layout) }, 'prefill connected');
-  }
-
-  #newLanding(): Landing {
-    if (this.#stream) return new TcpLanding(this.#stream);
-    return isOnGpu(this.#arena) ? new CudaLanding(this.#arena) : new ShmLanding(this.#arena);
+    connection.landings = this.#landings.forConnection();
+    const offers = connection.landings.map(({ offer }) => offer);
+    connection.send({ type: 'welcome', handshake: this.#handshake, pages: this.#arena.pages, offers }, connection.landings.flatMap(({ fds }) => fds));
+    this.#log.info({ peer: connection.channel.peer, offers: offers.map(({ path }) => path), layout: describeLayout(handshake.layout) }, 'prefill connected');
   }
 
   /** Ends a connection that broke the rules, telling why. */
@@ -181,6 +173,7 @@ class Receiver implements HandoffReceiver {
     clearTimeout(connection.helloTimer);
     connection.isGone = true;
     connection.markClosed();
+    connection.abandon();
     for (const session of [...connection.sessions.values()]) {
       this.#fail(session, new TplaError('HANDOFF_FAILED', `prefill is gone in the middle of a hand-off: ${reason}`));
     }
@@ -194,8 +187,8 @@ class Receiver implements HandoffReceiver {
     const session = this.#sessions.get(id);
     if (!session || session.failure) return refuse('HANDOFF_FAILED', 'decode knows no such hand-off; it was cancelled, or decode has restarted');
     if (session.attachment) return refuse('PROTOCOL', 'the hand-off belongs to another connection');
-    const landing = connection.landing!;
-    if (!PATHS_OF[landing.offer.path].includes(path)) throw new TplaError('PROTOCOL', `path ${path} was not offered`);
+    const landing = connection.landings.find(({ offer }) => PATHS_OF[offer.path].includes(path));
+    if (!landing) throw new TplaError('PROTOCOL', `path ${path} was not offered`);
     const { tokens, pages, rank = 0, leaseMs } = session.grant;
     let admission: Admission;
     try {
@@ -324,6 +317,7 @@ class Receiver implements HandoffReceiver {
       const silentMs = now - (session.attachment?.connection.heard ?? session.opened);
       if (silentMs <= session.grant.leaseMs) continue;
       const who = session.attachment ? 'prefill was silent' : 'no prefill worker came';
+      session.attachment?.connection.abandon();
       this.#fail(session, new TplaError('LEASE_EXPIRED', `${who} for ${Math.round(silentMs)} ms, the lease is ${session.grant.leaseMs} ms`));
     }
   }
@@ -334,7 +328,8 @@ class Connection {
   readonly channel: Channel;
   readonly sessions = new Map<string, Session>();
   readonly closed: Promise<void>;
-  landing: Landing | undefined;
+  /** Best first; none before the hello. */
+  landings: Landing[] = [];
   heard: number;
   helloTimer: NodeJS.Timeout | undefined;
   isDropped = false;
@@ -350,8 +345,13 @@ class Connection {
   /** Gives the landing up once nobody is there to write, and no session waits for its last writer. */
   retire(): void {
     if (this.sessions.size > 0) return;
-    this.landing?.close();
-    this.landing = undefined;
+    for (const landing of this.landings) landing.close();
+    this.landings = [];
+  }
+
+  /** Ends what is still being taken in from a peer that is gone or silent. */
+  abandon(): void {
+    for (const landing of this.landings) landing.abandon();
   }
 
   /** A closed channel takes no message; its end is on the way. */

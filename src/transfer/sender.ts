@@ -4,16 +4,17 @@ import type { Clock } from '../clock.js';
 import { TplaError, toTplaError } from '../errors.js';
 import { parseAddress } from '../http/address.js';
 import { native } from '../native/loader.js';
-import type { Channel, KvArena, SampledToken } from '../native/types.js';
+import type { Channel, KvArena, SampledToken, Ucx } from '../native/types.js';
+import { checkPath, rankOffers } from './choose_path.js';
 import { CudaReach, isOnGpu } from './cuda_path.js';
 import { checkHandshake, describeLayout } from './handshake.js';
-import { decodeMessage, encodeMessage, type Message } from './messages.js';
+import { decodeMessage, encodeMessage, type Message, type PathOffer } from './messages.js';
 import type { Credit, Reach, Welcome } from './path.js';
 import { Pulse } from './pulse.js';
 import { ShmReach } from './shm_path.js';
-import { TcpReach } from './tcp_path.js';
-import { PATHS, type TransferPath } from './types.js';
-import type { Handshake, HandoffEndpointOptions, HandoffSender, HandoffSession, HandoffTicket, PrefillStats } from './types.js';
+import { reachOverTcp } from './tcp_path.js';
+import type { Handshake, HandoffEndpointOptions, HandoffSender, HandoffSession, HandoffTicket, PrefillStats, TransferPath } from './types.js';
+import { reachOverUcx } from './ucx_path.js';
 
 const WELCOME_MS = 5000;
 
@@ -91,6 +92,8 @@ class Connection {
   readonly #arena: KvArena;
   readonly #clock: Clock;
   readonly #requirePath: TransferPath | undefined;
+  readonly #ucx: Ucx | null;
+  readonly #log: Logger;
   readonly #onGone: () => void;
   readonly #sessions = new Map<string, Session>();
   readonly #welcomed = deferred<void>();
@@ -104,11 +107,13 @@ class Connection {
   #heard: number;
   #failure: TplaError | undefined;
 
-  constructor(address: string, { arena, clock, requirePath }: HandoffEndpointOptions & { clock: Clock }, onGone: () => void) {
+  constructor(address: string, { arena, clock, log, requirePath, ucx = null }: HandoffEndpointOptions & { log: Logger; clock: Clock }, onGone: () => void) {
     this.#address = address;
     this.#arena = arena;
     this.#clock = clock;
     this.#requirePath = requirePath;
+    this.#ucx = ucx;
+    this.#log = log;
     this.#onGone = onGone;
     this.#heard = clock.now();
     this.#welcomed.promise.catch(() => {});
@@ -219,15 +224,28 @@ class Connection {
   #onWelcome({ handshake, pages, offers }: Extract<Message, { type: 'welcome' }>, fds: number[]): void {
     if (this.#peerHandshake) throw new TplaError('PROTOCOL', 'decode welcomed twice');
     checkHandshake(this.#handshake!, handshake);
-    const offer = offers[0];
-    if (!offer) throw new TplaError('PROTOCOL', 'decode offered no path');
     this.#peerHandshake = handshake;
-    openReach(this.#arena, { address: this.#address, layout: handshake.layout, pages, offer, fds }).then((reach) => {
+    this.#openBest({ address: this.#address, layout: handshake.layout, pages, fds }, offers).then((reach) => {
       if (this.#failure) return reach.close();
       this.#reach = reach;
       checkPath(reach.path, this.#requirePath);
       this.#welcomed.resolve();
     }).catch((thrown: unknown) => this.#fail(toTplaError(thrown)));
+  }
+
+  /** Builds the first of decode's paths that works; what was passed over is said, never silently. Descriptors are used before the first await. */
+  async #openBest(welcome: Omit<Welcome, 'offer'>, offers: PathOffer[]): Promise<Reach> {
+    const { usable, passedOver } = rankOffers(offers, { onGpu: isOnGpu(this.#arena), ucxVersion: this.#ucx?.version ?? null }, this.#requirePath);
+    for (const { path, reason } of passedOver) this.#log.info({ address: this.#address, path, reason }, 'a path to decode is not used');
+    for (const [i, offer] of usable.entries()) {
+      try {
+        return await openReach(this.#arena, { ...welcome, offer }, this.#ucx);
+      } catch (error) {
+        if (i === usable.length - 1) throw error;
+        this.#log.warn({ address: this.#address, path: offer.path, reason: (error as Error).message }, `this path to decode failed, ${usable[i + 1]!.path} is tried`);
+      }
+    }
+    throw new TplaError('INTERNAL', 'no path was left to try');
   }
 
   #onClose(reason: string): void {
@@ -254,22 +272,15 @@ class Connection {
   }
 }
 
-/** Builds the path that decode offered. Descriptors are used before the first await. */
-async function openReach(source: KvArena, welcome: Welcome): Promise<Reach> {
+/** Descriptors are used before the first await. */
+async function openReach(source: KvArena, welcome: Welcome, ucx: Ucx | null): Promise<Reach> {
   switch (welcome.offer.path) {
     case 'cuda-fd':
     case 'cuda-ipc': return new CudaReach(source, welcome);
     case 'shm': return isOnGpu(source) ? new CudaReach(source, welcome) : new ShmReach(welcome);
-    case 'tcp':
-      if (isOnGpu(source)) throw new TplaError('HANDSHAKE_REFUSED', 'KV in GPU memory goes to workers of the same host (unix: addresses); over TCP it has to be in host memory');
-      return TcpReach.connect(welcome);
+    case 'ucx': return reachOverUcx(ucx!, welcome);
+    case 'tcp': return reachOverTcp(welcome);
   }
-}
-
-/** Throws HANDSHAKE_REFUSED for a path slower than the one asked for. */
-function checkPath(path: TransferPath, required: TransferPath | undefined): void {
-  if (required === undefined || PATHS.indexOf(path) <= PATHS.indexOf(required)) return;
-  throw new TplaError('HANDSHAKE_REFUSED', `the path to decode is ${path}, at least ${required} is required; see docs/transfer.md for what each path needs`);
 }
 
 class Session implements HandoffSession {

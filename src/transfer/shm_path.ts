@@ -20,6 +20,7 @@ export class ShmLanding implements Landing {
   revoke(slot: number): boolean { return this.#slots.revoke(slot); }
   isDrained(slot: number): boolean { return this.#slots.isDrained(slot); }
   release(slot: number): void { this.#slots.release(slot); }
+  abandon(): void {}
   close(): void { this.#slots.gate.close(); }
 }
 

@@ -1,7 +1,7 @@
 /** The hand-off of a prompt's KV from a prefill worker to a decode worker. Decode owns memory and grants it; prefill pushes. */
 import type { ErrorCode } from '../errors.js';
 import type { ModelIdentity } from '../model/spec.js';
-import type { KvArena, KvLayout, SampledToken } from '../native/types.js';
+import type { KvArena, KvLayout, SampledToken, Ucx } from '../native/types.js';
 
 /** How bytes move; stated in the handshake, in metrics and in every benchmark line. Best first. */
 export const PATHS = ['same-gpu', 'cuda-ipc', 'cuda-fd', 'shm', 'pinned', 'ucx', 'nixl', 'tcp'] as const;
@@ -117,4 +117,6 @@ export interface HandoffEndpointOptions {
   arena: KvArena;
   /** Refuse a connection whose path is slower than this one. */
   requirePath?: TransferPath;
+  /** What carries KV between hosts beside TCP; stays the caller's. */
+  ucx?: Ucx | null;
 }

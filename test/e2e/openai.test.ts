@@ -13,6 +13,7 @@ import type { WorkerState } from '../../src/fleet/protocol.js';
 import type { TplaTimings } from '../../src/http/openai_types.js';
 import type { KvForm } from '../../src/native/types.js';
 import { eventually, RoleProcess } from '../support/role_process.js';
+import { LOCAL_TRANSFER } from '../support/worker_stack.js';
 
 const MODEL = fileURLToPath(new URL('../../models/demo', import.meta.url));
 const COMMON = { model: MODEL, model_name: 'demo', threads: 1, drain_ms: 10_000, log_level: 'info' as const, kv: { dtype: 'f32' as const, page_tokens: 64, pages: 512 } };
@@ -45,13 +46,14 @@ class Stack {
   }
 
   startPrefill(i: number): Promise<RoleProcess> {
-    const config: PrefillConfig = { ...COMMON, listen: this.#at(`prefill-${i}`), id: `prefill-${i}`, pool: this.#at('pool'), chunk_tokens: 256, max_batch_tokens: 512, max_waiting: 256 };
+    const config: PrefillConfig = { ...COMMON, listen: this.#at(`prefill-${i}`), id: `prefill-${i}`, pool: this.#at('pool'), chunk_tokens: 256, max_batch_tokens: 512, max_waiting: 256, transfer: LOCAL_TRANSFER };
     return RoleProcess.start('prefill', config);
   }
 
   startDecode(i: number, attention: { form: KvForm; ranks: number }): Promise<RoleProcess> {
     const config: DecodeConfig = {
       ...COMMON, listen: this.#at(`decode-${i}`), id: `decode-${i}`, pool: this.#at('pool'), handoff_listen: this.#at(`handoff-${i}`), attention, max_batch: 64, max_waiting: 256, lease_ms: 5_000,
+      transfer: LOCAL_TRANSFER,
     };
     return RoleProcess.start('decode', config);
   }

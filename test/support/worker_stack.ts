@@ -14,6 +14,9 @@ import { eventually, RoleProcess } from './role_process.js';
 export const VOCAB = TINY_V3.vocab_size as number;
 export const LAYERS = TINY_V3.num_hidden_layers as number;
 
+/** Hand-offs as one host does them. */
+export const LOCAL_TRANSFER: PrefillConfig['transfer'] = { require_path: null, ucx: { use: 'never', library: null, options: {} } };
+
 export class WorkerStack {
   readonly directory = mkdtempSync(join(tmpdir(), 'tpla-stack-'));
   readonly model = join(this.directory, 'model');
@@ -26,7 +29,7 @@ export class WorkerStack {
   prefillConfig(fields: Partial<PrefillConfig> = {}): PrefillConfig {
     return {
       listen: this.address('prefill'), id: 'prefill-0', model: this.model, model_name: 'tiny', pool: null, kv: { dtype: 'f32', page_tokens: 64, pages: 256 },
-      chunk_tokens: 256, max_batch_tokens: 512, max_waiting: 256, threads: 1, drain_ms: 20_000, log_level: 'info', ...fields,
+      chunk_tokens: 256, max_batch_tokens: 512, max_waiting: 256, transfer: LOCAL_TRANSFER, threads: 1, drain_ms: 20_000, log_level: 'info', ...fields,
     };
   }
 
@@ -34,7 +37,7 @@ export class WorkerStack {
     return {
       listen: this.address('decode'), id: 'decode-0', model: this.model, model_name: 'tiny', pool: null, handoff_listen: this.address('handoff'),
       attention: { form: 'tpla', ranks: 2 }, kv: { dtype: 'f32', page_tokens: 64, pages: 256 }, max_batch: 64, max_waiting: 256, lease_ms: 5000,
-      threads: 1, drain_ms: 20_000, log_level: 'info', ...fields,
+      transfer: LOCAL_TRANSFER, threads: 1, drain_ms: 20_000, log_level: 'info', ...fields,
     };
   }
 

@@ -1,9 +1,8 @@
 // time limit: 400 s
-import { spawn, spawnSync, type ChildProcess } from 'node:child_process';
+import { spawnSync } from 'node:child_process';
 import { closeSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { createInterface } from 'node:readline';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { systemClock } from '../../src/clock.js';
@@ -13,6 +12,7 @@ import { decodeMessage, encodeMessage, type Message } from '../../src/transfer/m
 import { createHandoffReceiver } from '../../src/transfer/receiver.js';
 import { createHandoffSender } from '../../src/transfer/sender.js';
 import type { HandoffReceiver, HandoffTicket } from '../../src/transfer/types.js';
+import { Peer } from '../support/handoff_child.js';
 import { BIG, BIG_PAGES, BIG_TARGET, BIG_TOKENS } from '../support/handoff_fault_shapes.js';
 import { endpoint, failure, fillCanonical, findDifference, handshake, LAYERS, newArena, pageRange, sampled, smallLayout, stats, until } from '../support/handoff.js';
 
@@ -20,35 +20,6 @@ const directory = mkdtempSync(join(tmpdir(), 'tpla-faults-'));
 test.after(() => rmSync(directory, { recursive: true }));
 let sockets = 0;
 const freshAddress = () => `unix:${join(directory, `${sockets++}.sock`)}`;
-
-/** A process at the other end; its lines as they come. */
-class Peer {
-  readonly lines: string[] = [];
-  readonly child: ChildProcess;
-  readonly ended: Promise<unknown>;
-
-  constructor(args: string[], wrapper: string[] = []) {
-    const script = join(import.meta.dirname, '../support/handoff_peer.ts');
-    const [command, ...rest] = [...wrapper, process.execPath, '--import', 'tsx', script, ...args];
-    this.child = spawn(command!, rest, { stdio: ['pipe', 'pipe', 'inherit'] });
-    createInterface({ input: this.child.stdout! }).on('line', (line) => this.lines.push(line));
-    this.ended = new Promise((resolve) => this.child.on('exit', resolve));
-  }
-
-  tell(ticket: HandoffTicket): void {
-    this.child.stdin!.write(`${JSON.stringify(ticket)}\n`);
-  }
-
-  async line(start: string): Promise<string> {
-    await until(() => this.lines.some((line) => line.startsWith(start)), `"${start}" from the peer; it said ${this.lines.join(' | ')}`, 60_000);
-    return this.lines.find((line) => line.startsWith(start))!;
-  }
-
-  async kill(): Promise<void> {
-    this.child.kill('SIGKILL');
-    await this.ended;
-  }
-}
 
 const TARGET_PAGES = pageRange(0, BIG_PAGES / 2);
 const grant = (leaseMs = 60_000) => ({ tokens: BIG_TOKENS, pages: [TARGET_PAGES], leaseMs });

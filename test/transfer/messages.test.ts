@@ -8,7 +8,7 @@ const who = handshake(smallLayout({ form: 'tpla', ranks: 2 }));
 const prefill = { promptTokens: 9, pooledTokens: 1, skippedTokens: 2, computedTokens: 6, queueMs: 0.25, computeMs: 12.5 };
 const MESSAGES: Message[] = [
   { type: 'hello', handshake: who },
-  { type: 'welcome', handshake: who, pages: 12, offers: [{ path: 'shm', gateSlots: 64 }, { path: 'tcp', port: 7000, key: 'k' }] },
+  { type: 'welcome', handshake: who, pages: 12, offers: [{ path: 'shm', gateSlots: 64 }, { path: 'ucx', version: '1.13.1', address: Buffer.from([0, 255, 7]), key: 'k' }, { path: 'tcp', port: 7000, key: 'k' }] },
   { type: 'refused', code: 'HANDSHAKE_REFUSED', message: 'no' },
   { type: 'open', session: 'abc', path: 'shm' },
   { type: 'granted', session: 'abc', tokens: [16, 70], rank: 1, leaseMs: 500, slot: 3, epoch: 7, pages: [Int32Array.from([1, 2, 3]), Int32Array.from([]), Int32Array.from([-5])] },

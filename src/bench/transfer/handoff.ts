@@ -11,7 +11,7 @@ import { openPlainCopy } from './baseline.js';
 import { pagesFor, rectangles, scatteredPages, type BenchCase } from './cases.js';
 import type { Control } from './control.js';
 import { benchHandshake } from './handshake.js';
-import { handoffPath, newArena, type HandoffPath } from './paths.js';
+import { handoffPath, newArena, openLink, type HandoffPath } from './paths.js';
 import { handoffRow, plainRow, type BenchRow, type HandoffSample } from './rows.js';
 
 const SEED = 20251;
@@ -31,8 +31,9 @@ export async function benchHandoff(control: Control, what: BenchCase, options: H
   const path = handoffPath(what.path);
   const { answer, fds } = await control.ask({ op: 'setup', path: what.path, target: what.target, pages: pagesFor(what.target, what.tokens) });
   const source = await newSource(path, what);
+  const link = await openLink(path);
   const sender = createHandoffSender({
-    handshake: benchHandshake(what.source), arena: source.arena, log: options.log, clock: systemClock, ...path.sender,
+    handshake: benchHandshake(what.source), arena: source.arena, log: options.log, clock: systemClock, ...link.options,
     ...(options.requirePath === undefined ? {} : { requirePath: options.requirePath }),
   });
   try {
@@ -52,6 +53,7 @@ export async function benchHandoff(control: Control, what: BenchCase, options: H
     return [copy, handoffRow(what, samples, copy, options.verify)];
   } finally {
     await sender.close();
+    link.close();
     source.arena.close();
     fds.forEach((fd) => closeSync(fd));
   }

@@ -3,6 +3,7 @@ import { TplaError } from '../../errors.js';
 import { native } from '../../native/loader.js';
 import type { KvArena, KvLayout } from '../../native/types.js';
 import type { HandoffEndpointOptions } from '../../transfer/types.js';
+import { findUcx, openUcx } from '../../transfer/ucx.js';
 import type { BenchCase } from './cases.js';
 import type { Baseline } from './baseline.js';
 import type { BenchRow } from './rows.js';
@@ -23,9 +24,13 @@ export interface HandoffPath {
   channel: 'unix' | 'tcp';
   /** What the same bytes are moved by with nothing done to them. */
   baseline: Baseline;
-  /** Beyond handshake and arena. */
-  sender?: Partial<HandoffEndpointOptions>;
-  receiver?: Partial<HandoffEndpointOptions>;
+  /** What each end needs beyond handshake and arena; opened for every case anew. */
+  link?: () => Promise<OpenLink>;
+}
+
+export interface OpenLink {
+  options: Partial<HandoffEndpointOptions>;
+  close(): void;
 }
 
 /** One process moves KV by itself (to a disk, say). */
@@ -39,6 +44,18 @@ export type BenchPath = HandoffPath | LocalPath;
 
 const HOST: Memory = { kind: 'host' };
 const gpu = (index: number, sharing: 'descriptor' | 'ipc' = 'descriptor'): Memory => ({ kind: 'gpu', index, sharing });
+
+async function ucxLink(): Promise<OpenLink> {
+  const ucx = (await openUcx({ use: 'always', library: null, options: {} }))!;
+  return { options: { ucx, requirePath: 'ucx' }, close: () => ucx.close() };
+}
+
+/** Nothing but what the path's channel brings. */
+const NO_LINK: OpenLink = { options: {}, close() {} };
+
+export function openLink(path: HandoffPath): Promise<OpenLink> {
+  return path.link?.() ?? Promise.resolve(NO_LINK);
+}
 
 const always = () => null;
 const needsGpus = (count: number) => () => {
@@ -55,6 +72,11 @@ export const BENCH_PATHS: Record<string, BenchPath> = {
   pinned: { summary: "a GPU writes into decode's host memory", missing: needsGpus(1), source: gpu(0), target: HOST, channel: 'unix', baseline: 'gpu-copy' },
   'pinned-to-gpu': { summary: "a GPU reads prefill's host memory", missing: needsGpus(1), source: HOST, target: gpu(0), channel: 'unix', baseline: 'gpu-copy' },
   shm: { summary: 'host memory to host memory, mapped by both', missing: always, source: HOST, target: HOST, channel: 'unix', baseline: 'memcpy' },
+  ucx: {
+    summary: 'host memory to host memory over UCX, under the UCX_ settings of the environment',
+    missing: () => (findUcx() === null ? 'no UCX is installed (Debian, Ubuntu: apt-get install libucx0)' : null),
+    source: HOST, target: HOST, channel: 'tcp', baseline: 'sockets', link: ucxLink,
+  },
   tcp: { summary: 'host memory to host memory over TCP', missing: always, source: HOST, target: HOST, channel: 'tcp', baseline: 'sockets' },
 };
 

@@ -14,7 +14,7 @@ import type { HandoffReceiver, HandoffTicket } from '../../transfer/types.js';
 import { canonical, pagesFor, rowBytes, scatteredPages } from './cases.js';
 import { benchHandshake } from './handshake.js';
 import { serveControl, type Request } from './control.js';
-import { handoffPath, newArena } from './paths.js';
+import { handoffPath, newArena, openLink, type OpenLink } from './paths.js';
 
 const LEASE_MS = 30_000;
 
@@ -35,6 +35,7 @@ class Target {
   readonly #log: Logger;
   #directory: string | undefined;
   #arena: KvArena | undefined;
+  #link: OpenLink | undefined;
   #receiver: HandoffReceiver | undefined;
   #sink: ChannelServer | undefined;
 
@@ -55,6 +56,8 @@ class Target {
   async close(): Promise<void> {
     await this.#receiver?.close();
     this.#receiver = undefined;
+    this.#link?.close();
+    this.#link = undefined;
     this.#arena?.close();
     this.#arena = undefined;
     this.#sink?.close();
@@ -69,7 +72,8 @@ class Target {
     this.#directory = mkdtempSync(join(tmpdir(), 'tpla-bench-'));
     this.#arena = newArena(path.target, layout, pages);
     const address = path.channel === 'tcp' ? `tcp://${this.#host()}:0` : `unix:${join(this.#directory, 'handoff.sock')}`;
-    this.#receiver = await createHandoffReceiver(address, { handshake: benchHandshake(layout), arena: this.#arena, log: this.#log, clock: systemClock, ...path.receiver });
+    this.#link = await openLink(path);
+    this.#receiver = await createHandoffReceiver(address, { handshake: benchHandshake(layout), arena: this.#arena, log: this.#log, clock: systemClock, ...this.#link.options });
     const handles = isOnGpu(this.#arena) ? this.#arena.ipcHandles() : [];
     return { answer: { address: this.#receiver.address, handles }, fds: handles.length > 0 ? [] : this.#arena.fds() };
   }

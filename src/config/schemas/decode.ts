@@ -1,5 +1,6 @@
 import type { DecodeConfig } from '../types.js';
 import { drainMs, id, kv, listen, logLevel, maxWaiting, model, modelName, pool, threads, type ObjectSchema } from './schema.js';
+import { receiving } from './transfer.js';
 
 export const decodeSchema: ObjectSchema<DecodeConfig> = {
   description: 'A decode worker',
@@ -37,6 +38,7 @@ export const decodeSchema: ObjectSchema<DecodeConfig> = {
       description: 'A hand-off that is silent for so many milliseconds is cut off',
       type: 'integer', minimum: 100, default: 10_000, flag: 'lease-ms',
     },
+    transfer: receiving,
     threads,
     drain_ms: drainMs,
     log_level: logLevel,

@@ -1,5 +1,6 @@
 import type { PrefillConfig } from '../types.js';
 import { drainMs, id, kv, listen, logLevel, maxWaiting, model, modelName, pool, threads, type ObjectSchema } from './schema.js';
+import { sending } from './transfer.js';
 
 export const prefillSchema: ObjectSchema<PrefillConfig> = {
   description: 'A prefill worker',
@@ -22,6 +23,7 @@ export const prefillSchema: ObjectSchema<PrefillConfig> = {
       type: 'integer', minimum: 1, maximum: 1_048_576, default: 2048, flag: 'max-batch-tokens',
     },
     max_waiting: maxWaiting,
+    transfer: sending,
     threads,
     drain_ms: drainMs,
     log_level: logLevel,

@@ -11,7 +11,7 @@ export interface Schema {
   description: string;
   type?: 'object' | 'array' | 'string' | 'integer' | 'number' | 'boolean' | ['string', 'null'];
   default?: unknown;
-  enum?: readonly (string | number)[];
+  enum?: readonly (string | number | null)[];
   minimum?: number;
   maximum?: number;
   multipleOf?: number;

@@ -1,9 +1,12 @@
 import type { DecodeConfig } from '../../config/types.js';
+import { parseAddress } from '../../http/address.js';
 import { PageSpace } from '../../kv/page_space.js';
 import { PoolClient } from '../../kv/pool_client.js';
 import { native } from '../../native/loader.js';
-import type { NativeModule } from '../../native/types.js';
+import type { NativeModule, Ucx } from '../../native/types.js';
 import { createHandoffReceiver } from '../../transfer/receiver.js';
+import type { HandoffReceiver } from '../../transfer/types.js';
+import { describeUcx, openUcx } from '../../transfer/ucx.js';
 import { canonicalLayout, loadModel } from '../model.js';
 import type { RoleContext, RunningRole } from '../role.js';
 import { startWorkerRole, type ServingWorker } from '../worker_role.js';
@@ -21,10 +24,17 @@ async function loadDecode(config: DecodeConfig, { log, clock }: RoleContext, add
   const model = loadModel(config, addon);
   const { arena, spec, identity } = model;
   const { layout } = arena;
-  const receiver = await createHandoffReceiver(config.handoff_listen, { handshake: { protocol: 1, identity, layout }, arena, log, clock }).catch((error: unknown) => {
+  let ucx: Ucx | null = null;
+  let receiver: HandoffReceiver;
+  try {
+    if (parseAddress(config.handoff_listen).kind === 'tcp') ucx = await openUcx(config.transfer.ucx);
+    if (ucx) log.info({ library: ucx.library }, `UCX ${describeUcx(ucx)}`);
+    receiver = await createHandoffReceiver(config.handoff_listen, { handshake: { protocol: 1, identity, layout }, arena, log, clock, ucx });
+  } catch (error) {
+    ucx?.close();
     model.close();
     throw error;
-  });
+  }
   const store = config.pool === null ? null : new PoolClient({ address: config.pool, name: config.id, layout: canonicalLayout(layout), addon, log });
   await store?.ready;
   const space = new PageSpace(layout, config.kv.pages);
@@ -44,6 +54,7 @@ async function loadDecode(config: DecodeConfig, { log, clock }: RoleContext, add
     async close() {
       await worker.close();
       await receiver.close();
+      ucx?.close();
       await store?.close();
       model.close();
     },

@@ -4,6 +4,7 @@ import { PoolClient } from '../../kv/pool_client.js';
 import { native } from '../../native/loader.js';
 import type { NativeModule } from '../../native/types.js';
 import { createHandoffSender } from '../../transfer/sender.js';
+import { describeUcx, openUcx } from '../../transfer/ucx.js';
 import { loadModel } from '../model.js';
 import type { RoleContext, RunningRole } from '../role.js';
 import { startWorkerRole, type ServingWorker } from '../worker_role.js';
@@ -22,7 +23,13 @@ async function loadPrefill(config: PrefillConfig, { log, clock }: RoleContext, a
   const model = loadModel({ ...config, attention: { form: 'mla', ranks: 1 } }, addon);
   const { arena, spec, identity } = model;
   const { layout } = arena;
-  const sender = createHandoffSender({ handshake: { protocol: 1, identity, layout }, arena, log, clock });
+  const { require_path: requirePath } = config.transfer;
+  const ucx = await openUcx(config.transfer.ucx).catch((error: unknown) => {
+    model.close();
+    throw error;
+  });
+  if (ucx) log.info({ library: ucx.library }, `UCX ${describeUcx(ucx)}`);
+  const sender = createHandoffSender({ handshake: { protocol: 1, identity, layout }, arena, log, clock, ucx, ...(requirePath === null ? {} : { requirePath }) });
   const store = config.pool === null ? null : new PoolClient({ address: config.pool, name: config.id, layout, addon, log });
   await store?.ready;
   const space = new PageSpace(layout, config.kv.pages);
@@ -40,6 +47,7 @@ async function loadPrefill(config: PrefillConfig, { log, clock }: RoleContext, a
     async close() {
       await worker.close();
       await sender.close();
+      ucx?.close();
       await store?.close();
       model.close();
     },

@@ -1,0 +1,66 @@
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "transfer/grant_book.h"
+#include "transfer/kv_link.h"
+#include "transfer/row_mover.h"
+
+namespace tpla {
+
+// One put on a link's sending side, cut into units that are made and sent independently: some tokens of one layer, all copies,
+// as rows in the receiver's layout [copy][token][row].
+class PutJob {
+ public:
+  // Small enough that what one core makes is still in its cache when the next reads it.
+  static constexpr size_t kUnitBytes = 256 * 1024;
+  // A unit holds at least one token.
+  static constexpr size_t kMaxUnitBytes = size_t(4) << 20;
+
+  struct Unit {
+    int layer;
+    Range tokens;
+  };
+
+  // Bytes that hold any unit of this layout. Throws REQUEST_INVALID where a token takes more than kMaxUnitBytes.
+  static size_t unit_capacity(const KvLayout& dst);
+
+  // Throws REQUEST_INVALID.
+  PutJob(LinkPut put, const KvLayout& dst, LinkSender::Done done);
+
+  const LinkPut& what() const { return put_; }
+  size_t units() const { return ranges_.size() * put_.layers.size(); }
+  Unit unit(size_t index) const;
+  size_t bytes_of(const Unit& unit) const { return token_bytes_ * unit.tokens.size(); }
+  // The unit cut where pages of the receiver end, in the order in which its rows stand.
+  std::vector<Piece> pieces_of(const Unit& unit) const;
+  // Makes the unit's rows and adds their checksums to the result.
+  void make(const Unit& unit, std::byte* to);
+
+  // The next unit to make; false when none is left, or the job is over.
+  bool take(size_t& index);
+  bool is_over() const { return is_over_; }
+  // Counts pieces that the receiver has in its pages; true with the last.
+  bool confirm(size_t pieces);
+  void add_wire_bytes(size_t bytes) { wire_bytes_ += bytes; }
+  // Reports the result, or the error; only the first call does.
+  void end(std::unique_ptr<Error> error);
+
+ private:
+  const LinkPut put_;
+  const KvLayout dst_;
+  const RowMover mover_;
+  const size_t token_bytes_;
+  const LinkSender::Done done_;
+  std::vector<Range> ranges_;
+  size_t pieces_ = 0;
+  KvPutResult result_;
+  std::atomic<size_t> next_{0};
+  std::atomic<size_t> confirmed_{0};
+  std::atomic<size_t> wire_bytes_{0};
+  std::atomic<bool> is_over_{false};
+};
+
+}  // namespace tpla

@@ -1,0 +1,279 @@
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <future>
+#include <map>
+#include <mutex>
+#include <pthread.h>
+#include <thread>
+#include <vector>
+
+#include "transfer/event_loop.h"
+#include "transfer/parallel.h"
+#include "transfer/put_job.h"
+#include "transfer/ucx/kv_ucx.h"
+#include "transfer/ucx/message_kinds.h"
+#include "transfer/ucx/registered_memory.h"
+
+namespace tpla::ucx {
+
+namespace {
+
+constexpr int kStagingUnits = 32;  // made and not yet fetched by the receiver
+constexpr int kMaxMakers = 4;
+constexpr std::chrono::milliseconds kWelcomeTimeout{5000};
+// A receiver that confirms nothing for so long is lost, whatever the transport says of it.
+constexpr std::chrono::milliseconds kStallCheck{1000};
+constexpr int kStallChecks = 30;
+
+}  // namespace
+
+struct KvSender::Core : Link, std::enable_shared_from_this<Core> {
+  // A unit's place in the staging memory.
+  struct Chunk {
+    std::byte* data = nullptr;
+    size_t pieces = 0;  // not yet out; on the worker's thread
+  };
+
+  Core(std::shared_ptr<Worker> of, const KvLayout& layout);
+  void connect(const std::string& address, const std::string& key);
+  void start_makers();
+  void make_units();
+  void send_unit(const std::shared_ptr<PutJob>& job, uint64_t id, const PutJob::Unit& unit, Chunk* chunk);
+  void return_chunk(Chunk* chunk);
+  void on_message(const Incoming& message) override;
+  void on_landed(uint64_t put, uint32_t pieces);
+  void on_refused(uint64_t put);
+  std::shared_ptr<PutJob> find(uint64_t put);
+  void forget(uint64_t put);
+  void watch_for_stalls(uint64_t seen, int checks);
+  void fail(const std::string& reason);
+
+  const std::shared_ptr<Worker> worker;
+  const KvLayout dst;
+  std::shared_ptr<std::vector<std::byte>> staging;
+  std::unique_ptr<RegisteredMemory> registered;
+  std::vector<Chunk> chunks;
+
+  // On the worker's thread.
+  Endpoint* endpoint = nullptr;
+  uint64_t number = 0;
+  uint64_t remote = 0;
+  std::promise<void> welcome;
+  bool is_welcome = false;
+
+  std::mutex mutex;
+  std::condition_variable work;
+  std::deque<std::pair<uint64_t, std::shared_ptr<PutJob>>> waiting;  // with units to make
+  std::map<uint64_t, std::shared_ptr<PutJob>> under_way;             // with pieces to be confirmed
+  std::vector<Chunk*> free_chunks;
+  uint64_t next_id = 1;
+  std::string failure;
+  bool is_watched = false;
+  std::atomic<uint64_t> confirmations{0};
+};
+
+KvSender::KvSender(std::shared_ptr<Worker> worker, const std::string& address, const std::string& key, const KvLayout& dst)
+    : core_(std::make_shared<Core>(std::move(worker), dst)) {
+  if (key.size() != kLinkKeyBytes) throw Error("REQUEST_INVALID", "a link's key has " + std::to_string(kLinkKeyBytes) + " bytes");
+  core_->connect(address, key);
+  core_->start_makers();
+}
+
+KvSender::~KvSender() { close(); }
+
+void KvSender::close() { core_->fail("the sender was closed"); }
+
+void KvSender::put(LinkPut put, Done done) {
+  const auto job = std::make_shared<PutJob>(std::move(put), core_->dst, std::move(done));
+  {
+    const std::lock_guard lock(core_->mutex);
+    if (core_->failure.empty()) {
+      const uint64_t id = core_->next_id++;
+      core_->under_way[id] = job;
+      core_->waiting.emplace_back(id, job);
+      core_->work.notify_all();
+      if (!std::exchange(core_->is_watched, true)) core_->watch_for_stalls(core_->confirmations, 0);
+      return;
+    }
+  }
+  job->end(std::make_unique<Error>("IO_FAILED", core_->failure));
+}
+
+KvSender::Core::Core(std::shared_ptr<Worker> of, const KvLayout& layout) : worker(std::move(of)), dst(layout) {
+  const size_t unit_bytes = PutJob::unit_capacity(dst);
+  staging = std::make_shared<std::vector<std::byte>>(unit_bytes * kStagingUnits);
+  registered = std::make_unique<RegisteredMemory>(worker, staging, staging->data(), staging->size());
+  chunks.resize(kStagingUnits);
+  for (size_t i = 0; i < chunks.size(); i++) {
+    chunks[i].data = staging->data() + i * unit_bytes;
+    free_chunks.push_back(&chunks[i]);
+  }
+}
+
+void KvSender::Core::connect(const std::string& address, const std::string& key) {
+  std::future<void> welcomed = welcome.get_future();
+  try {
+    worker->run([&] {
+      endpoint = worker->connect(address, [weak = weak_from_this()](Status status) {
+        if (const auto self = weak.lock()) self->fail("UCX lost the receiver: " + status_text(status));
+      });
+      number = worker->add_link(weak_from_this());
+      const auto hello = std::make_shared<std::string>(key);
+      hello->append(reinterpret_cast<const char*>(&number), sizeof(number)).append(worker->address());
+      MessageHead head{};
+      head.kind = kHello;
+      worker->send(endpoint, head, hello->data(), hello->size(), nullptr, kAmSendEager, [hello](Status) {});
+    });
+    if (welcomed.wait_for(kWelcomeTimeout) != std::future_status::ready) throw Error("IO_FAILED", "the receiver does not answer over UCX; is a transport of UCX_TLS blocked between the hosts?");
+    welcomed.get();
+  } catch (const Error& error) {
+    fail(error.what());
+    throw;
+  }
+}
+
+void KvSender::Core::start_makers() {
+  for (int i = 0; i < std::clamp(transfer_threads(), 1, kMaxMakers); i++) {
+    std::thread([self = shared_from_this()] {
+      pthread_setname_np(pthread_self(), "tpla-ucx-make");
+      self->make_units();
+    }).detach();
+  }
+}
+
+void KvSender::Core::make_units() {
+  size_t index = 0;
+  Chunk* chunk = nullptr;
+  uint64_t id = 0;
+  while (true) {
+    std::shared_ptr<PutJob> job;
+    {
+      std::unique_lock lock(mutex);
+      work.wait(lock, [this] { return (!waiting.empty() && !free_chunks.empty()) || !failure.empty(); });
+      if (!failure.empty()) return;
+      std::tie(id, job) = waiting.front();
+      if (!job->take(index)) {
+        waiting.pop_front();
+        continue;
+      }
+      chunk = free_chunks.back();
+      free_chunks.pop_back();
+    }
+    const PutJob::Unit unit = job->unit(index);
+    job->make(unit, chunk->data);
+    worker->post([self = shared_from_this(), job, id, unit, chunk] { self->send_unit(job, id, unit, chunk); });
+  }
+}
+
+void KvSender::Core::send_unit(const std::shared_ptr<PutJob>& job, uint64_t id, const PutJob::Unit& unit, Chunk* chunk) {
+  if (endpoint == nullptr || job->is_over()) return return_chunk(chunk);
+  const std::vector<Piece> pieces = job->pieces_of(unit);
+  chunk->pieces = pieces.size();
+  job->add_wire_bytes(pieces.size() * sizeof(MessageHead));
+  const std::byte* at = chunk->data;
+  for (const Piece& piece : pieces) {
+    MessageHead head{};
+    head.link = remote;
+    head.put = id;
+    head.kind = kPiece;
+    head.slot = static_cast<uint32_t>(job->what().slot);
+    head.epoch = job->what().epoch;
+    head.layer = piece.layer;
+    head.copy = piece.copy;
+    head.begin = piece.begin;
+    head.end = piece.end;
+    const size_t bytes = dst.row_bytes() * (piece.end - piece.begin);
+    worker->send(endpoint, head, at, bytes, registered->get(), 0, [self = shared_from_this(), chunk](Status status) {
+      if (--chunk->pieces == 0) self->return_chunk(chunk);
+      if (status != kOk) self->fail("UCX cannot send: " + status_text(status));
+    });
+    at += bytes;
+  }
+}
+
+void KvSender::Core::return_chunk(Chunk* chunk) {
+  const std::lock_guard lock(mutex);
+  free_chunks.push_back(chunk);
+  work.notify_one();
+}
+
+void KvSender::Core::on_message(const Incoming& message) {
+  const MessageHead& head = message.head;
+  switch (head.kind) {
+    case kWelcome:
+      remote = head.put;
+      if (!std::exchange(is_welcome, true)) welcome.set_value();
+      return;
+    case kLanded: return on_landed(head.put, head.pieces);
+    case kRefused: return on_refused(head.put);
+    case kBroken: return fail("the receiver ended the link");
+    default: return;
+  }
+}
+
+// Null where the put is over.
+std::shared_ptr<PutJob> KvSender::Core::find(uint64_t put) {
+  const std::lock_guard lock(mutex);
+  const auto found = under_way.find(put);
+  return found == under_way.end() ? nullptr : found->second;
+}
+
+void KvSender::Core::forget(uint64_t put) {
+  const std::lock_guard lock(mutex);
+  under_way.erase(put);
+}
+
+void KvSender::Core::on_landed(uint64_t put, uint32_t pieces) {
+  confirmations++;
+  const auto job = find(put);
+  if (!job || !job->confirm(pieces)) return;
+  forget(put);
+  job->end(nullptr);
+}
+
+void KvSender::Core::on_refused(uint64_t put) {
+  confirmations++;
+  const auto job = find(put);
+  if (!job) return;
+  forget(put);
+  job->end(std::make_unique<Error>("CANCELLED", "the receiver has taken its pages back"));
+}
+
+// Every kStallCheck while puts are under way.
+void KvSender::Core::watch_for_stalls(uint64_t seen, int checks) {
+  EventLoop::shared().post([weak = weak_from_this(), seen, checks] {
+    const auto self = weak.lock();
+    if (!self) return;
+    {
+      const std::lock_guard lock(self->mutex);
+      if (self->under_way.empty()) self->is_watched = false;
+      if (!self->is_watched) return;
+    }
+    const uint64_t now = self->confirmations;
+    if (now == seen && checks + 1 >= kStallChecks) return self->fail("the receiver confirms nothing over UCX any more");
+    self->watch_for_stalls(now, now == seen ? checks + 1 : 0);
+  }, kStallCheck);
+}
+
+void KvSender::Core::fail(const std::string& reason) {
+  std::map<uint64_t, std::shared_ptr<PutJob>> lost;
+  {
+    const std::lock_guard lock(mutex);
+    if (!failure.empty()) return;
+    failure = reason;
+    lost.swap(under_way);
+    waiting.clear();
+    work.notify_all();
+  }
+  worker->post([self = shared_from_this(), reason] {
+    if (self->number != 0) self->worker->remove_link(std::exchange(self->number, 0));
+    if (!std::exchange(self->is_welcome, true)) self->welcome.set_exception(std::make_exception_ptr(Error("IO_FAILED", reason)));
+    if (self->endpoint != nullptr) self->worker->disconnect(std::exchange(self->endpoint, nullptr), [self] {});
+  });
+  for (const auto& [id, job] : lost) job->end(std::make_unique<Error>("IO_FAILED", reason));
+}
+
+}  // namespace tpla::ucx

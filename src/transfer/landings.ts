@@ -1,0 +1,39 @@
+/** The ways in which decode lets KV in: opened once, offered to every connection. */
+import type { Address } from '../http/address.js';
+import { native } from '../native/loader.js';
+import { CudaLanding, isOnGpu } from './cuda_path.js';
+import type { PathOffer } from './messages.js';
+import type { Landing } from './path.js';
+import { ShmLanding } from './shm_path.js';
+import { tcpLanding } from './tcp_path.js';
+import type { HandoffEndpointOptions, TransferPath } from './types.js';
+import { ucxLanding } from './ucx_path.js';
+
+/** What a sender may make of an offer, depending on where its own pages are. */
+export const PATHS_OF: Record<PathOffer['path'], TransferPath[]> = {
+  shm: ['shm', 'pinned'],
+  'cuda-fd': ['cuda-fd', 'same-gpu', 'pinned'],
+  'cuda-ipc': ['cuda-ipc', 'same-gpu', 'pinned'],
+  ucx: ['ucx'],
+  tcp: ['tcp'],
+};
+
+export interface Landings {
+  /** One landing a path, best first; memory descriptors come with at most one of them. */
+  forConnection(): Landing[];
+  close(): void;
+}
+
+/** On a Unix socket memory itself is lent; between hosts UCX, where it is used, stands before TCP. */
+export async function openLandings(target: Address, { arena, ucx }: HandoffEndpointOptions): Promise<Landings> {
+  if (target.kind === 'unix') return { forConnection: () => [isOnGpu(arena) ? new CudaLanding(arena) : new ShmLanding(arena)], close() {} };
+  const stream = native().listenKvStream(target.host, arena);
+  const overUcx = ucx ? { ucx, receiver: await ucx.listen(arena) } : null;
+  return {
+    forConnection: () => [...(overUcx ? [ucxLanding(overUcx.ucx, overUcx.receiver)] : []), tcpLanding(stream)],
+    close() {
+      overUcx?.receiver.close();
+      stream.close();
+    },
+  };
+}

@@ -1,0 +1,64 @@
+/** Paths between processes that share no memory: what TCP, UCX and NIXL have in common. */
+import { randomBytes } from 'node:crypto';
+import type { KvArena, KvLinkReceiver, KvLinkSender, KvPutResult } from '../native/types.js';
+import { GateSlots } from './gate_slots.js';
+import type { PathOffer } from './messages.js';
+import type { Admission, Credit, Landing, Reach, Reservation } from './path.js';
+import type { TransferPath } from './types.js';
+
+/** Decode takes KV from a link into its pages; the gate is passed by our own threads. */
+export class LinkLanding implements Landing {
+  readonly offer: PathOffer;
+  readonly fds: number[] = [];
+  readonly peerWrites = false;
+  readonly #receiver: KvLinkReceiver;
+  readonly #key = randomBytes(16).toString('hex');
+  readonly #slots = new GateSlots();
+
+  constructor(receiver: KvLinkReceiver, offer: (key: string) => PathOffer) {
+    this.#receiver = receiver;
+    this.#receiver.admit(this.#key, this.#slots.gate);
+    this.offer = offer(this.#key);
+  }
+
+  admit({ tokens, pages, rank }: Reservation): Admission {
+    const admission = this.#slots.admit();
+    try {
+      this.#receiver.grant(this.#key, admission.slot, admission.epoch, tokens, pages, rank);
+    } catch (error) {
+      this.revoke(admission.slot);
+      this.release(admission.slot);
+      throw error;
+    }
+    return admission;
+  }
+
+  revoke(slot: number): boolean { return this.#slots.revoke(slot); }
+  isDrained(slot: number): boolean { return this.#slots.isDrained(slot); }
+  release(slot: number): void { this.#slots.release(slot); }
+  abandon(): void { this.#receiver.disconnect(this.#key); }
+
+  close(): void {
+    this.#receiver.withdraw(this.#key);
+    this.#slots.gate.close();
+  }
+}
+
+/** Prefill makes rows in decode's layout and sends them. */
+export class LinkReach implements Reach {
+  readonly path: TransferPath;
+  readonly #sender: KvLinkSender;
+
+  constructor(path: TransferPath, sender: KvLinkSender) {
+    this.path = path;
+    this.#sender = sender;
+  }
+
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<KvPutResult> {
+    return this.#sender.put({ src: source, layers, tokens, srcPages: [srcPages], slot: credit.slot, epoch: credit.epoch });
+  }
+
+  close(): void {
+    this.#sender.close();
+  }
+}
