@@ -62,7 +62,7 @@ void PutJob::make(const Unit& unit, std::byte* to) {
   for (int token = unit.tokens.begin; token < unit.tokens.end;) {
     const int end = std::min({unit.tokens.end, (token / src.page_tokens + 1) * src.page_tokens, (token / dst_.page_tokens + 1) * dst_.page_tokens});
     uint64_t sums[kMaxCopies] = {};
-    mover_.move(place_of(src, put_.src_pages, token / src.page_tokens), {token, end}, unit.layer, rows, sums);
+    mover_.move({place_of(src, put_.src_pages, token / src.page_tokens), {token, end}, unit.layer}, rows, sums);
     for (int copy = 0; copy < copies; copy++) {
       const size_t entry = size_t(token / dst_.page_tokens - first_page) * copies + copy;
       std::atomic_ref(result_.checksums[entry]).fetch_add(sums[copy], std::memory_order_relaxed);
