@@ -24,7 +24,9 @@ export abstract class RoleCommand extends BaseCommand {
   protected async serve<R extends RoleName>(role: R, load: () => Promise<StartRole<RoleConfigs[R]>>): Promise<unknown> {
     const { flags } = await this.parse({ flags: roleFlags(role), enableJsonFlag: true } as never) as { flags: Record<string, string | string[] | boolean | undefined> };
     const { config: file = configFileFromEnv(), 'print-config': print, supervised, json: _json, ...typed } = flags;
-    const config = loadRoleConfig(role, { ...(typeof file === 'string' ? { file } : {}), flags: typed as Record<string, string | string[]> });
+    const config = loadRoleConfig(role, {
+      ...(typeof file === 'string' ? { file } : {}), flags: typed as Record<string, string | string[]>, note: (line) => this.logToStderr(line),
+    });
     if (print) {
       this.log(stringify(config).trimEnd());
       return config;

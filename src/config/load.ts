@@ -4,6 +4,7 @@ import { LineCounter, parseDocument } from 'yaml';
 import { TplaError } from '../errors.js';
 import { parseAddress } from '../http/address.js';
 import { readVariables, unknownVariables } from './env.js';
+import { fromLmcache, isLmcacheFile } from './lmcache.js';
 import { decodeSchema } from './schemas/decode.js';
 import { poolSchema } from './schemas/pool.js';
 import { prefillSchema } from './schemas/prefill.js';
@@ -27,13 +28,15 @@ export interface ConfigSources {
   /** Values of flags by flag name, as typed. */
   flags?: Record<string, string | string[] | undefined>;
   env?: Record<string, string | undefined>;
+  /** Takes lines about a file that was written for something else. */
+  note?: (line: string) => void;
 }
 
 /** Flags over environment over file over defaults. Throws CONFIG_INVALID with every problem at once. */
 export function loadRoleConfig<R extends RoleName>(role: R, sources: ConfigSources): RoleConfigs[R] {
   const schema = ROLE_SCHEMAS[role];
   const settings = settingsOf(schema);
-  const fromFile = sources.file === undefined ? {} : readYamlMapping(sources.file);
+  const fromFile = sources.file === undefined ? {} : readRoleFile(role, sources.file, sources.note);
   if (sources.file !== undefined) resolvePaths(fromFile, schema, dirname(resolve(sources.file)));
   const origins = new Map<string, string>();
   for (const setting of settings) {
@@ -47,6 +50,15 @@ export function loadRoleConfig<R extends RoleName>(role: R, sources: ConfigSourc
     origins,
     problems: unknownVariableProblems(sources.env),
   });
+}
+
+/** A file of ours, or one of LMCache's that means this role. */
+function readRoleFile(role: RoleName, file: string, note: ConfigSources['note']): Record<string, unknown> {
+  const values = readYamlMapping(file);
+  if ((role !== 'prefill' && role !== 'decode') || !isLmcacheFile(values)) return values;
+  const translation = fromLmcache(role, values, Object.keys(ROLE_SCHEMAS[role].properties ?? {}), file);
+  translation.lines.forEach((line) => note?.(line));
+  return translation.values;
 }
 
 function finishRoleConfig<R extends RoleName>(
