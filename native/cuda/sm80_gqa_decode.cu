@@ -36,7 +36,7 @@ struct GqaShape {
   static constexpr int kSharedBytes = kTeams * kRingBytes + kScratchBytes;
   static constexpr int kOverhead = kDim == 128 ? 1 : 2;
   static_assert(kStages >= 3 && kRowGroups * 16 * kOutStride * 4 <= kRingBytes, "a team's output must fit into its ring");
-  static_assert(kWarps * 16 * sizeof(float2) + 2 * sizeof(DecodePiece) <= kScratchBytes, "state of every row of every warp, and the split pieces");
+  static_assert(kWarps * 16 * sizeof(float2) + 2 * sizeof(DecodePiece) + 34 * sizeof(int) <= kScratchBytes, "state of every row of every warp, split pieces, plan");
 };
 
 // Rows of kRowBytes with their 16-byte units permuted, so that eight rows of one column meet no bank twice.
@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kThreads, 2) sm80_gqa_decode(const __grid_cons
   constexpr int kWindow = 32 / kRunsPerStep;    // steps whose page numbers the lanes hold
   extern __shared__ __align__(128) uint8_t shared[];
   float2* row_state = reinterpret_cast<float2*>(shared + kTeams * Shape::kRingBytes);  // [team][row]: maximum, sum
-  int* plan_scratch = reinterpret_cast<int*>(shared);                                  // before the first load only
   // Pieces that other blocks share: the first of this block's share and the last.
   DecodePiece* split = reinterpret_cast<DecodePiece*>(row_state + kWarps * 16);
+  int* plan_scratch = reinterpret_cast<int*>(split + 2);
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int team = warp / kRowGroups, row_group = warp % kRowGroups, in_team = thread % Shape::kTeamThreads;
