@@ -145,11 +145,15 @@ struct MlaPrefill {
   int max_q_tokens = 0;               // of one sequence
   int max_kv_tokens = 0;
   bool causal = true;
+  AttentionPath path = AttentionPath::automatic;
   void* workspace = nullptr;          // zeroed once after allocation; one launch at a time may use it
   size_t workspace_bytes = 0;
 };
 
 size_t mla_prefill_workspace_bytes(const MlaPrefill& call);
+
+// The path that would run: sm90 or sm80.
+AttentionPath mla_prefill_path(const MlaPrefill& call);
 
 void mla_prefill(const MlaPrefill& call, Stream stream);
 

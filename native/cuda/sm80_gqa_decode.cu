@@ -12,7 +12,7 @@
 #include "gqa_decode_kernel.h"
 #include "mla_decode_combine.cuh"
 #include "sm80_primitives.cuh"
-#include "sm90_softmax.cuh"
+#include "row_softmax.cuh"
 
 namespace tpla::cuda {
 namespace {

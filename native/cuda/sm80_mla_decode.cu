@@ -5,6 +5,7 @@
 
 #include "mla_decode_combine.cuh"
 #include "mla_decode_kernel.h"
+#include "sm80_primitives.cuh"
 
 namespace tpla::cuda {
 namespace {
@@ -28,30 +29,6 @@ struct Sm80Shape {
   static constexpr int kSharedBytes = kQueryBytes + 2 * kStageBytes + kLogitBytes + kProbBytes + kScratchBytes;
   static constexpr int kColumnBlocks = kLatent / 64;  // 8-column blocks of the output per warp
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
-
-__device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0) : "memory");
-}
-
-__device__ __forceinline__ void load_matrix_x4(uint32_t address, uint32_t (&r)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
-__device__ __forceinline__ void load_matrix_x2(uint32_t address, uint32_t (&r)[2]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
-}
-
-__device__ __forceinline__ void load_matrix_x2_trans(uint32_t address, uint32_t (&r)[2]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
-}
-
-__device__ __forceinline__ void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 
 template <int kLatent, class Logits>
 __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_constant__ MlaDecodeArgs args) {
@@ -149,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
           uint32_t a[4], b[2];
           load_matrix_x4(a_address + k * 32, a);
           load_matrix_x2(b_address + k * 32, b);
-          multiply_16x8x16(d, a, b);
+          multiply_16x8x16(d, a, b[0], b[1]);
         }
         float* target = logits_shared + (half * kRows + lane / 4) * Shape::kLogitStride + token_block * 8 + (lane % 4) * 2;
         target[0] = d[0];
@@ -208,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
         for (int n = 0; n < Shape::kColumnBlocks; ++n) {
           uint32_t b[2];
           load_matrix_x2_trans(b_address + n * 16, b);
-          multiply_16x8x16(out[n], a, b);
+          multiply_16x8x16(out[n], a, b[0], b[1]);
         }
       }
       __syncthreads();

@@ -15,7 +15,7 @@
 #include "mla_decode_combine.cuh"
 #include "mla_decode_kernel.h"
 #include "sm90_mla_decode.cuh"
-#include "sm90_softmax.cuh"
+#include "row_softmax.cuh"
 
 namespace tpla::cuda {
 

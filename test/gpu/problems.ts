@@ -43,7 +43,7 @@ export function randomGqa(draw: Draw): GqaProblem {
 }
 
 /** Chunks at the end of their keys, whole prompts, and queries that see nothing. */
-export function randomPrefill(draw: Draw): PrefillProblem {
+export function randomPrefill(draw: Draw, path: AttentionPath = 'auto'): PrefillProblem {
   const qLens = Array.from({ length: draw.integer(1, 4) }, () => (draw.chance(1 / 5) ? draw.integer(0, 2) : draw.integer(0, 700)));
   const kvLens = qLens.map((len) => (draw.chance(1 / 2) ? len : draw.chance(1 / 6) ? draw.integer(0, 100) : len + draw.integer(0, 500)));
   return {
@@ -55,7 +55,7 @@ export function randomPrefill(draw: Draw): PrefillProblem {
     valueDim: 128,
     causal: draw.chance(3 / 4),
     queryScale: draw.chance(1 / 3) ? 6 : 1,
-    path: 'auto',
+    path,
   };
 }
 

@@ -67,6 +67,9 @@ cuda::MlaPrefill describe(const PrefillShape& shape) {
   call.value_dim = shape.value_dim;
   call.causal = shape.causal;
   call.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(shape.key_dim)));
+  call.path = shape.path == KernelPath::sm80   ? cuda::AttentionPath::sm80
+              : shape.path == KernelPath::sm90 ? cuda::AttentionPath::sm90
+                                               : cuda::AttentionPath::automatic;
   call.workspace_bytes = cuda::mla_prefill_workspace_bytes(call);
   return call;
 }
@@ -196,9 +199,9 @@ class GpuPrefill : public GpuProblem {
 }  // namespace
 
 std::string gpu_kernel_for(const PrefillShape& shape) {
-  if (shape.path == KernelPath::sm80) throw cuda::AttentionError("MLA prefill has a kernel for compute capability 9.0 only; the sm80 path cannot be forced");
-  cuda::mla_prefill(describe(shape), nullptr);  // an empty batch: checks the shape and launches nothing
-  return "sm90";
+  const cuda::MlaPrefill call = describe(shape);
+  cuda::mla_prefill(call, nullptr);  // an empty batch: checks the shape and launches nothing
+  return cuda::mla_prefill_path(call) == cuda::AttentionPath::sm90 ? "sm90" : "sm80";
 }
 
 std::unique_ptr<GpuProblem> make_gpu_prefill(const PrefillShape& shape, uint64_t seed, bool timed) { return std::make_unique<GpuPrefill>(shape, seed, timed); }

@@ -2,7 +2,7 @@
 //   attention_test decode COUNT SEED [sm80]    random shapes against float64, ten launches each
 //   attention_test variants COUNT SEED [sm80]  the same with softcap, window, ALiBi and block masks
 //   attention_test gqa COUNT SEED              keys and values of their own; every second shape with variants
-//   attention_test prefill COUNT SEED
+//   attention_test prefill COUNT SEED [sm80]
 //   attention_test time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]]
 //   attention_test time LATENT BATCH HEADS QTOKENS LEN[;LEN...] [PAGE]
 //   attention_test times [RUNS [REPEATS]]      lines of the same fields from standard input, each checked, then timed
@@ -91,9 +91,10 @@ static GqaShape random_gqa(unsigned seed) {
   return shape;
 }
 
-static PrefillShape random_prefill(unsigned seed) {
+static PrefillShape random_prefill(unsigned seed, KernelPath path) {
   std::mt19937 random(seed);
   PrefillShape shape;
+  shape.path = path;
   shape.heads = 1 + random() % 5;
   shape.causal = random() % 4 != 0;
   shape.query_scale = random() % 3 == 0 ? 6.0f : 1.0f;
@@ -180,7 +181,7 @@ static int run(int argc, char** argv) {
       if (mode == "decode") failures += !right(random_decode(seed, path), seed);
       else if (mode == "variants") failures += !right(random_variant_decode(seed, path), seed);
       else if (mode == "gqa") failures += !right(random_gqa(seed), seed);
-      else failures += !right(random_prefill(seed), seed);
+      else failures += !right(random_prefill(seed, path), seed);
     }
     std::printf("%d of %d shapes failed\n", failures, count);
     return failures != 0;
@@ -188,7 +189,7 @@ static int run(int argc, char** argv) {
   if (mode == "time-gqa" && argc >= 8) return time_gqa(argc, argv);
   if (mode == "time" && argc >= 7) return time_shape(argc, argv);
   if (mode == "times") return time_shapes(argc > 2 ? std::atoi(argv[2]) : 20, argc > 3 ? std::atoi(argv[3]) : 3);
-  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] | gqa|prefill COUNT SEED | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [PAGE] | times [RUNS [REPEATS]]\n");
+  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] | gqa COUNT SEED | prefill COUNT SEED [sm80] | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [PAGE] | times [RUNS [REPEATS]]\n");
   return 2;
 }
 

@@ -1,8 +1,8 @@
-// Online softmax over a tile of logits, 64 rows × tokens, in wgmma fragments with rows on the M side: each thread has two rows, r and
-// r + 8, and kCount = tokens / 2 values.
+// Online softmax over a tile of logits in the fragments of mma.sync and wgmma with rows on the M side: a warp has 16 rows, each thread two of
+// them, r and r + 8, and kCount = tokens / 2 values.
 #pragma once
 
-#include "sm90_primitives.cuh"
+#include "arithmetic.cuh"
 
 namespace tpla::cuda {
 
