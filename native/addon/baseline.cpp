@@ -7,6 +7,7 @@
 #include <thread>
 
 #ifdef TPLA_WITH_CUDA
+#include "cuda/bench/prefill_load.h"
 #include "cuda/device_kv.h"
 #endif
 
@@ -82,12 +83,41 @@ Napi::Value send(const Napi::CallbackInfo& info) {
   });
 }
 
+// prefillLoad(device, tokens, heads) → { compute(layers), close() }
+Napi::Value prefill_load(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    const int device = int(to_integer(info[0], "device", 0, 63));
+    const int tokens = int(to_integer(info[1], "tokens", 1, 1 << 20));
+    const int heads = int(to_integer(info[2], "heads", 1, 1024));
+#ifdef TPLA_WITH_CUDA
+    const auto load = std::make_shared<std::unique_ptr<bench::PrefillLoad>>(std::make_unique<bench::PrefillLoad>(device, tokens, heads));
+    const auto compute = [load](const Napi::CallbackInfo& call) {
+      return guarded(call.Env(), [&] {
+        if (!*load) throw Error("REQUEST_INVALID", "this load is closed");
+        return on_thread(call.Env(), [wait = (*load)->compute(int(to_integer(call[0], "layers", 1, 4096)))]() -> ThreadPromise::Convert {
+          wait();
+          return [](Napi::Env env) { return env.Undefined(); };
+        });
+      });
+    };
+    Napi::Object object = Napi::Object::New(env);
+    object.Set("compute", Napi::Function::New(env, compute, "compute"));
+    object.Set("close", Napi::Function::New(env, [load](const Napi::CallbackInfo&) { load->reset(); }, "close"));
+    return object;
+#else
+    throw Error("GPU_UNAVAILABLE", "prefill of " + std::to_string(tokens) + " tokens, " + std::to_string(heads) + " heads on GPU " + std::to_string(device) + ": this build has no CUDA");
+#endif
+  });
+}
+
 }  // namespace
 
 void export_baseline(Napi::Env env, Napi::Object exports) {
   exports.Set("kvFillPattern", Napi::Function::New(env, fill, "kvFillPattern"));
   exports.Set("kvPlainCopy", Napi::Function::New(env, copy, "kvPlainCopy"));
   exports.Set("listenSink", Napi::Function::New(env, sink, "listenSink"));
+  exports.Set("prefillLoad", Napi::Function::New(env, prefill_load, "prefillLoad"));
   exports.Set("plainSend", Napi::Function::New(env, send, "plainSend"));
 }
 

@@ -2,7 +2,8 @@ import { writeFileSync } from 'node:fs';
 import { Flags } from '@oclif/core';
 import { expand, MODELS, type BenchCase, type KvShape, type ModelName } from '../bench/transfer/cases.js';
 import { collationCases, collationTable } from '../bench/transfer/collation.js';
-import { benchTransfer, serveBench } from '../bench/transfer/command.js';
+import { benchTransfer, benchTransferBesidePrefill, serveBench, type BenchOptions } from '../bench/transfer/command.js';
+import { overlapTable, type OverlapRow } from '../bench/transfer/overlap.js';
 import { availablePaths, BENCH_PATHS } from '../bench/transfer/paths.js';
 import { plotOf, tableOf, toCsv, type BenchRow } from '../bench/transfer/rows.js';
 import { BaseCommand } from '../cli/base_command.js';
@@ -23,7 +24,9 @@ Without --listen or --connect the other end is started here and ended afterwards
 Paths:
 ${Object.entries(BENCH_PATHS).map(([name, { summary }]) => `  ${name.padEnd(14)}  ${summary}`).join('\n')}
 
---preset collation reproduces LMCache's experiment: 16-token pages against 128-token slabs, by a call a piece and in one pass.`;
+--preset collation reproduces LMCache's experiment: 16-token pages against 128-token slabs, by a call a piece and in one pass.
+--preset overlap computes prefill's attention of the prompt on the first GPU and pushes each group of layers as it is computed: how much later than
+without a hand-off decode has the prompt.`;
   static override examples = [
     '<%= config.bin %> <%= command.id %> --model deepseek-v3 --tokens 7500',
     '<%= config.bin %> <%= command.id %> --page-tokens 16,64,256 --view mla,tpla2,tpla2+64,dcp2 --path shm,tcp --csv sweep.csv --plot sweep.svg',
@@ -47,7 +50,8 @@ ${Object.entries(BENCH_PATHS).map(([name, { summary }]) => `  ${name.padEnd(14)}
     'target-dtype': Flags.string({ description: "decode's KV; list; default as prefill's" }),
     'layers-per-push': Flags.string({ description: 'layers that one call covers; list; default a quarter' }),
     'tokens-per-push': Flags.string({ description: 'tokens that one call covers; list; default all' }),
-    preset: Flags.string({ options: ['collation'], description: 'a published experiment in place of the sweep' }),
+    preset: Flags.string({ options: ['collation', 'overlap'], description: 'an experiment in place of the sweep, see above' }),
+    heads: Flags.integer({ min: 1, max: 1024, default: 128, description: 'attention heads of --preset overlap' }),
     iterations: Flags.integer({ min: 1, default: 20, description: 'measured hand-offs a row' }),
     warmup: Flags.integer({ min: 0, default: 3, description: 'hand-offs before them' }),
     verify: Flags.boolean({ default: true, allowNo: true, description: "compare decode's pages byte for byte at the end of a row" }),
@@ -59,18 +63,26 @@ ${Object.entries(BENCH_PATHS).map(([name, { summary }]) => `  ${name.padEnd(14)}
     once: Flags.boolean({ hidden: true, dependsOn: ['listen'] }),
   };
 
-  async run(): Promise<{ rows: BenchRow[] }> {
+  async run(): Promise<{ rows: BenchRow[] | OverlapRow[] }> {
     const { flags } = await this.parse(BenchTransfer);
     if (flags.listen !== undefined) {
       await serveBench(flags.listen, createLogger('bench-transfer', 'decode', flags.once ? 'error' : 'info'), flags.once);
       return { rows: [] };
     }
     const cases = casesOf(flags);
-    const rows = await benchTransfer(cases, flags.connect, {
+    const isQuiet = this.jsonEnabled() || cases.length === 1;
+    const options: BenchOptions = {
       iterations: flags.iterations, warmup: flags.warmup, verify: flags.verify, requirePath: flags['require-path'] as TransferPath | undefined,
       log: createLogger('bench-transfer', 'prefill', 'error'),
-      onRow: (row) => { if (!this.jsonEnabled() && cases.length > 1) process.stderr.write(`${row.path} ${row.view} ${row.piece_bytes} B: ${row.gb_per_s.toFixed(2)} GB/s\n`); },
-    });
+      onRow: (row) => { if (!isQuiet) process.stderr.write(`${row.path} ${row.view} ${row.piece_bytes} B: ${row.gb_per_s.toFixed(2)} GB/s\n`); },
+    };
+    if (flags.preset === 'overlap') {
+      const rows = await benchTransferBesidePrefill(cases, flags.heads, flags.connect, options);
+      this.log(overlapTable(rows));
+      if (flags.csv !== undefined) writeFileSync(flags.csv, toCsv(rows));
+      return { rows };
+    }
+    const rows = await benchTransfer(cases, flags.connect, options);
     this.log(flags.preset === 'collation' ? collationTable(rows) : tableOf(rows));
     if (flags.csv !== undefined) writeFileSync(flags.csv, toCsv(rows));
     if (flags.plot !== undefined) writeFileSync(flags.plot, plotOf(rows));

@@ -361,6 +361,12 @@ export interface KvPutResult {
   checksums: BigUint64Array;
 }
 
+export interface PrefillLoad {
+  /** Behind the layers of earlier calls; resolves when these are computed. */
+  compute(layers: number): Promise<void>;
+  close(): void;
+}
+
 // ---------------------------------------------------------------- module
 
 export interface NativeModule extends ReparamModule, AttentionModule {
@@ -407,12 +413,8 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   kvPlainCopy(src: KvRegion | KvArena, dst: KvRegion | KvArena, bytes: number, threads: number): Promise<number>;
   listenSink(host: string): ChannelServer;
   plainSend(host: string, port: number, connections: number, bytes: number): Promise<number>;
-  /** For benchmarks: values that seed, layer (from `firstLayer` on), token and column decide, in canonical host pages. */
-  kvFillPattern(arena: KvRegion | KvArena, pages: Int32Array[], tokens: [number, number], firstLayer: number, seed: number): Promise<void>;
-  /** For benchmarks: the same bytes moved with nothing done to them, in seconds: memory to memory, and over TCP into a sink. */
-  kvPlainCopy(src: KvRegion | KvArena, dst: KvRegion | KvArena, bytes: number, threads: number): Promise<number>;
-  listenSink(host: string): ChannelServer;
-  plainSend(host: string, port: number, connections: number, bytes: number): Promise<number>;
+  /** For benchmarks: prefill's causal attention (192/128) of one prompt on a GPU, for work beside a hand-off. Throws GPU_UNAVAILABLE. */
+  prefillLoad(device: number, tokens: number, heads: number): PrefillLoad;
   /** Instruction set of the CPU transfer loops, chosen by name where one is given (avx512, avx2, portable): for tests and benchmarks. */
   kvKernels(name?: string): string;
 }

@@ -9,6 +9,7 @@ import { parseAddress } from '../../http/address.js';
 import type { BenchCase } from './cases.js';
 import { Control } from './control.js';
 import { benchHandoff, type HandoffOptions } from './handoff.js';
+import { benchOverlap, type OverlapRow } from './overlap.js';
 import { availablePath } from './paths.js';
 import type { BenchRow } from './rows.js';
 import { serveTarget } from './target.js';
@@ -22,16 +23,25 @@ export interface BenchOptions extends HandoffOptions {
 
 /** Runs the cases against the end at `address`, or against one that it starts and ends. */
 export async function benchTransfer(cases: BenchCase[], address: string | undefined, options: BenchOptions): Promise<BenchRow[]> {
+  return onEachCase(cases, address, async (what, end) => {
+    const path = availablePath(what.path);
+    const rows = 'run' in path ? await path.run(what, options) : await benchHandoff(await end.control(), what, options);
+    rows.forEach(options.onRow);
+    return rows;
+  });
+}
+
+/** The same, computing prefill's attention with `heads` heads on the first GPU meanwhile. */
+export async function benchTransferBesidePrefill(cases: BenchCase[], heads: number, address: string | undefined, options: HandoffOptions): Promise<OverlapRow[]> {
+  return onEachCase(cases, address, async (what, end) => [await benchOverlap(await end.control(), what, heads, options)]);
+}
+
+async function onEachCase<Row>(cases: BenchCase[], address: string | undefined, run: (what: BenchCase, end: OtherEnd) => Promise<Row[]>): Promise<Row[]> {
   for (const { path } of cases) availablePath(path);
   const end = new OtherEnd(address);
   try {
-    const rows: BenchRow[] = [];
-    for (const what of cases) {
-      const path = availablePath(what.path);
-      const measured = 'run' in path ? await path.run(what, options) : await benchHandoff(await end.control(), what, options);
-      measured.forEach(options.onRow);
-      rows.push(...measured);
-    }
+    const rows: Row[] = [];
+    for (const what of cases) rows.push(...await run(what, end));
     return rows;
   } finally {
     await end.close();

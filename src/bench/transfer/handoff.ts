@@ -7,11 +7,11 @@ import { native } from '../../native/loader.js';
 import type { KvArena } from '../../native/types.js';
 import { createHandoffSender } from '../../transfer/sender.js';
 import type { HandoffSender, HandoffSession, PrefillStats, TransferPath } from '../../transfer/types.js';
-import { openPlainCopy } from './baseline.js';
+import { openPlainCopy, type TargetMemory } from './baseline.js';
 import { pagesFor, rectangles, scatteredPages, type BenchCase } from './cases.js';
 import type { Control } from './control.js';
 import { benchHandshake } from './handshake.js';
-import { handoffPath, newArena, openLink, type HandoffPath } from './paths.js';
+import { handoffPath, newArena, openLink, type HandoffPath, type OpenLink } from './paths.js';
 import { handoffRow, plainRow, type BenchRow, type HandoffSample } from './rows.js';
 
 const SEED = 20251;
@@ -28,46 +28,89 @@ export interface HandoffOptions {
 
 /** Two rows: the plain copy, then the hand-off. Each run of one is followed by a run of the other, so that both see the same machine. */
 export async function benchHandoff(control: Control, what: BenchCase, options: HandoffOptions): Promise<BenchRow[]> {
-  const path = handoffPath(what.path);
-  const { answer, fds } = await control.ask({ op: 'setup', path: what.path, target: what.target, pages: pagesFor(what.target, what.tokens) });
-  const source = await newSource(path, what);
-  const link = await openLink(path);
-  const sender = createHandoffSender({
-    handshake: benchHandshake(what.source), arena: source.arena, log: options.log, clock: systemClock, ...link.options,
-    ...(options.requirePath === undefined ? {} : { requirePath: options.requirePath }),
-  });
+  const ends = await Ends.open(control, what, options);
   try {
-    const plain = await openPlainCopy(path, control, what, source.arena, { ...answer, fds });
+    const plain = await openPlainCopy(ends.path, control, what, ends.source, ends.target);
     const plainSeconds: number[] = [];
     const samples: HandoffSample[] = [];
     for (let i = -options.warmup; i < options.iterations; i++) {
       const seconds = await plain.run();
-      const sample = await handOff(control, sender, what, source.pages);
+      const sample = await handOff(ends);
       if (i < 0) continue;
       plainSeconds.push(seconds);
       samples.push(sample);
     }
     plain.close();
-    if (options.verify) await verify(control, what);
-    const copy = plainRow(what, path.baseline, plain.bytes, plainSeconds);
+    if (options.verify) await ends.verify();
+    const copy = plainRow(what, ends.path.baseline, plain.bytes, plainSeconds);
     return [copy, handoffRow(what, samples, copy, options.verify)];
   } finally {
-    await sender.close();
-    link.close();
-    source.arena.close();
-    fds.forEach((fd) => closeSync(fd));
+    await ends.close();
+  }
+}
+
+/** Both ends of a case, set up: prefill's here, decode's behind the control channel. */
+export class Ends {
+  readonly what: BenchCase;
+  readonly path: HandoffPath;
+  readonly source: KvArena;
+  readonly pages: Int32Array;
+  readonly target: TargetMemory;
+  readonly #control: Control;
+  readonly #sender: HandoffSender;
+  readonly #link: OpenLink;
+
+  private constructor(control: Control, what: BenchCase, source: { arena: KvArena; pages: Int32Array }, target: TargetMemory, sender: HandoffSender, link: OpenLink) {
+    this.#control = control;
+    this.what = what;
+    this.path = handoffPath(what.path);
+    this.source = source.arena;
+    this.pages = source.pages;
+    this.target = target;
+    this.#sender = sender;
+    this.#link = link;
+  }
+
+  static async open(control: Control, what: BenchCase, { log, requirePath }: HandoffOptions): Promise<Ends> {
+    const path = handoffPath(what.path);
+    const { answer, fds } = await control.ask({ op: 'setup', path: what.path, target: what.target, pages: pagesFor(what.target, what.tokens) });
+    const source = await newSource(path, what);
+    const link = await openLink(path);
+    const sender = createHandoffSender({
+      handshake: benchHandshake(what.source), arena: source.arena, log, clock: systemClock, ...link.options, ...(requirePath === undefined ? {} : { requirePath }),
+    });
+    return new Ends(control, what, source, { ...answer, fds }, sender, link);
+  }
+
+  /** Pages reserved, credits granted. */
+  async openSession(): Promise<HandoffSession> {
+    const { answer: { ticket } } = await this.#control.ask({ op: 'open', tokens: this.what.tokens, seed: SEED });
+    return this.#sender.open(ticket);
+  }
+
+  /** Throws CHECKSUM_MISMATCH where decode's pages do not hold what was sent. */
+  async verify(): Promise<void> {
+    const { tokens, source } = this.what;
+    const { answer: { difference } } = await this.#control.ask({ op: 'verify', tokens, seed: SEED, sourceDType: source.dtype });
+    if (difference !== null) throw new TplaError('CHECKSUM_MISMATCH', `what landed is not what was sent: ${difference}`);
+  }
+
+  async close(): Promise<void> {
+    await this.#sender.close();
+    this.#link.close();
+    this.source.close();
+    this.target.fds.forEach((fd) => closeSync(fd));
   }
 }
 
 /** One request: reserve, push all of it, commit. */
-async function handOff(control: Control, sender: HandoffSender, what: BenchCase, pages: Int32Array): Promise<HandoffSample> {
+async function handOff(ends: Ends): Promise<HandoffSample> {
   const asked = performance.now();
-  const { answer: { ticket } } = await control.ask({ op: 'open', tokens: what.tokens, seed: SEED });
-  const session = await sender.open(ticket);
+  const session = await ends.openSession();
   const started = performance.now();
-  const posted = await pushAll(session, what, pages);
+  const posted = await pushAll(session, ends.what, ends.pages);
   const put = performance.now();
-  await session.commit({ firstTokens: [], prefill: noStats(what.tokens) });
+  await session.commit(nothingComputed(ends.what));
   const committed = performance.now();
   return {
     path: session.path, ...session.sent,
@@ -90,12 +133,9 @@ async function pushAll(session: HandoffSession, what: BenchCase, pages: Int32Arr
   return posted;
 }
 
-const noStats = (tokens: number): PrefillStats => ({ promptTokens: tokens, pooledTokens: 0, skippedTokens: 0, computedTokens: tokens, queueMs: 0, computeMs: 0 });
-
-async function verify(control: Control, { tokens, source }: BenchCase): Promise<void> {
-  const { answer: { difference } } = await control.ask({ op: 'verify', tokens, seed: SEED, sourceDType: source.dtype });
-  if (difference !== null) throw new TplaError('CHECKSUM_MISMATCH', `what landed is not what was sent: ${difference}`);
-}
+export const nothingComputed = ({ tokens }: BenchCase): { firstTokens: []; prefill: PrefillStats } => ({
+  firstTokens: [], prefill: { promptTokens: tokens, pooledTokens: 0, skippedTokens: 0, computedTokens: tokens, queueMs: 0, computeMs: 0 },
+});
 
 /** Prefill's canonical KV: made in host memory, and copied where it is to lie. */
 async function newSource(path: HandoffPath, { source, tokens }: BenchCase): Promise<{ arena: KvArena; pages: Int32Array }> {

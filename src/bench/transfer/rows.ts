@@ -110,14 +110,14 @@ export function tableOf(rows: BenchRow[]): string {
   ]), HEAD.map((name) => (TEXT_COLUMNS.has(name) ? 'left' : 'right')));
 }
 
-export function toCsv(rows: BenchRow[]): string {
+export function toCsv(rows: object[]): string {
   const records = rows.map(flatten);
   const head = Object.keys(records[0] ?? {});
   return `${[head, ...records.map((record) => head.map((name) => record[name]))].map((cells) => cells.join(',')).join('\n')}\n`;
 }
 
 /** `latency_us.p50` becomes the column `latency_us_p50`. */
-function flatten(row: BenchRow): Record<string, string | number | boolean> {
+function flatten(row: object): Record<string, string | number | boolean> {
   return Object.fromEntries(Object.entries(row).flatMap(([name, value]) =>
     typeof value === 'object' ? Object.entries(value as Latency).map(([part, number]) => [`${name}_${part}`, number]) : [[name, value]]));
 }
