@@ -87,7 +87,9 @@ class CudaArena : public Napi::ObjectWrap<CudaArena> {
   Napi::Value token_bytes(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&] {
       const KvLayout& layout = open()->region().layout;
-      return Napi::Number::New(info.Env(), double(layout.row_bytes() * size_t(layout.layers)));
+      const double held = double(layout.row_bytes() * size_t(layout.layers));
+      const bool is_partitioned = layout.form == KvForm::dcp || layout.form == KvForm::dp;
+      return Napi::Number::New(info.Env(), is_partitioned ? held / layout.ranks : held);
     });
   }
   Napi::Value device(const Napi::CallbackInfo& info) {

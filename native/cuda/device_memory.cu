@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -239,15 +241,48 @@ void enable_peer(int device, int peer) {
   check(status, "cudaDeviceEnablePeerAccess");
 }
 
+namespace {
+
+// The driver takes a range once; several connections may lend the same pages.
+struct Registrations {
+  struct Entry {
+    std::byte* device_data = nullptr;
+    int owners = 0;
+  };
+  std::mutex mutex;
+  std::map<std::byte*, Entry> entries;
+
+  static Registrations& shared() {
+    static auto* registrations = new Registrations();
+    return *registrations;
+  }
+};
+
+}  // namespace
+
 RegisteredHost::RegisteredHost(std::byte* data, size_t bytes) : data_(data) {
-  check(cudaHostRegister(data, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped), "cudaHostRegister");
-  void* device = nullptr;
-  const cudaError_t status = cudaHostGetDevicePointer(&device, data, 0);
-  if (status != cudaSuccess) cudaHostUnregister(data);
-  check(status, "cudaHostGetDevicePointer");
-  device_data_ = static_cast<std::byte*>(device);
+  Registrations& known = Registrations::shared();
+  const std::lock_guard lock(known.mutex);
+  Registrations::Entry& entry = known.entries[data];
+  if (entry.owners == 0) {
+    void* device = nullptr;
+    cudaError_t status = cudaHostRegister(data, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
+    if (status == cudaSuccess && (status = cudaHostGetDevicePointer(&device, data, 0)) != cudaSuccess) cudaHostUnregister(data);
+    if (status != cudaSuccess) known.entries.erase(data);
+    check(status, "cudaHostRegister");
+    entry.device_data = static_cast<std::byte*>(device);
+  }
+  entry.owners++;
+  device_data_ = entry.device_data;
 }
 
-RegisteredHost::~RegisteredHost() { cudaHostUnregister(data_); }
+RegisteredHost::~RegisteredHost() {
+  Registrations& known = Registrations::shared();
+  const std::lock_guard lock(known.mutex);
+  const auto entry = known.entries.find(data_);
+  if (--entry->second.owners > 0) return;
+  cudaHostUnregister(data_);
+  known.entries.erase(entry);
+}
 
 }  // namespace tpla::cuda

@@ -43,6 +43,7 @@ without a hand-off decode has the prompt.`;
     rope: Flags.integer({ min: 0, max: 65536, description: "in place of the model's" }),
     tokens: Flags.string({ default: '7500', description: 'tokens of the prompt; list' }),
     path: Flags.string({ default: 'shm', description: 'how bytes move, see above; list, or all that this machine has' }),
+    direction: Flags.string({ default: 'push', description: 'push: prefill writes; pull: decode reads; list' }),
     view: Flags.string({ default: 'mla', description: "decode's layout: mla, tplaN, tplaN+SHARED, dcpN, dpN; list" }),
     'page-tokens': Flags.string({ default: '64', description: "tokens of prefill's pages: with the row they make the piece; list" }),
     'target-page-tokens': Flags.string({ description: "tokens of decode's pages; list; default as prefill's" }),
@@ -97,6 +98,7 @@ interface CaseFlags {
   rope: number | undefined;
   tokens: string;
   path: string;
+  direction: string;
   view: string;
   'page-tokens': string;
   'target-page-tokens': string | undefined;
@@ -115,7 +117,7 @@ function casesOf(flags: CaseFlags): BenchCase[] {
   const tokens = numbers('tokens', flags.tokens);
   if (flags.preset === 'collation') return collationCases(paths, shape, tokens[0]!, layersPerPush[0]!);
   return expand({
-    shape, paths, tokens, views: words(flags.view),
+    shape, paths, directions: words(flags.direction), tokens, views: words(flags.view),
     pageTokens: numbers('page-tokens', flags['page-tokens']), targetPageTokens: numbers('target-page-tokens', flags['target-page-tokens']),
     dtypes: words(flags.dtype), targetDTypes: words(flags['target-dtype']),
     layersPerPush, tokensPerPush: numbers('tokens-per-push', flags['tokens-per-push']),

@@ -1,6 +1,6 @@
 /** What each role's YAML says after defaults, environment and flags are laid over one another. Bytes are plain numbers. */
 import type { KvDType, KvForm } from '../native/types.js';
-import type { TransferPath } from '../transfer/types.js';
+import type { HandoffDirection, TransferPath } from '../transfer/types.js';
 
 export interface PrefillConfig {
   /** `unix:/run/tpla/prefill-0.sock` or `tcp://127.0.0.1:7200`. */
@@ -42,6 +42,9 @@ export interface DecodeConfig {
   kv: { dtype: KvDType; page_tokens: number; pages: number };
   max_batch: number;
   max_waiting: number;
+  handoff_direction: HandoffDirection;
+  /** Whose first token is generated on: prefill's, sent along, or decode's own, from a step over the last prompt token. */
+  first_token: 'prefill' | 'decode';
   /** A hand-off that is silent for so long is cut off. */
   lease_ms: number;
   transfer: { ucx: UcxConfig };

@@ -41,8 +41,7 @@ export function checkPath(path: TransferPath, required: TransferPath | undefined
 }
 
 function unusable(offer: PathOffer, { onGpu, ucxVersion }: PathAbilities): string | null {
-  const betweenHosts = offer.path === 'tcp' || offer.path === 'ucx';
-  if (betweenHosts && onGpu) return 'KV in GPU memory goes to workers of the same host (unix: addresses); between hosts it has to be in host memory';
+  if (isBetweenHosts(offer.path) && onGpu) return 'KV in GPU memory goes to workers of the same host (unix: addresses); between hosts it has to be in host memory';
   if (offer.path !== 'ucx') return null;
   if (ucxVersion === null) return 'this side uses no UCX (transfer.ucx)';
   if (!sameUcxSeries(ucxVersion, offer.version)) return `UCX ${ucxVersion} on this side and ${offer.version} on decode's; install the same release series on both`;
@@ -51,8 +50,10 @@ function unusable(offer: PathOffer, { onGpu, ucxVersion }: PathAbilities): strin
 
 /** Memory of this host may turn out to be a better path than its offer's name; checkPath sees it when it is open. */
 function isKnownSlower(offer: PathOffer, required: TransferPath | undefined): boolean {
-  return offer.path !== 'shm' && offer.path !== 'cuda-fd' && offer.path !== 'cuda-ipc' && isSlower(offer.path, required);
+  return isBetweenHosts(offer.path) && isSlower(offer.path, required);
 }
+
+const isBetweenHosts = (path: PathOffer['path']): path is 'tcp' | 'ucx' => path === 'tcp' || path === 'ucx';
 
 function isSlower(path: TransferPath, required: TransferPath | undefined): boolean {
   return required !== undefined && PATHS.indexOf(path) > PATHS.indexOf(required);

@@ -4,9 +4,10 @@ import { native } from '../native/loader.js';
 import { CudaLanding, isOnGpu } from './cuda_path.js';
 import type { PathOffer } from './messages.js';
 import type { Landing } from './path.js';
+import { PullLanding } from './pull_path.js';
 import { ShmLanding } from './shm_path.js';
 import { tcpLanding } from './tcp_path.js';
-import type { HandoffEndpointOptions, TransferPath } from './types.js';
+import type { HandoffReceiverOptions, TransferPath } from './types.js';
 import { ucxLanding } from './ucx_path.js';
 
 /** What a sender may make of an offer, depending on where its own pages are. */
@@ -16,6 +17,7 @@ export const PATHS_OF: Record<PathOffer['path'], TransferPath[]> = {
   'cuda-ipc': ['cuda-ipc', 'same-gpu', 'pinned'],
   ucx: ['ucx'],
   tcp: ['tcp'],
+  pull: ['shm', 'cuda-fd', 'cuda-ipc', 'same-gpu'],
 };
 
 export interface Landings {
@@ -25,7 +27,8 @@ export interface Landings {
 }
 
 /** On a Unix socket memory itself is lent; between hosts UCX, where it is used, stands before TCP. */
-export async function openLandings(target: Address, { arena, ucx }: HandoffEndpointOptions): Promise<Landings> {
+export async function openLandings(target: Address, { arena, ucx, direction = 'push' }: HandoffReceiverOptions): Promise<Landings> {
+  if (direction === 'pull') return { forConnection: () => [new PullLanding(arena)], close() {} };
   if (target.kind === 'unix') return { forConnection: () => [isOnGpu(arena) ? new CudaLanding(arena) : new ShmLanding(arena)], close() {} };
   const stream = native().listenKvStream(target.host, arena);
   const overUcx = ucx ? { ucx, receiver: await ucx.listen(arena) } : null;

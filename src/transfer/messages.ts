@@ -9,6 +9,10 @@
  *   open      session                ──▶
  *                                    ◀──      granted   tokens, page tables (the credits)
  *   pushed    a rectangle is written ──▶                (verified while the next is written)
+ * or, where decode pulls,
+ *   lend      prefill's pages, descriptors ──▶          (once, after the welcome)
+ *   ready     a rectangle is computed ──▶
+ *                                    ◀──      taken     read (verified while the next is read)
  *   commit    results                ──▶
  *                                    ◀──      committed │ cancel
  *   fail      why nothing more comes ──▶
@@ -28,7 +32,9 @@ export type PathOffer =
   /** UCX endpoints to the worker at `address`, each opened with `key`. */
   | { path: 'ucx'; version: string; address: Buffer; key: string }
   /** Data connections to `port` of the host the channel was dialled at, each opened with `key`. */
-  | { path: 'tcp'; port: number; key: string };
+  | { path: 'tcp'; port: number; key: string }
+  /** Decode reads what prefill lends. `devices` are the UUIDs of the GPUs that hold decode's pages; none where those are in host memory. */
+  | { path: 'pull'; devices: string[] };
 
 export type Message =
   | { type: 'hello'; handshake: Handshake }
@@ -37,13 +43,18 @@ export type Message =
   | { type: 'open'; session: string; path: TransferPath }
   | { type: 'granted'; session: string; tokens: [number, number]; rank: number; leaseMs: number; slot: number; epoch: number; pages: Int32Array[] }
   | { type: 'pushed'; session: string; layers: [number, number]; tokens: [number, number]; bytes: number; checksums: BigUint64Array }
+  /** Descriptors come along: one for each memory of the sender's layout, but for cuda-ipc. */
+  | { type: 'lend'; path: 'shm' | 'cuda-fd' | 'cuda-ipc'; pages: number; handles: string[] }
+  | { type: 'ready'; session: string; layers: [number, number]; tokens: [number, number]; pages: Int32Array }
+  | { type: 'taken'; session: string; layers: [number, number]; tokens: [number, number]; bytes: number }
   | { type: 'commit'; session: string; transferMs: number; firstTokens: SampledToken[]; prefill: PrefillStats }
   | { type: 'committed'; session: string }
   | { type: 'fail'; session: string; reason: string }
   | { type: 'cancel'; session: string; code: ErrorCode; message: string }
   | { type: 'alive' };
 
-const OFFERED = ['shm', 'cuda-fd', 'cuda-ipc', 'ucx', 'tcp'] as const;
+const OFFERED = ['shm', 'cuda-fd', 'cuda-ipc', 'ucx', 'tcp', 'pull'] as const;
+const LENT = ['shm', 'cuda-fd', 'cuda-ipc'] as const;
 const FORMS: readonly KvForm[] = ['mla', 'tpla', 'dcp', 'dp'];
 const DTYPES: readonly KvDType[] = ['f32', 'bf16', 'fp8'];
 
@@ -69,6 +80,9 @@ export function encodeMessage(message: Message): Uint8Array {
     head = { ...message, checksums: message.checksums.length };
   } else if (message.type === 'welcome') {
     head = { ...message, offers: message.offers.map(writeOffer) };
+  } else if (message.type === 'ready') {
+    tails.push(bytesOf(message.pages));
+    head = { ...message, pages: message.pages.length };
   } else if (message.type === 'commit') {
     head = { ...message, firstTokens: message.firstTokens.map(writeSampled) };
   }
@@ -141,6 +155,21 @@ const READERS: { [T in Message['type']]: (fields: Fields, tail: Tail) => Extract
     bytes: f.integer('bytes', 0, Number.MAX_SAFE_INTEGER),
     checksums: tail.uint64s(f.integer('checksums', 1, 2 ** 21)),
   }),
+  lend: (f) => ({ type: 'lend', path: f.oneOf('path', LENT), pages: f.integer('pages', 1, 2 ** 28), handles: f.texts('handles', MAX_RANKS) }),
+  ready: (f, tail) => ({
+    type: 'ready',
+    session: f.text('session'),
+    layers: f.range('layers', 4096),
+    tokens: f.range('tokens', MAX_TOKENS),
+    pages: tail.int32s(f.integer('pages', 1, MAX_TOKENS)),
+  }),
+  taken: (f) => ({
+    type: 'taken',
+    session: f.text('session'),
+    layers: f.range('layers', 4096),
+    tokens: f.range('tokens', MAX_TOKENS),
+    bytes: f.integer('bytes', 0, Number.MAX_SAFE_INTEGER),
+  }),
   commit: (f) => ({
     type: 'commit',
     session: f.text('session'),
@@ -197,6 +226,7 @@ function readOffer(fields: Fields): PathOffer {
     case 'cuda-fd': offer = { path, gateSlots: readSlots(fields), devices: fields.texts('devices', MAX_RANKS) }; break;
     case 'cuda-ipc': offer = { path, gateSlots: readSlots(fields), devices: fields.texts('devices', MAX_RANKS), handles: fields.texts('handles', MAX_RANKS) }; break;
     case 'ucx': offer = { path, version: fields.text('version'), address: fields.base64('address'), key: fields.text('key') }; break;
+    case 'pull': offer = { path, devices: fields.texts('devices', MAX_RANKS) }; break;
     case 'tcp': offer = { path, port: fields.integer('port', 1, 65535), key: fields.text('key') }; break;
   }
   fields.end();

@@ -1,5 +1,5 @@
 /** How KV bytes get from prefill's pages into decode's, behind the hand-off protocol: one implementation a path. */
-import type { KvArena, KvLayout, KvPutResult } from '../native/types.js';
+import type { KvArena, KvLayout } from '../native/types.js';
 import type { PathOffer } from './messages.js';
 import type { TransferPath } from './types.js';
 
@@ -40,11 +40,18 @@ export interface Landing {
   close(): void;
 }
 
+/** What a put has placed. No checksums where decode took the bytes itself and knows them. */
+export interface Placed {
+  bytes: number;
+  wireBytes: number;
+  checksums: BigUint64Array | null;
+}
+
 /** Prefill's side of one connection. */
 export interface Reach {
   readonly path: TransferPath;
   /** Writes a rectangle of the sequence into the credit's pages; resolves once every byte is there. Rejects with CANCELLED when shut out. */
-  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<KvPutResult>;
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<Placed>;
   close(): void;
 }
 

@@ -6,15 +6,16 @@ import { TplaError, toTplaError, type ErrorCode } from '../errors.js';
 import { formatAddress, parseAddress, type Address } from '../http/address.js';
 import { removeStaleSocket } from '../http/server.js';
 import { native } from '../native/loader.js';
-import type { Channel, ChannelServer, KvArena } from '../native/types.js';
+import type { Channel, ChannelServer, KvArena, KvLayout } from '../native/types.js';
 import { isOnGpu } from './cuda_path.js';
 import { Coverage } from './coverage.js';
 import { checkHandshake, describeLayout, handshakeFingerprint } from './handshake.js';
 import { decodeMessage, encodeMessage, type Message } from './messages.js';
 import type { Admission, Landing } from './path.js';
+import { PullLanding } from './pull_path.js';
 import { Pulse } from './pulse.js';
 import { openLandings, PATHS_OF, type Landings } from './landings.js';
-import type { Handshake, HandoffCommit, HandoffEndpointOptions, HandoffGrant, HandoffReceiver, HandoffStats, HandoffTicket, OpenHandoff, TransferPath } from './types.js';
+import type { Handshake, HandoffCommit, HandoffDirection, HandoffGrant, HandoffReceiver, HandoffReceiverOptions, HandoffStats, HandoffTicket, OpenHandoff, TransferPath } from './types.js';
 
 const HELLO_MS = 5000;
 /** How often a session whose last writer is still inside is looked at. */
@@ -27,11 +28,14 @@ const CLOSE_DRAIN_MS = 1000;
  * checksum verified against this side's memory; or failed, and then only once no write can reach the pages any more (see
  * native/transfer/write_gate.h). Throws ADDRESS_IN_USE.
  */
-export async function createHandoffReceiver(address: string, options: HandoffEndpointOptions & { log: Logger; clock: Clock }): Promise<HandoffReceiver> {
+export async function createHandoffReceiver(address: string, options: HandoffReceiverOptions & { log: Logger; clock: Clock }): Promise<HandoffReceiver> {
   const target = parseAddress(address);
   if (target.kind === 'unix') await removeStaleSocket(target.path);
   if (target.kind === 'tcp' && isOnGpu(options.arena)) {
     throw new TplaError('CONFIG_INVALID', `hand-offs into GPU memory come from the same host: listen on a unix: address, not ${address}`);
+  }
+  if (target.kind === 'tcp' && options.direction === 'pull') {
+    throw new TplaError('CONFIG_INVALID', `decode pulls from processes of the same host: listen on a unix: address, not ${address}`);
   }
   if (target.kind === 'tcp' && ['0.0.0.0', '::'].includes(target.host)) {
     throw new TplaError('CONFIG_INVALID', `hand-offs cannot listen on ${address}: prefill workers are told this address; give the one of the interface they reach`);
@@ -53,17 +57,19 @@ class Receiver implements HandoffReceiver {
   readonly #clock: Clock;
   readonly #server: ChannelServer;
   readonly #landings: Landings;
+  readonly #direction: HandoffDirection;
   readonly #connections = new Map<Channel, Connection>();
   readonly #sessions = new Map<string, Session>();
   readonly #pulse: Pulse;
   readonly #stats: HandoffStats = { open: 0, draining: 0, committed: 0, bytes: 0, failed: {} };
   #isClosing = false;
 
-  constructor(target: Address, landings: Landings, { handshake, arena, log, clock }: HandoffEndpointOptions & { log: Logger; clock: Clock }) {
+  constructor(target: Address, landings: Landings, { handshake, arena, log, clock, direction = 'push' }: HandoffReceiverOptions & { log: Logger; clock: Clock }) {
     this.#handshake = handshake;
     this.#arena = arena;
     this.#log = log;
     this.#clock = clock;
+    this.#direction = direction;
     this.#pulse = new Pulse(clock, (isLate) => this.#beat(isLate));
     this.#landings = landings;
     this.#server = native().listenChannel(target.kind === 'unix' ? target.path : target, (channel) => this.#onConnection(channel), {
@@ -119,20 +125,22 @@ class Receiver implements HandoffReceiver {
   }
 
   #onMessage(channel: Channel, bytes: Uint8Array, fds: number[]): void {
-    // A sender has no descriptors to give.
-    for (const fd of fds) closeSync(fd);
     const connection = this.#connections.get(channel);
-    if (!connection || connection.isDropped) return;
-    connection.heard = this.#clock.now();
     try {
-      if (fds.length > 0) throw new TplaError('PROTOCOL', `${fds.length} descriptors came with a message that takes none`);
-      this.#handle(connection, decodeMessage(bytes));
+      if (!connection || connection.isDropped) return;
+      connection.heard = this.#clock.now();
+      const message = decodeMessage(bytes);
+      if (fds.length > 0 && message.type !== 'lend') throw new TplaError('PROTOCOL', `${fds.length} descriptors came with a message that takes none`);
+      this.#handle(connection, message, fds);
     } catch (thrown) {
-      this.#drop(connection, toTplaError(thrown));
+      this.#drop(connection!, toTplaError(thrown));
+    } finally {
+      // What was mapped stays mapped without them.
+      for (const fd of fds) closeSync(fd);
     }
   }
 
-  #handle(connection: Connection, message: Message): void {
+  #handle(connection: Connection, message: Message, fds: number[]): void {
     if (connection.landings.length === 0) {
       if (message.type !== 'hello') throw new TplaError('PROTOCOL', `"${message.type}" came before hello`);
       return this.#welcome(connection, message.handshake);
@@ -140,6 +148,8 @@ class Receiver implements HandoffReceiver {
     switch (message.type) {
       case 'open': return this.#attach(connection, message);
       case 'pushed': return this.#pushed(connection, message);
+      case 'lend': return pullLanding(connection).onLend(message, connection.layout!, fds);
+      case 'ready': return this.#ready(connection, message);
       case 'commit': return this.#commit(connection, message);
       case 'fail': return this.#peerFailed(connection, message);
       case 'alive': return;
@@ -150,6 +160,7 @@ class Receiver implements HandoffReceiver {
   #welcome(connection: Connection, handshake: Handshake): void {
     checkHandshake(handshake, this.#handshake);
     clearTimeout(connection.helloTimer);
+    connection.layout = handshake.layout;
     connection.landings = this.#landings.forConnection();
     const offers = connection.landings.map(({ offer }) => offer);
     connection.send({ type: 'welcome', handshake: this.#handshake, pages: this.#arena.pages, offers }, connection.landings.flatMap(({ fds }) => fds));
@@ -199,7 +210,8 @@ class Receiver implements HandoffReceiver {
     }
     session.attachment = { connection, landing, slot: admission.slot, path };
     connection.sessions.set(id, session);
-    connection.send({ type: 'granted', session: id, tokens, rank, leaseMs, ...admission, pages });
+    // A reader of prefill's pages shows its own to nobody.
+    connection.send({ type: 'granted', session: id, tokens, rank, leaseMs, ...admission, pages: this.#direction === 'pull' ? [] : pages });
   }
 
   #pushed(connection: Connection, { session: id, layers, tokens, checksums }: Extract<Message, { type: 'pushed' }>): void {
@@ -211,6 +223,26 @@ class Receiver implements HandoffReceiver {
     }
     session.verifying++;
     void this.#verify(session, layers, tokens, checksums).finally(() => {
+      session.verifying--;
+      this.#finish(session);
+    });
+  }
+
+  /** Reads what prefill has ready, and verifies what came of it. */
+  #ready(connection: Connection, message: Extract<Message, { type: 'ready' }>): void {
+    const landing = pullLanding(connection);
+    const { session: id, layers, tokens } = message;
+    const session = connection.sessions.get(id);
+    if (!session || session.failure) return;
+    if (session.commit || !session.coverage.add(layers, tokens)) {
+      return this.#fail(session, new TplaError('PROTOCOL', `prefill has layers ${text(layers)} of tokens ${text(tokens)} ready, which is outside the grant or came already`));
+    }
+    session.verifying++;
+    const { pages, rank = 0 } = session.grant;
+    void landing.take(session.attachment!.slot, message, { pages, rank }).then(async ({ bytes, checksums }) => {
+      if (!session.failure) connection.send({ type: 'taken', session: id, layers, tokens, bytes });
+      await this.#verify(session, layers, tokens, checksums);
+    }).catch((thrown: unknown) => this.#fail(session, toTplaError(thrown))).finally(() => {
       session.verifying--;
       this.#finish(session);
     });
@@ -330,6 +362,8 @@ class Connection {
   readonly closed: Promise<void>;
   /** Best first; none before the hello. */
   landings: Landing[] = [];
+  /** Of the peer's pages. */
+  layout: KvLayout | undefined;
   heard: number;
   helloTimer: NodeJS.Timeout | undefined;
   isDropped = false;
@@ -372,6 +406,12 @@ interface Attachment {
   path: TransferPath;
 }
 
+/** Throws PROTOCOL where decode does not pull. */
+function pullLanding({ landings: [landing] }: Connection): PullLanding {
+  if (landing instanceof PullLanding) return landing;
+  throw new TplaError('PROTOCOL', 'prefill lends its pages, which decode did not offer to read');
+}
+
 /** The process that writes has ended, and the kernel closed its socket after its last write. */
 const hasWriterGone = ({ connection, landing }: Attachment) => connection.isGone && landing.peerWrites;
 
@@ -409,6 +449,6 @@ const text = ([begin, end]: [number, number]) => `[${begin}, ${end})`;
 
 /** Bytes the arena keeps for a rectangle, over all copies. */
 function bytesOf(arena: KvArena, layers: [number, number], tokens: [number, number]): number {
-  const perToken = arena.bytesPerTokenPerRank * (arena.layout.form === 'tpla' ? arena.layout.ranks : 1);
+  const perToken = arena.bytesPerTokenPerRank * (arena.layout.form === 'mla' ? 1 : arena.layout.ranks);
   return perToken / arena.layout.layers * (layers[1] - layers[0]) * (tokens[1] - tokens[0]);
 }

@@ -10,6 +10,7 @@ import { CudaReach, isOnGpu } from './cuda_path.js';
 import { checkHandshake, describeLayout } from './handshake.js';
 import { decodeMessage, encodeMessage, type Message, type PathOffer } from './messages.js';
 import type { Credit, Reach, Welcome } from './path.js';
+import { PullReach } from './pull_path.js';
 import { Pulse } from './pulse.js';
 import { ShmReach } from './shm_path.js';
 import { reachOverTcp } from './tcp_path.js';
@@ -100,6 +101,8 @@ class Connection {
   readonly #closed = deferred<void>();
   /** Puts on their way into the peer's memory. The socket stays open until they have ended: its end tells the peer that its pages are safe. */
   readonly #puts = new Set<Promise<unknown>>();
+  /** Rectangles that decode is to read, by session and extent. */
+  readonly #ready = new Map<string, Deferred<number>>();
   #channel: Channel | undefined;
   #handshake: Handshake | undefined;
   #peerHandshake: Handshake | undefined;
@@ -153,8 +156,14 @@ class Connection {
     return session.granted;
   }
 
-  forget(id: string): void {
+  /** The session is over: decode reads no more of it. */
+  forget(id: string, error: TplaError): void {
     this.#sessions.delete(id);
+    for (const [rectangle, ready] of this.#ready) {
+      if (!rectangle.startsWith(`${id} `)) continue;
+      this.#ready.delete(rectangle);
+      ready.reject(error);
+    }
   }
 
   put(srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): ReturnType<Reach['put']> {
@@ -170,9 +179,9 @@ class Connection {
   }
 
   /** A closed channel takes no message; its end is on the way. */
-  send(message: Message): void {
+  send(message: Message, fds: number[] = []): void {
     try {
-      this.#channel!.send(encodeMessage(message));
+      this.#channel!.send(encodeMessage(message), fds);
     } catch (thrown) {
       if (toTplaError(thrown).code !== 'IO_FAILED') throw thrown;
     }
@@ -214,6 +223,7 @@ class Connection {
       case 'welcome': return this.#onWelcome(message, fds);
       case 'refused': throw new TplaError(message.code, message.message);
       case 'granted': return this.#sessions.get(message.session)?.onGranted(message);
+      case 'taken': return this.#onTaken(message);
       case 'committed': return this.#sessions.get(message.session)?.onCommitted();
       case 'cancel': return this.#sessions.get(message.session)?.onCancelled(new TplaError(message.code, message.message));
       case 'alive': return;
@@ -229,6 +239,7 @@ class Connection {
       if (this.#failure) return reach.close();
       this.#reach = reach;
       checkPath(reach.path, this.#requirePath);
+      if (reach instanceof PullReach) this.send({ type: 'lend', ...reach.loan }, reach.fds);
       this.#welcomed.resolve();
     }).catch((thrown: unknown) => this.#fail(toTplaError(thrown)));
   }
@@ -239,13 +250,26 @@ class Connection {
     for (const { path, reason } of passedOver) this.#log.info({ address: this.#address, path, reason }, 'a path to decode is not used');
     for (const [i, offer] of usable.entries()) {
       try {
-        return await openReach(this.#arena, { ...welcome, offer }, this.#ucx);
+        return await openReach(this.#arena, { ...welcome, offer }, this.#ucx, (session, rectangle) => this.#offerToRead(session, rectangle));
       } catch (error) {
         if (i === usable.length - 1) throw error;
         this.#log.warn({ address: this.#address, path: offer.path, reason: (error as Error).message }, `this path to decode failed, ${usable[i + 1]!.path} is tried`);
       }
     }
     throw new TplaError('INTERNAL', 'no path was left to try');
+  }
+
+  #offerToRead(session: string, { layers, tokens, pages }: Pick<Extract<Message, { type: 'ready' }>, 'layers' | 'tokens' | 'pages'>): Promise<number> {
+    const taken = deferred<number>();
+    this.#ready.set(rectangleKey(session, layers, tokens), taken);
+    this.send({ type: 'ready', session, layers, tokens, pages });
+    return taken.promise;
+  }
+
+  #onTaken({ session, layers, tokens, bytes }: Extract<Message, { type: 'taken' }>): void {
+    const rectangle = rectangleKey(session, layers, tokens);
+    this.#ready.get(rectangle)?.resolve(bytes);
+    this.#ready.delete(rectangle);
   }
 
   #onClose(reason: string): void {
@@ -272,14 +296,17 @@ class Connection {
   }
 }
 
+const rectangleKey = (session: string, layers: [number, number], tokens: [number, number]) => `${session} ${layers.join('-')} ${tokens.join('-')}`;
+
 /** Descriptors are used before the first await. */
-async function openReach(source: KvArena, welcome: Welcome, ucx: Ucx | null): Promise<Reach> {
+async function openReach(source: KvArena, welcome: Welcome, ucx: Ucx | null, offerToRead: ConstructorParameters<typeof PullReach>[2]): Promise<Reach> {
   switch (welcome.offer.path) {
     case 'cuda-fd':
     case 'cuda-ipc': return new CudaReach(source, welcome);
     case 'shm': return isOnGpu(source) ? new CudaReach(source, welcome) : new ShmReach(welcome);
     case 'ucx': return reachOverUcx(ucx!, welcome);
     case 'tcp': return reachOverTcp(welcome);
+    case 'pull': return new PullReach(source, welcome, offerToRead);
   }
 }
 
@@ -331,7 +358,7 @@ class Session implements HandoffSession {
       this.sent.bytes += bytes;
       this.sent.wireBytes += wireBytes;
       this.#throwIfOver();
-      this.#connection.send({ type: 'pushed', session: this.id, layers, tokens, bytes, checksums });
+      if (checksums) this.#connection.send({ type: 'pushed', session: this.id, layers, tokens, bytes, checksums });
     } catch (thrown) {
       // Shut out at the gate: why is in the cancel message, which may still be on its way.
       throw this.#error ?? toTplaError(thrown);
@@ -366,8 +393,8 @@ class Session implements HandoffSession {
 
   onCommitted(): void {
     if (!this.#isCommitting) throw new TplaError('PROTOCOL', 'decode accepted a hand-off that was not committed');
-    this.#connection.forget(this.id);
     this.#error = new TplaError('INTERNAL', 'the hand-off is over');
+    this.#connection.forget(this.id, this.#error);
     this.#committed.resolve();
   }
 
@@ -379,7 +406,7 @@ class Session implements HandoffSession {
 
   #end(error: TplaError): void {
     this.#error = error;
-    this.#connection.forget(this.id);
+    this.#connection.forget(this.id, error);
     this.#grant.reject(error);
     this.#committed.reject(error);
   }

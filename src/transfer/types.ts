@@ -7,6 +7,10 @@ import type { KvArena, KvLayout, SampledToken, Ucx } from '../native/types.js';
 export const PATHS = ['same-gpu', 'cuda-ipc', 'cuda-fd', 'shm', 'pinned', 'ucx', 'nixl', 'tcp'] as const;
 export type TransferPath = (typeof PATHS)[number];
 
+/** Who moves the bytes: prefill writes (push), or decode reads (pull). */
+export const DIRECTIONS = ['push', 'pull'] as const;
+export type HandoffDirection = (typeof DIRECTIONS)[number];
+
 /** Both sides must agree on every field but `layout`, which may differ in form, ranks, page size and dtype. */
 export interface Handshake {
   protocol: 1;
@@ -119,4 +123,9 @@ export interface HandoffEndpointOptions {
   requirePath?: TransferPath;
   /** What carries KV between hosts beside TCP; stays the caller's. */
   ucx?: Ucx | null;
+}
+
+export interface HandoffReceiverOptions extends HandoffEndpointOptions {
+  /** Prefill writes into decode's pages, or decode reads prefill's. Default push. */
+  direction?: HandoffDirection;
 }

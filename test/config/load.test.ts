@@ -54,6 +54,8 @@ test('defaults fill in what is left out, in the order of the schema', () => {
     kv: { dtype: 'bf16', page_tokens: 64, pages: 4096 },
     max_batch: 64,
     max_waiting: 256,
+    handoff_direction: 'push',
+    first_token: 'prefill',
     lease_ms: 10000,
     transfer: { ucx: { use: 'auto', library: null, options: {} } },
     threads: 0,
@@ -105,7 +107,7 @@ colour: red
   assert.is(refusal('decode', { file: path, flags: { 'max-waiting': '-1' }, env: { TPLA_THREADS: 'all', TPLA_KV_PAGE: '3' } }), `${path} has 14 errors:
   model: missing: checkpoint directory (config.json, *.safetensors, tokenizer.json)
   ranks: unknown key; did you mean "attention.ranks"?
-  colour: unknown key; allowed: listen, id, model, model_name, pool, handoff_listen, attention, kv, max_batch, max_waiting, lease_ms, transfer, threads, drain_ms, log_level
+  colour: unknown key; allowed: listen, id, model, model_name, pool, handoff_listen, attention, kv, max_batch, max_waiting, handoff_direction, first_token, lease_ms, transfer, threads, drain_ms, log_level
   listen: address "decode.sock" is neither unix:/path nor tcp://host:port
   attention.ranks: 2.5 is not a whole number
   kv.pagse: unknown key; did you mean "pages"?

@@ -52,7 +52,7 @@ class Stack {
 
   startDecode(i: number, attention: { form: KvForm; ranks: number }): Promise<RoleProcess> {
     const config: DecodeConfig = {
-      ...COMMON, listen: this.#at(`decode-${i}`), id: `decode-${i}`, pool: this.#at('pool'), handoff_listen: this.#at(`handoff-${i}`), attention, max_batch: 64, max_waiting: 256, lease_ms: 5_000,
+      ...COMMON, listen: this.#at(`decode-${i}`), id: `decode-${i}`, pool: this.#at('pool'), handoff_listen: this.#at(`handoff-${i}`), attention, max_batch: 64, max_waiting: 256, handoff_direction: 'push', first_token: 'prefill', lease_ms: 5_000,
       transfer: LOCAL_TRANSFER,
     };
     return RoleProcess.start('decode', config);

@@ -45,6 +45,22 @@ pair('a prompt goes in, its KV goes over, tokens come out', async () => {
   await atRest(prefill, decode);
 });
 
+pair('a decode worker that pulls, and draws the first token itself, says the same', async () => {
+  const attention = { form: 'mla' as const, ranks: 1 };
+  const [pushed, pulled] = await Promise.all([
+    stack.start('decode', stack.decodeConfig({ listen: stack.address('pushed'), handoff_listen: stack.address('pushed-kv'), attention })),
+    stack.start('decode', stack.decodeConfig({ listen: stack.address('pulled'), handoff_listen: stack.address('pulled-kv'), attention, handoff_direction: 'pull', first_token: 'decode' })),
+  ]);
+  for (const length of [1, 64, 300]) {
+    const [there, here] = [await generate(prefill.client, pushed.client, promptOf(length)), await generate(prefill.client, pulled.client, promptOf(length))];
+    assert.equal(here.text, there.text);
+    assert.is(here.transfer!.bytes, there.transfer!.bytes);
+    assert.is(here.transfer!.path, 'shm');
+  }
+  await atRest(prefill, pulled);
+  await stack.stop(pushed, pulled);
+});
+
 pair('/state, /health and /metrics say what is there', async () => {
   const state = await decode.state<WorkerState>();
   assert.is(state.role, 'decode');

@@ -36,7 +36,7 @@ export class WorkerStack {
   decodeConfig(fields: Partial<DecodeConfig> = {}): DecodeConfig {
     return {
       listen: this.address('decode'), id: 'decode-0', model: this.model, model_name: 'tiny', pool: null, handoff_listen: this.address('handoff'),
-      attention: { form: 'tpla', ranks: 2 }, kv: { dtype: 'f32', page_tokens: 64, pages: 256 }, max_batch: 64, max_waiting: 256, lease_ms: 5000,
+      attention: { form: 'tpla', ranks: 2 }, kv: { dtype: 'f32', page_tokens: 64, pages: 256 }, max_batch: 64, max_waiting: 256, handoff_direction: 'push', first_token: 'prefill', lease_ms: 5000,
       transfer: LOCAL_TRANSFER, threads: 1, drain_ms: 20_000, log_level: 'info', ...fields,
     };
   }

@@ -18,6 +18,10 @@ const MESSAGES: Message[] = [
   { type: 'fail', session: 'abc', reason: 'ünïcode' },
   { type: 'cancel', session: 'abc', code: 'CANCELLED', message: '' },
   { type: 'alive' },
+  { type: 'welcome', handshake: who, pages: 12, offers: [{ path: 'pull', devices: ['GPU-1'] }] },
+  { type: 'lend', path: 'cuda-ipc', pages: 9, handles: ['ab', 'cd'] },
+  { type: 'ready', session: 'abc', layers: [0, 3], tokens: [16, 32], pages: Int32Array.from([4, 0, -1]) },
+  { type: 'taken', session: 'abc', layers: [0, 3], tokens: [16, 32], bytes: 4096 },
 ];
 
 test('every message survives the wire', () => {

@@ -1,6 +1,7 @@
 /** What a benchmark moves: the KV of one sequence, from prefill's canonical pages into decode's layout. */
 import { TplaError } from '../../errors.js';
 import type { KvDType, KvForm, KvLayout } from '../../native/types.js';
+import { DIRECTIONS, type HandoffDirection } from '../../transfer/types.js';
 
 /** KV shape of published models: what a token leaves behind. */
 export const MODELS = {
@@ -29,11 +30,13 @@ export interface BenchCase {
   /** How decode's view was asked for: `tpla2`. */
   view: string;
   push: PushShape;
+  direction: HandoffDirection;
 }
 
 export interface Sweep {
   shape: KvShape;
   paths: string[];
+  directions: string[];
   tokens: number[];
   views: string[];
   pageTokens: number[];
@@ -47,12 +50,12 @@ export interface Sweep {
 /** Every combination, in the order of the flags; a list of decode's side that is empty follows prefill's. */
 export function expand(sweep: Sweep): BenchCase[] {
   const cases: BenchCase[] = [];
-  for (const path of sweep.paths) for (const view of sweep.views) for (const tokens of sweep.tokens) {
+  for (const path of sweep.paths) for (const direction of sweep.directions.map(parseDirection)) for (const view of sweep.views) for (const tokens of sweep.tokens) {
     for (const dtype of sweep.dtypes) for (const targetDType of orSame(sweep.targetDTypes, dtype)) {
       for (const pageTokens of sweep.pageTokens) for (const targetPageTokens of orSame(sweep.targetPageTokens, pageTokens)) {
         for (const layers of sweep.layersPerPush) for (const perPush of orSame(sweep.tokensPerPush, tokens)) {
           cases.push({
-            path, tokens, view, push: { layers: Math.min(layers, sweep.shape.layers), tokens: Math.min(perPush, tokens) },
+            path, direction, tokens, view, push: { layers: Math.min(layers, sweep.shape.layers), tokens: Math.min(perPush, tokens) },
             source: canonical(sweep.shape, parseDType(dtype), pageTokens),
             target: { ...sweep.shape, ...parseView(view), dtype: parseDType(targetDType), pageTokens: targetPageTokens },
           });
@@ -77,6 +80,11 @@ export function parseView(text: string): { form: KvForm; ranks: number; shared: 
     throw new TplaError('USAGE', `view "${text}" is none of mla, tplaN, tplaN+SHARED, dcpN, dpN`);
   }
   return { form, ranks: Number(match![2] ?? (form === 'mla' ? 1 : 2)), shared: Number(match![3] ?? 0) };
+}
+
+function parseDirection(text: string): HandoffDirection {
+  if (text !== 'push' && text !== 'pull') throw new TplaError('USAGE', `direction "${text}" is none of ${DIRECTIONS.join(', ')}`);
+  return text;
 }
 
 function parseDType(text: string): KvDType {

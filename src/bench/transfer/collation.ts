@@ -25,7 +25,7 @@ const WAYS: Way[] = [
 
 export function collationCases(paths: string[], shape: KvShape, tokens: number, layersPerPush: number): BenchCase[] {
   return paths.flatMap((path) => WAYS.map(({ sourcePage, targetPage, isPiecewise }): BenchCase => ({
-    path, tokens, view: 'mla',
+    path, tokens, view: 'mla', direction: 'push',
     source: canonical(shape, 'bf16', sourcePage), target: canonical(shape, 'bf16', targetPage),
     push: isPiecewise ? { layers: 1, tokens: sourcePage } : { layers: layersPerPush, tokens },
   })));

@@ -5,11 +5,11 @@ import { parseAddress } from '../../http/address.js';
 import { removeStaleSocket } from '../../http/server.js';
 import { native } from '../../native/loader.js';
 import type { Channel, ChannelServer, KvDType, KvLayout } from '../../native/types.js';
-import type { HandoffTicket } from '../../transfer/types.js';
+import type { HandoffDirection, HandoffTicket } from '../../transfer/types.js';
 
 export type Request =
   /** A new arena and receiver; what was set up before goes. The answer carries the arena's descriptors where the control socket can. */
-  | { op: 'setup'; path: string; target: KvLayout; pages: number }
+  | { op: 'setup'; path: string; direction: HandoffDirection; target: KvLayout; pages: number }
   | { op: 'open'; tokens: number; seed: number }
   | { op: 'verify'; tokens: number; seed: number; sourceDType: KvDType }
   | { op: 'sink' };

@@ -73,7 +73,7 @@ export class Ends {
 
   static async open(control: Control, what: BenchCase, { log, requirePath }: HandoffOptions): Promise<Ends> {
     const path = handoffPath(what.path);
-    const { answer, fds } = await control.ask({ op: 'setup', path: what.path, target: what.target, pages: pagesFor(what.target, what.tokens) });
+    const { answer, fds } = await control.ask({ op: 'setup', path: what.path, direction: what.direction, target: what.target, pages: pagesFor(what.target, what.tokens) });
     const source = await newSource(path, what);
     const link = await openLink(path);
     const sender = createHandoffSender({

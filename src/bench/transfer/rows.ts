@@ -1,7 +1,7 @@
 /** Results: one object a row, and how rows become a table, CSV and a plot. */
 import { scatter } from '../../report/scatter.js';
 import { table } from '../../report/table.js';
-import type { TransferPath } from '../../transfer/types.js';
+import type { HandoffDirection, TransferPath } from '../../transfer/types.js';
 import type { Baseline } from './baseline.js';
 import { pieces, type BenchCase } from './cases.js';
 import { median, summarise, type Latency } from './statistics.js';
@@ -10,6 +10,7 @@ import { median, summarise, type Latency } from './statistics.js';
 export interface RowShape {
   /** Name of the path that was set up. */
   setup: string;
+  direction: HandoffDirection;
   view: string;
   tokens: number;
   layers: number;
@@ -60,7 +61,7 @@ export function shapeOfRow(what: BenchCase): RowShape {
   const { bytes, count } = pieces(what);
   const { source, target, push } = what;
   return {
-    setup: what.path, view: what.view, tokens: what.tokens, layers: source.layers,
+    setup: what.path, direction: what.direction, view: what.view, tokens: what.tokens, layers: source.layers,
     source_page_tokens: source.pageTokens, target_page_tokens: target.pageTokens, source_dtype: source.dtype, target_dtype: target.dtype,
     layers_per_push: push.layers, tokens_per_push: push.tokens, piece_bytes: bytes, pieces: count,
   };
@@ -95,16 +96,16 @@ export const isPlain = ({ path }: BenchRow) => path.startsWith('plain-');
 /** nixlbench's columns in its order, then what it has not. */
 const HEAD = [
   'piece B', 'pieces', 'GB/s', 'avg µs', 'prep µs', 'prep p99', 'post µs', 'post p99', 'tx µs', 'tx p99',
-  'p50 µs', 'p99 µs', 'p99.9 µs', 'wire MB', 'path', 'view', 'tokens', 'pages', 'dtype', 'of one copy',
+  'p50 µs', 'p99 µs', 'p99.9 µs', 'wire MB', 'path', 'direction', 'view', 'tokens', 'pages', 'dtype', 'of one copy',
 ];
-const TEXT_COLUMNS = new Set(['path', 'view', 'pages', 'dtype', 'of one copy']);
+const TEXT_COLUMNS = new Set(['path', 'direction', 'view', 'pages', 'dtype', 'of one copy']);
 
 export function tableOf(rows: BenchRow[]): string {
   const us = (value: number) => value.toFixed(value < 100 ? 1 : 0);
   return table(HEAD, rows.map((row) => [
     row.piece_bytes, row.pieces, row.gb_per_s.toFixed(2), us(row.latency_us.avg), us(row.prepare_us.avg), us(row.prepare_us.p99),
     us(row.post_us.avg), us(row.post_us.p99), us(row.put_us.avg), us(row.put_us.p99),
-    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), (row.wire_bytes / 1e6).toFixed(1), row.path, row.view, row.tokens,
+    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), (row.wire_bytes / 1e6).toFixed(1), row.path, isPlain(row) ? '' : row.direction, row.view, row.tokens,
     `${row.source_page_tokens}→${row.target_page_tokens}`, row.source_dtype === row.target_dtype ? row.source_dtype : `${row.source_dtype}→${row.target_dtype}`,
     isPlain(row) ? '' : `${(100 * row.fraction_of_single_copy).toFixed(0)} %`,
   ]), HEAD.map((name) => (TEXT_COLUMNS.has(name) ? 'left' : 'right')));
@@ -125,7 +126,7 @@ function flatten(row: object): Record<string, string | number | boolean> {
 /** GB/s against piece size, a line for each path and view. */
 export function plotOf(rows: BenchRow[]): string {
   const marks = rows.filter((row) => !isPlain(row)).map((row) => ({
-    x: row.piece_bytes / 1024, y: row.gb_per_s, series: `${row.setup}, ${row.view}`, label: `${row.path} ${row.view}, ${row.tokens} tokens, ${row.source_dtype} to ${row.target_dtype}`,
+    x: row.piece_bytes / 1024, y: row.gb_per_s, series: `${row.setup}, ${row.view}${row.direction === 'pull' ? ', pull' : ''}`, label: `${row.path} ${row.view}, ${row.tokens} tokens, ${row.source_dtype} to ${row.target_dtype}`,
   }));
   return scatter(marks, { title: 'KV hand-off: bandwidth by piece size', xLabel: 'piece, KiB', yLabel: 'GB/s (1e9)', lines: [...new Set(marks.map(({ series }) => series))] });
 }

@@ -46,7 +46,7 @@ class Target {
 
   async handle(request: Request): Promise<{ answer: object; fds?: number[] }> {
     switch (request.op) {
-      case 'setup': return this.#setup(request.path, request.target, request.pages);
+      case 'setup': return this.#setup(request);
       case 'open': return { answer: { ticket: this.#open(request.tokens, request.seed) } };
       case 'verify': return { answer: { difference: await this.#verify(request.tokens, request.seed, request.sourceDType) } };
       case 'sink': return { answer: { port: this.#listenSink() } };
@@ -66,14 +66,14 @@ class Target {
     this.#directory = undefined;
   }
 
-  async #setup(name: string, layout: KvLayout, pages: number): Promise<{ answer: object; fds: number[] }> {
+  async #setup({ path: name, direction, target: layout, pages }: Extract<Request, { op: 'setup' }>): Promise<{ answer: object; fds: number[] }> {
     await this.close();
     const path = handoffPath(name);
     this.#directory = mkdtempSync(join(tmpdir(), 'tpla-bench-'));
     this.#arena = newArena(path.target, layout, pages);
     const address = path.channel === 'tcp' ? `tcp://${this.#host()}:0` : `unix:${join(this.#directory, 'handoff.sock')}`;
     this.#link = await openLink(path);
-    this.#receiver = await createHandoffReceiver(address, { handshake: benchHandshake(layout), arena: this.#arena, log: this.#log, clock: systemClock, ...this.#link.options });
+    this.#receiver = await createHandoffReceiver(address, { handshake: benchHandshake(layout), arena: this.#arena, log: this.#log, clock: systemClock, direction, ...this.#link.options });
     const handles = isOnGpu(this.#arena) ? this.#arena.ipcHandles() : [];
     return { answer: { address: this.#receiver.address, handles }, fds: handles.length > 0 ? [] : this.#arena.fds() };
   }

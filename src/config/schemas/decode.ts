@@ -34,6 +34,14 @@ export const decodeSchema: ObjectSchema<DecodeConfig> = {
       type: 'integer', minimum: 1, maximum: 4096, default: 64, flag: 'max-batch',
     },
     max_waiting: maxWaiting,
+    handoff_direction: {
+      description: "Who moves KV: prefill writes into decode's pages (push), or decode reads prefill's (pull; same host only)",
+      type: 'string', enum: ['push', 'pull'], default: 'push', flag: 'handoff-direction',
+    },
+    first_token: {
+      description: "Who draws the first token: prefill, which sends it along, or decode, from a step of its own over the last prompt token",
+      type: 'string', enum: ['prefill', 'decode'], default: 'prefill', flag: 'first-token',
+    },
     lease_ms: {
       description: 'A hand-off that is silent for so many milliseconds is cut off',
       type: 'integer', minimum: 100, default: 10_000, flag: 'lease-ms',

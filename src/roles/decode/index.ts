@@ -29,7 +29,9 @@ async function loadDecode(config: DecodeConfig, { log, clock }: RoleContext, add
   try {
     if (parseAddress(config.handoff_listen).kind === 'tcp') ucx = await openUcx(config.transfer.ucx);
     if (ucx) log.info({ library: ucx.library }, `UCX ${describeUcx(ucx)}`);
-    receiver = await createHandoffReceiver(config.handoff_listen, { handshake: { protocol: 1, identity, layout }, arena, log, clock, ucx });
+    receiver = await createHandoffReceiver(config.handoff_listen, {
+      handshake: { protocol: 1, identity, layout }, arena, log, clock, ucx, direction: config.handoff_direction,
+    });
   } catch (error) {
     ucx?.close();
     model.close();
@@ -44,7 +46,7 @@ async function loadDecode(config: DecodeConfig, { log, clock }: RoleContext, add
     copyPage: ({ from, to, rank }) => addon.kvCopyPage(arena, from, to, rank),
   }, {
     vocabSize: spec.vocabSize, contextLength: spec.contextLength, capacityTokens: space.capacityTokens,
-    maxBatch: config.max_batch, maxWaiting: config.max_waiting, leaseMs: config.lease_ms,
+    maxBatch: config.max_batch, maxWaiting: config.max_waiting, leaseMs: config.lease_ms, firstToken: config.first_token,
   });
   return {
     worker,

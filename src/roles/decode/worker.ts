@@ -38,6 +38,8 @@ export interface DecodeParts {
 
 export interface DecodeSettings extends DecodeLimits {
   maxWaiting: number;
+  /** Whose first token is generated on. */
+  firstToken: 'prefill' | 'decode';
   leaseMs: number;
 }
 
@@ -323,14 +325,20 @@ export class DecodeWorker {
     this.onLanded(commit);
     job.ids.forEach((id, index) => job.table!.publish(index, id));
     job.emit({ event: 'landed', transfer: { path, bytes, ms: transferMs }, prefill });
+    if (this.#settings.firstToken === 'decode') return this.#decodeLastToken(job);
     const choices = this.#fork(job, job.request.tokens.length);
     firstTokens.forEach((token, index) => this.#advance(choices[index]!, token));
   }
 
-  /** The whole prompt is in this worker's cache: nothing is pushed, and the first token is drawn after a decode step over the last prompt token. */
+  /** The first token is drawn after a decode step over the last prompt token, whose KV that step writes once more. */
+  #decodeLastToken(job: Job): void {
+    for (const choice of this.#fork(job, job.request.tokens.length - 1)) noteDecoded(choice, this.#parts.arena.layout);
+  }
+
+  /** The whole prompt is in this worker's cache: nothing is pushed. */
   #startCached(job: Job): void {
     job.emit({ event: 'reserved', ticket: null, cached_tokens: job.cachedTokens });
-    for (const choice of this.#fork(job, job.request.tokens.length - 1)) noteDecoded(choice, this.#parts.arena.layout);
+    this.#decodeLastToken(job);
   }
 
   /** The choices of a request, over the prompt's pages. */

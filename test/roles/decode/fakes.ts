@@ -52,12 +52,12 @@ export class FakeReceiver implements HandoffReceiver {
   }
 
   /** What a prefill worker does: writes the granted tokens, and commits. */
-  land(ticket: HandoffTicket, prompt: readonly number[], n: number): void {
+  land(ticket: HandoffTicket, prompt: readonly number[], n: number, firstToken = nextToken(prompt)): void {
     const { grant, settle } = this.open_.get(ticket.session)!;
     for (let p = ticket.tokens[0]; p < ticket.tokens[1]; p++) this.memory.write(grant.pages, p, prompt[p]!, grant.rank);
     this.open_.delete(ticket.session);
     settle.resolve({
-      firstTokens: Array.from({ length: n }, () => ({ token: nextToken(prompt), logprob: NaN, top: [] })),
+      firstTokens: Array.from({ length: n }, () => ({ token: firstToken, logprob: NaN, top: [] })),
       path: 'shm', bytes: 1000, transferMs: 1,
       prefill: { promptTokens: prompt.length, pooledTokens: 0, skippedTokens: ticket.tokens[0], computedTokens: prompt.length, queueMs: 0, computeMs: 1 },
     });
@@ -158,7 +158,7 @@ export function createRig({ form = 'mla', ranks = 1, pages, store: createStore, 
     },
     clock: { now: () => performance.now() },
     log: pino({ level: 'silent' }),
-  }, { vocabSize: VOCAB, contextLength: 2048, capacityTokens: space.capacityTokens, maxBatch: 64, maxWaiting: 64, leaseMs: 1000, ...settings });
+  }, { vocabSize: VOCAB, contextLength: 2048, capacityTokens: space.capacityTokens, maxBatch: 64, maxWaiting: 64, leaseMs: 1000, firstToken: 'prefill', ...settings });
   return rig;
 }
 
@@ -179,8 +179,8 @@ export class Client {
   readonly ended: Promise<void>;
   job: Job | undefined;
 
-  constructor(readonly rig: Rig, readonly request: GenerateRequest, { land = true, landAfterMs = 0, reland = true } = {}) {
-    this.ended = this.#run(land, landAfterMs, reland);
+  constructor(readonly rig: Rig, readonly request: GenerateRequest, { land = true, landAfterMs = 0, reland = true, firstToken }: { land?: boolean; landAfterMs?: number; reland?: boolean; firstToken?: number } = {}) {
+    this.ended = this.#run(land, landAfterMs, reland, firstToken);
   }
 
   text(index = 0): number[] {
@@ -191,7 +191,7 @@ export class Client {
     return this.events.find((event) => event.event === name) as never;
   }
 
-  async #run(land: boolean, landAfterMs: number, reland: boolean): Promise<void> {
+  async #run(land: boolean, landAfterMs: number, reland: boolean, firstToken: number | undefined): Promise<void> {
     this.job = await this.rig.worker.accept(this.request, this.gone.signal);
     await new Promise<void>((resolve) => {
       this.job!.attach({
@@ -203,7 +203,7 @@ export class Client {
           }
           if (event.event !== 'reserved' || event.ticket === null || !land) return;
           const { ticket } = event;
-          const arrive = () => { if (this.rig.receiver.open_.has(ticket.session)) this.rig.receiver.land(ticket, this.request.tokens, this.request.n); };
+          const arrive = () => { if (this.rig.receiver.open_.has(ticket.session)) this.rig.receiver.land(ticket, this.request.tokens, this.request.n, firstToken); };
           if (landAfterMs > 0) setTimeout(arrive, landAfterMs);
           else arrive();
         },

@@ -133,6 +133,24 @@ test('a prompt that is cached whole needs no hand-off, and its cached block stay
   }
 });
 
+for (const [form, ranks] of FORMS) {
+  test(`${form} over ${ranks}: decode draws the first token itself where it is told to, and leaves the blocks of the prompt as they landed`, async () => {
+    const rig = createRig({ form, ranks, pages: 24, settings: { firstToken: 'decode' } });
+    for (const length of [1, 63, 64, 128, 100]) {
+      const prompt = promptOf(length, length);
+      const client = new Client(rig, request(prompt, { max_tokens: 10, n: 2 }), { firstToken: 0 });
+      await client.ended;
+      assert.equal(client.text(), expectedText(prompt, 10), `${length} tokens`);
+      assert.equal([...new Set(client.events.map(({ event }) => event))], ['reserved', 'landed', 'token', 'finish', 'done']);
+      const again = new Client(rig, request(prompt, { max_tokens: 10 }));
+      await again.ended;
+      assert.equal(again.text(), expectedText(prompt, 10));
+    }
+    atRest(rig);
+    await rig.worker.close();
+  });
+}
+
 test('choices share the prompt and copy its last partial page', async () => {
   for (const [form, ranks] of FORMS) {
     const rig = createRig({ form, ranks, pages: 32 });
