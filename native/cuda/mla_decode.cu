@@ -52,7 +52,7 @@ DecodeKernel choose_kernel(const MlaDecode& call, const Device& device) {
     kernel = sm90_mla_decode_tile_kernel(call.latent, rows, logits);
   }
   if (!kernel.function) {
-    throw AttentionError("MLA decode has kernels for latents of 128, 256, 320 and 512; got " + std::to_string(call.latent));
+    throw AttentionError("MLA decode has kernels for latents of 128, 256, 288 (compute capability 9.0 only), 320 and 512; got " + std::to_string(call.latent));
   }
   return kernel;
 }
@@ -134,7 +134,7 @@ void mla_decode(const MlaDecode& call, Stream stream) {
   int count = 0;
   if (decode.kernel.tensor_map) {
     // [page][chunk of 64 columns][token][column]; the box is one chunk of box_tokens tokens.
-    map = encode_tensor_map_4d(call.kv, {64, static_cast<uint64_t>(call.page_size), static_cast<uint64_t>(width / 64), static_cast<uint64_t>(call.num_pages)},
+    map = encode_tensor_map_4d(call.kv, {64, static_cast<uint64_t>(call.page_size), static_cast<uint64_t>((width + 63) / 64), static_cast<uint64_t>(call.num_pages)},
                                {static_cast<uint64_t>(row_bytes), 128, static_cast<uint64_t>(args.page_stride)},
                                {64, static_cast<uint32_t>(args.box_tokens), 1, 1});
     parameters[count++] = &map;

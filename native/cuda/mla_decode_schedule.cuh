@@ -131,8 +131,9 @@ struct DecodeSchedule {
       total += units[i];
     }
     total = __reduce_add_sync(~0u, total);
-    const int stream_units = max((total + args.slots - 1) / args.slots, kMinUnits);
+    int stream_units = max((total + args.slots - 1) / args.slots, kMinUnits);
     const int most = args.batch <= args.slots ? longest_part(units, stream_units) : 0;
+    if (args.batch > args.slots) stream_units = whole_sequences(units, stream_units);
 
     // Aligned: which sequence, in parts, this slot falls into. Stream: which sequence, in units, the share begins in.
     const int position = most > 0 ? slot : slot * stream_units;
@@ -181,6 +182,19 @@ struct DecodeSchedule {
       if (static_cast<int>(__reduce_add_sync(~0u, slots)) <= args.slots) return most;
     }
     return 0;
+  }
+
+  // Share of a stream cut that, where all sequences are equally long, holds whole ones if that costs less than splitting two.
+  template <int kRounds>
+  __device__ int whole_sequences(const int (&units)[kRounds], int stream_units) const {
+    const int lane = threadIdx.x;
+    const int length = __shfl_sync(~0u, units[0], 0);
+    bool equal = length > 0;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) equal &= lane + i * 32 >= args.batch || units[i] == length;
+    if (!__all_sync(~0u, equal)) return stream_units;
+    const int whole = (stream_units + length - 1) / length * length;
+    return whole - stream_units <= 2 * kSplitCost ? whole : stream_units;
   }
 
   // Stream cut of a long batch, by all threads.

@@ -12,6 +12,17 @@
 namespace tpla::cuda {
 
 constexpr int kChunkBytes = kTokenTile * 128;
+
+// Columns of a token in chunks of 64. Where the latent ends inside a chunk (288: 64 shared and 224 own columns), that chunk holds the first
+// rope columns too, and the last one is loaded half, behind zeros: its lower half is never multiplied.
+template <int kLatent>
+struct TokenChunks {
+  static constexpr int kValues = (kLatent + 63) / 64;  // that hold latent columns
+  static constexpr int kAll = kValues + 1;
+  static constexpr int kMissing = kAll * 64 - (kLatent + 64);  // columns of the last chunk
+  static constexpr int kFirstStep = kMissing / 16;             // k-step of the last chunk
+  static_assert(kLatent + 64 > kValues * 64 && kMissing % 32 == 0);
+};
 constexpr int kSharedMemoryPerBlock = 227 * 1024;
 constexpr int kSharedAlignment = 1024;
 
@@ -26,7 +37,7 @@ class PageWalk {
  public:
   // `passing`: L2 should rather keep anything else.
   __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece, bool passing)
-      : args_(args), piece_(piece), policy_(passing ? l2_evict_first() : l2_evict_normal()), boxes_per_tile_(kTokenTile / args.box_tokens) {}
+      : args_(args), piece_(piece), passing_(passing), boxes_per_tile_(kTokenTile / args.box_tokens) {}
   // Row tiles share what they read.
   __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece) : PageWalk(args, piece, args.row_tiles == 1) {}
 
@@ -51,12 +62,14 @@ class PageWalk {
     return result;
   }
 
-  // 64 tokens of one chunk of columns.
-  __device__ void load(const CUtensorMap& map, const TileBoxes& boxes, int column, uint32_t chunk, uint32_t barrier) const {
+  // 64 tokens of one chunk of columns, of which the first `missing` become zeros and the others move up.
+  __device__ void load(const CUtensorMap& map, const TileBoxes& boxes, int column, uint32_t chunk, uint32_t barrier, int missing = 0) const {
 #pragma unroll
     for (int box = 0; box < kBoxes; ++box) {
       if (box < boxes_per_tile_) {
-        tma_load_4d(chunk + box * args_.box_tokens * 128, map, barrier, 0, boxes.offsets[box], column, boxes.pages[box], policy_);
+        const uint32_t destination = chunk + box * args_.box_tokens * 128;
+        if (passing_) tma_load_4d(destination, map, barrier, -missing, boxes.offsets[box], column, boxes.pages[box], l2_evict_first());
+        else tma_load_4d(destination, map, barrier, -missing, boxes.offsets[box], column, boxes.pages[box]);
       }
     }
   }
@@ -74,7 +87,7 @@ class PageWalk {
 
   const MlaDecodeArgs& args_;
   const DecodePiece& piece_;
-  uint64_t policy_;
+  bool passing_;
   int boxes_per_tile_;
   int next_ = 0;
   int page_ = 0, offset_ = 0;
@@ -86,7 +99,7 @@ class PageWalk {
 // takes the end of use u - 2 for it while use u - 1 is still on its way; where warpgroups take alternate tiles, u - 1 may be the other's,
 // and loads need not arrive in order. With two, the phase before would be use u - 4: use u - 2 was consumed before use u - 1 was asked
 // for, and that was asked for before the last tile this warpgroup has seen.
-template <int kChunks, int kSlots>
+template <int kChunks, int kSlots, int kMissing = 0>
 struct ChunkRing {
   static constexpr int kBarriers = 3 * kSlots;
 
@@ -110,7 +123,7 @@ struct ChunkRing {
   __device__ void fill(const CUtensorMap& map, const PageWalk<Logits>& walk, const TileBoxes& boxes, int slot, int position, int use) const {
     mbarrier_wait(empty(slot), (use & 1) ^ 1);
     mbarrier_arrive_expect_bytes(full(slot, use), kChunkBytes);
-    walk.load(map, boxes, position == 0 ? kChunks - 1 : position - 1, chunk(slot), full(slot, use));
+    walk.load(map, boxes, position == 0 ? kChunks - 1 : position - 1, chunk(slot), full(slot, use), position == 0 ? kMissing : 0);
   }
 
   // One warp feeds all tiles of a piece; one of its threads calls begun() when the first is under way. `count` numbers the block's chunks
@@ -139,7 +152,11 @@ template <int kBlockRows, int kLatent, int kColumns, int kThreads>
 __device__ __forceinline__ void load_query(const MlaDecodeArgs& args, int row0, const DecodePiece& piece, uint8_t* destination, int thread) {
   constexpr int kUnits = kColumns / 8, kRowUnits = (kLatent + 64) / 8, kTotal = kBlockRows * kUnits;
   const uint4* source = reinterpret_cast<const uint4*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row0) * kRowUnits;
-  const auto place = [](int row, int unit) { return (unit / 8) * (kBlockRows * 128) + row * 128 + (((unit % 8) ^ (row & 7)) << 4); };
+  const auto place = [](int row, int unit) {
+    constexpr int kMissing = TokenChunks<kLatent>::kMissing / 8;
+    if (kMissing && unit / 8 == TokenChunks<kLatent>::kValues) unit += kMissing;
+    return (unit / 8) * (kBlockRows * 128) + row * 128 + (((unit % 8) ^ (row & 7)) << 4);
+  };
 #pragma unroll 4
   for (int i = thread; i < kTotal; i += kThreads) {
     const int row = i / kUnits, unit = i % kUnits;
@@ -188,17 +205,18 @@ __device__ __forceinline__ void prefetch_next_query(const MlaDecodeArgs& args, c
   if (rows > 0) l2_prefetch(static_cast<const uint8_t*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row0) * kRowBytes, rows * kRowBytes);
 }
 
-// Rope columns of this thread's rows, `row` and row + 8 of the sequence, as A operands of four k-steps.
+// The last chunk's columns of this thread's rows, `row` and row + 8 of the sequence, as A operands of its k-steps.
 template <int kLatent>
 __device__ __forceinline__ void load_rope_query(const MlaDecodeArgs& args, const DecodePiece& piece, int row, uint32_t (&fragment)[4][4]) {
   const int lane = threadIdx.x % 32;
-  const uint32_t* source = reinterpret_cast<const uint32_t*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row) * ((kLatent + 64) / 2) + kLatent / 2 + lane % 4;
+  const uint32_t* source = reinterpret_cast<const uint32_t*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row) * ((kLatent + 64) / 2) + TokenChunks<kLatent>::kValues * 32 + lane % 4;
+  constexpr int kFirstStep = TokenChunks<kLatent>::kFirstStep;
 #pragma unroll
-  for (int k = 0; k < 4; ++k)
+  for (int k = kFirstStep; k < 4; ++k)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int down = i % 2 * 8;
-      fragment[k][i] = row + down < piece.rows ? __ldg(source + down * ((kLatent + 64) / 2) + k * 8 + i / 2 * 4) : 0;
+      fragment[k][i] = row + down < piece.rows ? __ldg(source + down * ((kLatent + 64) / 2) + (k - kFirstStep) * 8 + i / 2 * 4) : 0;
     }
 }
 

@@ -13,8 +13,8 @@ namespace tpla::cuda {
 
 template <int kLatent, int kRows>
 struct NarrowShape {
-  static constexpr int kLatentChunks = kLatent / 64;
-  static constexpr int kChunks = kLatentChunks + 1;
+  static constexpr int kLatentChunks = TokenChunks<kLatent>::kValues;
+  static constexpr int kChunks = TokenChunks<kLatent>::kAll;
   static constexpr int kQueryBytes = kChunks * kRows * 128;
   static constexpr int kProbBytes = 2 * kRows * 128;  // one [rows][64 tokens] for each warpgroup
   static constexpr int kScratchBytes = 2048 + 2 * 4 * kRows * 4 + 4 * kRows * 4;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(384, 1)
   float* warp_values = reinterpret_cast<float*>(scratch + 2048);    // [2 warpgroups][4 warps][rows]
   float* row_values = warp_values + 2 * 4 * kRows;                  // [2 warpgroups][{maximum, sum}][rows]
 
-  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers)};
+  const ChunkRing<kChunks, kSlots, TokenChunks<kLatent>::kMissing> ring{smem_address(ring_data), smem_address(barriers)};
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
   const int row0 = schedule.row_tile * kRows;
 
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(384, 1)
           ring.wait_full(slot, use_of(position));
           wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
+          for (int k = position == 0 ? TokenChunks<kLatent>::kFirstStep : 0; k < 4; ++k) {
             Mma::template ss<0, 0>(logits, descriptor(keys_low + k * 2), descriptor(query_low + k * 2));
           }
         }
@@ -295,9 +295,10 @@ __global__ void __launch_bounds__(384, 1)
       float* partial = args.partial_out + static_cast<int64_t>(part) * kRows * kLatent + thread_offset;
       __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
       const int rows = min(piece.rows - row0, kRows);
-      const int thread_rows = rows - (lane % 4) * 2;  // rows from this thread's first on
+      int thread_rows = rows - (lane % 4) * 2;  // rows from this thread's first on
 #pragma unroll
       for (int c = 0; c < kLatentChunks; ++c) {
+        if (kLatent % 64 != 0 && c * 64 + warp * 16 >= kLatent) thread_rows = 0;  // rope columns
         // Value i of the fragment: row (i / 4) * 8 + i % 2 relative to the thread's first, column + i % 4 / 2 * 8.
         const auto offset_of = [](int c, int i) { return ((i / 4) * 8 + i % 2) * kLatent + c * 64 + (i % 4 / 2) * 8; };
         if (group == (c & 1)) {
@@ -372,6 +373,7 @@ DecodeKernel sm90_mla_decode_narrow_kernel(int latent, int rows, LogitKind logit
   switch (latent) {
     case 128: return choose_rows<128>(rows, logits);
     case 256: return choose_rows<256>(rows, logits);
+    case 288: return choose_rows<288>(rows, logits);
     case 320: return choose_rows<320>(rows, logits);
     case 512: return choose_rows<512>(rows, logits);
     default: return {};

@@ -1,7 +1,8 @@
 // MLA decode for 64 or 128 query rows per block and latents up to 320 wide, Hopper. Rows lie on the M side of wgmma; a warpgroup
 // holds 64 rows × the whole latent of the output in registers.
 //   128 rows (compute-bound): each warpgroup has its own 64 rows and reads every tile; the logits of the next tile are multiplied
-//            while the softmax of this one runs, and the other warpgroup fills the tensor cores meanwhile.
+//            while the softmax of this one runs, and the other warpgroup fills the tensor cores meanwhile. A latent of 320 leaves
+//            shared memory for three tiles only, too few to hold two of them.
 //   64 rows  (memory-bound): both warpgroups have the same rows and take alternate tiles; they are joined at the end of the piece.
 #include "mla_decode_combine.cuh"
 #include "mla_decode_kernel.h"
@@ -12,10 +13,11 @@ namespace tpla::cuda {
 
 template <int kLatent, int kRows>
 struct TileShape {
-  static constexpr int kChunks = kLatent / 64 + 1;
+  static constexpr int kChunks = TokenChunks<kLatent>::kAll;
   static constexpr bool kSplitRows = kRows == 128;
-  static constexpr bool kRopeInRegisters = kLatent <= 256;  // of the query; leaves shared memory for one more stage
-  static constexpr int kQueryColumns = kRopeInRegisters ? kLatent : kLatent + 64;
+  // Two tiles at a time for each warpgroup need registers for a second set of logits, and more than three stages.
+  static constexpr bool kPipelined = kSplitRows && kLatent <= 256;
+  static constexpr int kQueryColumns = TokenChunks<kLatent>::kValues * 64;  // the last chunk of the query lives in registers
   static constexpr int kQueryBytes = kQueryColumns / 64 * kRows * 128;
   static constexpr int kExchangeBytes = kSplitRows ? 0 : 128 * 32 * 4;
   static constexpr int kScratchBytes = 2048;
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(384, 1)
   uint64_t* barriers = reinterpret_cast<uint64_t*>(scratch + 256);
   float2* row_values = reinterpret_cast<float2*>(scratch + 1024);  // [2 warpgroups][64 rows]: reference, sum
 
-  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers)};
+  const ChunkRing<kChunks, kSlots, TokenChunks<kLatent>::kMissing> ring{smem_address(ring_data), smem_address(barriers)};
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
   const int row0 = schedule.row_tile * kRows;
 
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(384, 1)
 
     while (schedule.next(share, piece)) {
       uint32_t rope_query[4][4];
-      if constexpr (Shape::kRopeInRegisters) load_rope_query<kLatent>(args, piece, group_row0 + thread_row, rope_query);
+      load_rope_query<kLatent>(args, piece, group_row0 + thread_row, rope_query);
       load_query<kRows, kLatent, Shape::kQueryColumns, kConsumers>(args, row0, piece, query, thread);
       fence_async_proxy();
       named_barrier_sync(kConsumerBarrier, kConsumers);
@@ -135,9 +137,9 @@ __global__ void __launch_bounds__(384, 1)
           ring.wait_full(slot + position, use);
           wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
+          for (int k = position == 0 ? TokenChunks<kLatent>::kFirstStep : 0; k < 4; ++k) {
             const uint64_t keys = descriptor(keys_low + (position * kChunkBytes + k * 32) / 16);
-            if (Shape::kRopeInRegisters && position == 0) {
+            if (position == 0) {
               Wgmma<64>::template rs<0>(logits, rope_query[k], keys);
             } else {
               Wgmma<64>::template ss<0, 0>(logits, descriptor(query_low + (column * (kRows * 128) + k * 32) / 16), keys);
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(384, 1)
         wgmma_commit();
       };
 
-      if constexpr (kSplitRows) {
+      if constexpr (Shape::kPipelined) {
         if (tiles > 0) {
           multiply_logits(0);
           wgmma_wait<0>();
@@ -231,11 +233,14 @@ __global__ void __launch_bounds__(384, 1)
           release(tiles - 1);
         }
       } else {
-        // Memory-bound: a warpgroup holds one tile at a time and leaves the rest of the ring to loads in flight.
-        for (int t = group; t < tiles; t += 2) {
+        // A warpgroup holds one tile at a time and leaves the rest of the ring to loads in flight. Those with rows of their own take turns
+        // at the logits, so that one has its softmax while the other multiplies.
+        for (int t = kSplitRows ? 0 : group; t < tiles; t += kSplitRows ? 1 : 2) {
+          if (kSplitRows) named_barrier_sync(kTurn + group, kConsumers);
           multiply_logits(t);
           wgmma_wait<0>();
           wgmma_pin(logits);
+          if (kSplitRows) named_barrier_arrive(kTurn + (group ^ 1), kConsumers);
           mask(t);
           if (softmax.update(logits, Logits::scale(args), factor)) scale_rows(out, factor);
           softmax.exponentiate(logits, Logits::scale(args));
@@ -304,7 +309,7 @@ __global__ void __launch_bounds__(384, 1)
           softmax.maximum[h] = top;
         }
         invert();
-        constexpr int kRound = 32;
+        constexpr int kRound = kLatent % 64 == 0 ? 32 : 16;
 #pragma unroll
         for (int round = 0; round < kLatent / 2 / kRound; ++round) {
           if (group == (round & 1)) {
@@ -368,6 +373,7 @@ DecodeKernel sm90_mla_decode_tile_kernel(int latent, int rows, LogitKind logits)
   switch (latent) {
     case 128: return choose_rows<128>(rows, logits);
     case 256: return choose_rows<256>(rows, logits);
+    case 288: return choose_rows<288>(rows, logits);
     case 320: return choose_rows<320>(rows, logits);
     default: return {};
   }

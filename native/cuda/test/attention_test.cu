@@ -22,11 +22,11 @@ constexpr double kErrorLimit = 8e-3, kLseLimit = 2e-3;
 
 static DecodeShape random_decode(unsigned seed, KernelPath path) {
   std::mt19937 random(seed);
-  const int latents[] = {512, 256, 320, 128}, pages[] = {16, 32, 48, 64, 80, 128, 256};
+  const int latents[] = {512, 256, 320, 128, 288}, pages[] = {16, 32, 48, 64, 80, 128, 256};
   const int heads[] = {1, 2, 5, 8, 16, 16, 24, 32, 40, 64, 64, 96, 128, 128};
   DecodeShape shape;
   shape.path = path;
-  shape.latent = latents[seed % 4];
+  shape.latent = latents[seed % 5];
   shape.heads = heads[random() % 14];
   shape.page_tokens = pages[random() % 7];
   shape.causal = random() % 4 != 0;
