@@ -1,6 +1,7 @@
 #include "transfer/kv_stream.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <condition_variable>
@@ -11,6 +12,7 @@
 #include <map>
 #include <mutex>
 #include <netinet/in.h>
+#include <optional>
 #include <poll.h>
 #include <pthread.h>
 #include <sys/socket.h>
@@ -35,7 +37,8 @@ constexpr int kMaxUnknownConnections = 64;
 constexpr int kKeyTimeoutMs = 3000;
 constexpr int kConnectTimeoutMs = 5000;
 constexpr int kMaxConnections = 64;
-constexpr int kBuffers = 8;  // frames that the kernel may hold of one connection
+constexpr int kMakers = 2;   // threads of one connection: while one sends its frame, the other makes the next
+constexpr int kBuffers = 4;  // frames of one of them that the kernel may hold
 constexpr size_t kMaxVector = 512;
 
 struct FrameHeader {
@@ -287,8 +290,6 @@ bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, co
   std::vector<iovec> places = refused ? std::vector<iovec>{} : places_of(frame, grant);
   size_t next = 0;
   while (left > 0) {
-    pollfd readable{socket, POLLIN, 0};
-    if (poll(&readable, 1, -1) < 0 && errno != EINTR) return false;
     if (!refused && !client.gate->enter(frame.slot, frame.epoch)) refused = true;
     ssize_t got;
     if (refused) {
@@ -302,7 +303,12 @@ bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, co
       client.gate->leave(frame.slot);
       errno = error;
     }
-    if (got < 0 && (errno == EAGAIN || errno == EINTR)) continue;
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) {
+      // Outside the gate: revoking never waits for the network.
+      pollfd readable{socket, POLLIN, 0};
+      if (poll(&readable, 1, -1) < 0 && errno != EINTR) return false;
+      continue;
+    }
     if (got <= 0) return false;
     left -= static_cast<size_t>(got);
     for (size_t taken = static_cast<size_t>(got); !refused && taken > 0;) {
@@ -387,21 +393,27 @@ struct StreamSender::Core : std::enable_shared_from_this<StreamSender::Core> {
     KvPutResult result;
   };
   struct Connection {
-    UniqueFd socket;   // closed, under the mutex, by the last of its two threads
-    int threads = 2;
+    UniqueFd socket;   // closed, under the mutex, by the last of its threads
+    int threads = kMakers + 1;
+    // One frame at a time goes out; zero-copy is counted in the same order.
+    std::mutex sending;
     bool zero_copy = false;
-    std::vector<std::vector<std::byte>> buffers;
-    // Per buffer: whether the kernel may still read from it, and until which send has completed.
-    std::vector<bool> is_lent;
-    std::vector<uint64_t> last_send;
     ZeroCopySends sends;
+  };
+  // A frame's memory.
+  struct Buffer {
+    std::vector<std::byte> bytes;
+    // The kernel may read from it until this send has completed.
+    std::optional<uint64_t> lent_until;
   };
 
   explicit Core(const KvLayout& layout) : dst(layout), copies(copies_per_page(layout)) {}
 
   void send_frames(Connection& connection);
   void read_answers(Connection& connection);
-  bool send_frame(Connection& connection, size_t& turn, Job& job, size_t index);
+  bool await_release(Connection& connection, Buffer& buffer);
+  void make_frame(Job& job, size_t index, std::vector<std::byte>& bytes);
+  bool send_frame(Connection& connection, Buffer& buffer);
   std::shared_ptr<Job> next_job(size_t& frame);
   void end(const std::shared_ptr<Job>& job, std::unique_ptr<Error> error);
   void fail(const std::string& reason);
@@ -434,9 +446,6 @@ StreamSender::StreamSender(const SocketAddress& address, const std::string& key,
     const int on = 1;
     connection->zero_copy = zero_copy != ZeroCopy::never && setsockopt(socket, SOL_SOCKET, SO_ZEROCOPY, &on, sizeof(on)) == 0;
     core_->uses_zero_copy = core_->uses_zero_copy || connection->zero_copy;
-    connection->buffers.resize(kBuffers);
-    connection->is_lent.resize(kBuffers);
-    connection->last_send.resize(kBuffers);
     if (!send_all(socket, key.data(), key.size())) throw Error("IO_FAILED", "cannot open a data connection to " + address.text());
     core_->connections.push_back(std::move(connection));
   }
@@ -449,7 +458,7 @@ StreamSender::StreamSender(const SocketAddress& address, const std::string& key,
         if (--at->threads == 0) at->socket.reset();
       }).detach();
     };
-    run(&Core::send_frames, "tpla-send");
+    for (int maker = 0; maker < kMakers; maker++) run(&Core::send_frames, "tpla-send");
     run(&Core::read_answers, "tpla-answers");
   }
 }
@@ -506,27 +515,50 @@ std::shared_ptr<StreamSender::Core::Job> StreamSender::Core::next_job(size_t& fr
 
 void StreamSender::Core::send_frames(Connection& connection) {
   const auto self = shared_from_this();
+  std::array<Buffer, kBuffers> buffers;
   size_t turn = 0;
   size_t frame = 0;
   while (const std::shared_ptr<Job> job = next_job(frame)) {
-    if (!send_frame(connection, turn, *job, frame)) return fail(std::string("data connection lost: ") + std::strerror(errno));
+    Buffer& buffer = buffers[turn++ % kBuffers];
+    bool is_fine = await_release(connection, buffer);
+    if (is_fine) {
+      make_frame(*job, frame, buffer.bytes);
+      const std::lock_guard lock(connection.sending);
+      is_fine = send_frame(connection, buffer);
+    }
+    if (!is_fine) {
+      fail(std::string("data connection lost: ") + std::strerror(errno));
+      break;
+    }
   }
+  // The kernel may still read: after a failure the connection is reset, else all was acknowledged.
+  for (Buffer& buffer : buffers) await_release(connection, buffer);
 }
 
-bool StreamSender::Core::send_frame(Connection& connection, size_t& turn, Job& job, size_t index) {
+// Waits until the kernel reads no more from a buffer.
+bool StreamSender::Core::await_release(Connection& connection, Buffer& buffer) {
+  const int socket = connection.socket.get();
+  while (buffer.lent_until) {
+    {
+      const std::lock_guard lock(connection.sending);
+      connection.sends.read_completions(socket);
+      if (connection.sends.is_done(*buffer.lent_until)) {
+        buffer.lent_until.reset();
+        break;
+      }
+    }
+    // The other thread may take the completion that ends this wait.
+    pollfd completed{socket, 0, 0};
+    if (poll(&completed, 1, 5) < 0 && errno != EINTR) return false;
+    if (completed.revents & POLLHUP) return false;
+  }
+  return true;
+}
+
+void StreamSender::Core::make_frame(Job& job, size_t index, std::vector<std::byte>& bytes) {
   const int layer = job.put.layers.begin + static_cast<int>(index / job.ranges.size());
   const Range tokens = job.ranges[index % job.ranges.size()];
-  const int socket = connection.socket.get();
-  const size_t buffer = turn++ % kBuffers;
-  while (connection.is_lent[buffer] && !connection.sends.is_done(connection.last_send[buffer])) {
-    pollfd completed{socket, 0, 0};
-    if (poll(&completed, 1, 1000) < 0 && errno != EINTR) return false;
-    if (completed.revents & POLLHUP) return false;
-    connection.sends.read_completions(socket);
-  }
-  connection.is_lent[buffer] = false;
   const size_t row_bytes = dst.row_bytes();
-  std::vector<std::byte>& bytes = connection.buffers[buffer];
   bytes.resize(sizeof(FrameHeader) + row_bytes * tokens.size() * copies);
   const FrameHeader header{kMagic, uint32_t(job.put.slot), job.put.epoch, uint32_t(layer), uint32_t(tokens.begin), uint32_t(tokens.end), job.id};
   std::memcpy(bytes.data(), &header, sizeof(header));
@@ -536,7 +568,8 @@ bool StreamSender::Core::send_frame(Connection& connection, size_t& turn, Job& j
   for (int copy = 0; copy < copies; copy++) to[copy] = bytes.data() + sizeof(FrameHeader) + row_bytes * tokens.size() * copy;
   for (int token = tokens.begin; token < tokens.end;) {
     const int end = std::min({tokens.end, (token / src.page_tokens + 1) * src.page_tokens, (token / dst.page_tokens + 1) * dst.page_tokens});
-    uint64_t sums[kMaxCopies] = {};
+    uint64_t sums[kMaxCopies];
+    std::fill_n(sums, copies, 0);
     job.mover.move({place_of(src, job.put.src_pages, token / src.page_tokens), {token, end}, layer}, to, sums);
     for (int copy = 0; copy < copies; copy++) {
       const size_t entry = size_t(token / dst.page_tokens - first_page) * copies + copy;
@@ -545,6 +578,12 @@ bool StreamSender::Core::send_frame(Connection& connection, size_t& turn, Job& j
     }
     token = end;
   }
+}
+
+// The caller holds connection.sending.
+bool StreamSender::Core::send_frame(Connection& connection, Buffer& buffer) {
+  const int socket = connection.socket.get();
+  const std::vector<std::byte>& bytes = buffer.bytes;
   if (!connection.zero_copy) return send_all(socket, bytes.data(), bytes.size());
   for (size_t at = 0; at < bytes.size();) {
     const ssize_t sent = send(socket, bytes.data() + at, bytes.size() - at, MSG_NOSIGNAL | MSG_ZEROCOPY);
@@ -552,8 +591,7 @@ bool StreamSender::Core::send_frame(Connection& connection, size_t& turn, Job& j
     // No room to pin pages: this piece goes the ordinary way, which is not counted.
     if (sent < 0 && errno == ENOBUFS) return send_all(socket, bytes.data() + at, bytes.size() - at);
     if (sent <= 0) return false;
-    connection.last_send[buffer] = connection.sends.sent();
-    connection.is_lent[buffer] = true;
+    buffer.lent_until = connection.sends.sent();
     at += static_cast<size_t>(sent);
   }
   connection.sends.read_completions(socket);
