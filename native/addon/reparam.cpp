@@ -122,6 +122,7 @@ Step step_of(const Napi::Value& value) {
   options.rate = float(to_number(step.Get("rate"), "steps[].rate"));
   options.basis = to_bool(step.Get("basis"), "steps[].basis");
   options.shared = int(to_integer(step.Get("shared"), "steps[].shared", 0));
+  options.batch = int(to_integer(step.Get("batch"), "steps[].batch", 1));
   options.seed = uint64_t(to_integer(step.Get("seed"), "steps[].seed", 0));
   return {kind, [options](LayerFit& fit, LayerFit::Ranks& ranks) { fit.refine(ranks, options); }};
 }

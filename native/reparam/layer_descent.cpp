@@ -45,8 +45,6 @@ void LayerFit::add_gradient(const Sequence& sequence, const Ranks& ranks, Ranks&
 namespace {
 
 constexpr float kBeta1 = 0.9f, kBeta2 = 0.98f;
-// Queries that one step looks at: as many sequences as have them.
-constexpr int64_t kBatchQueries = 256;
 
 // One matrix of the design with its moments; steps are relative to its root mean square at the start.
 struct Parameter {
@@ -85,7 +83,7 @@ void LayerFit::refine(Ranks& ranks, const RefineOptions& options) {
       for (const Tensor* tensor : {&rank.basis, &rank.uk, &rank.uv}) compute_->zero(*tensor);
     }
     int64_t queries = 0;
-    for (int taken = 0; queries < kBatchQueries && taken < train_; ++taken) {
+    for (int taken = 0; queries < options.batch && taken < train_; ++taken) {
       if (order.empty()) {
         for (int s = 0; s < train_; ++s) order.push_back(s);
         for (size_t s = order.size(); s > 1; --s) std::swap(order[s - 1], order[random() % s]);

@@ -56,6 +56,7 @@ struct RefineOptions {
   float rate = 0.01f;  // relative to a parameter's root mean square
   bool basis = true;   // move the basis too
   int shared = 0;      // leading columns of every rank that are the same
+  int batch = 256;         // queries that one step looks at: as many sequences as have them
   uint64_t seed = 0;
 };
 

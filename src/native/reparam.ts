@@ -60,8 +60,8 @@ export type FitStep =
   | { kind: 'queries' }
   /** uv by ridge regression of the exact head value on all ranks' outputs. */
   | { kind: 'values'; ridge: number }
-  /** Adam on the squared output error of the layer; `rate` is relative to a parameter's root mean square. */
-  | { kind: 'refine'; steps: number; rate: number; basis: boolean; shared: number; seed: number };
+  /** Adam on the squared output error of the layer; `rate` is relative to a parameter's root mean square, `batch` the queries that a step looks at. */
+  | { kind: 'refine'; steps: number; rate: number; batch: number; basis: boolean; shared: number; seed: number };
 
 export interface FittedLayer {
   design: RankDesign[];

@@ -41,6 +41,7 @@ const TEST_SHARE = 1 / 8;
 const RIDGE = 1e-3;
 const STAGE_OF: Record<FitStep['kind'] | 'error', Stage> = { scales: 'regress', queries: 'regress', values: 'regress', refine: 'descend', error: 'measure' };
 const REFINE_RATE = 0.03;
+const REFINE_BATCH = 256;
 
 export async function designLayer(input: LayerInput, method: Method, options: FitOptions): Promise<LayerDesign> {
   const fit = input.sample === null ? null : openFit(input, options);
@@ -164,7 +165,7 @@ function closedForms(method: Method): FitStep[] {
 }
 
 function descent(method: Method, seed: number): FitStep[] {
-  const steps: FitStep[] = [{ kind: 'refine', steps: method.refine, rate: REFINE_RATE, basis: true, shared: method.shared, seed }];
+  const steps: FitStep[] = [{ kind: 'refine', steps: method.refine, rate: REFINE_RATE, batch: REFINE_BATCH, basis: true, shared: method.shared, seed }];
   if (method.values === 'ridge') steps.push({ kind: 'values', ridge: RIDGE });
   return steps;
 }

@@ -50,6 +50,7 @@ test('what cannot be done ends with one line and status 2', async () => {
     [['reparam', 'models/demo', join(dir, 'x'), '--groups', '3'], /not divisible by 3 groups/],
     [['reparam', 'models/demo', join(dir, 'x'), '--budget-bytes-per-token', '100'], /stays within 100 bytes per token; without a shared subspace it is 1344/],
     [['reparam', 'models/demo', '--report', '--text', 'models/demo/calibration.txt'], /both calibration and evaluation text/],
+    [['reparam', 'models/demo', join(dir, 'x'), '--device', 'tpu'], /Expected --device=tpu to be one of: auto, cpu, cuda/],
     [['eval', 'models/demo', '--text', join(dir, 'none.txt')], /no such file/],
     [['eval', 'models/demo', '--attention', 'tpla'], /is not reparameterised/],
   ];

@@ -101,7 +101,7 @@ for (const [how, target] of GPUS) {
     test(`${what}: descent, and the same bits twice, ${how}`, async () => {
       const [cpu, gpu] = [open(task, CPU), open(task, target)];
       const design = slices(task, groups, shared);
-      const refine = (steps: number): FitStep[] => [{ kind: 'queries' }, { kind: 'values', ridge: 1e-3 }, { kind: 'refine', steps, rate: 0.03, basis: true, shared, seed: 5 }];
+      const refine = (steps: number): FitStep[] => [{ kind: 'queries' }, { kind: 'values', ridge: 1e-3 }, { kind: 'refine', steps, rate: 0.03, batch: 256, basis: true, shared, seed: 5 }];
       near(await gpu.run(design, refine(3)), await cpu.run(design, refine(3)), { weights: 5e-3, error: 2e-3 }, 'three steps');
       const [long, again, right] = [await gpu.run(design, refine(20)), await gpu.run(design, refine(20)), await cpu.run(design, refine(20))];
       near(long, right, { weights: Infinity, error: 2e-2 }, 'twenty steps');

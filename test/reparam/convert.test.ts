@@ -12,6 +12,7 @@ import { loadCheckpoint } from '../../src/model/checkpoint.js';
 import type { JsonObject } from '../../src/model/config.js';
 import { readSafetensors } from '../../src/model/safetensors.js';
 import { convert, type ConversionOptions } from '../../src/reparam/convert.js';
+import type { Device } from '../../src/reparam/device.js';
 import { METHODS, withinBudget, type Method } from '../../src/reparam/method.js';
 import { SILENT } from '../../src/report/progress.js';
 import { TINY_V2, TINY_V3, writeCheckpoint } from '../support/checkpoint.js';
@@ -83,6 +84,29 @@ test('four groups, without q_lora, bf16', async () => {
   assert.ok(Number.isFinite(difference(await logits(plan.out, 'tpla', 'decode', 4), await logits(v2, 'mla', 'prefill'))));
 });
 
+test('no experts, no query compression, embeddings tied, odd widths', async () => {
+  const dense = join(root, 'dense');
+  writeCheckpoint(dense, { config: { ...TINY_V2, first_k_dense_replace: TINY_V2.num_hidden_layers!, tie_word_embeddings: true, num_attention_heads: 3, num_key_value_heads: 3, qk_nope_head_dim: 12, v_head_dim: 20 }, dtype: 'F32' });
+  writeTokenizer(dense);
+  const plan = options({ name: 'default', refine: 6 }, { model: dense });
+  const result = await convert(plan, SILENT);
+  assert.ok(difference(await logits(plan.out, 'mla', 'prefill'), await logits(dense, 'mla', 'prefill')) < 2e-4);
+  assert.ok(Number.isFinite(difference(await logits(plan.out, 'tpla', 'decode'), await logits(dense, 'mla', 'prefill'))));
+  assert.is(result.device, 'cpu');
+  assert.match(result.layers[0]!.fitted_on, /2 threads$/);
+  for (const stage of ['capture', 'statistics', 'regress', 'descend', 'shards'] as const) assert.type(result.stage_seconds[stage], 'number', stage);
+});
+
+test('descent that makes held-out text worse is not kept', async () => {
+  const plan = options({ name: 'default', refine: 400 });
+  const closed = await convert(options({ name: 'default', refine: 0 }), SILENT);
+  const refined = await convert(plan, SILENT);
+  refined.layers.forEach(({ output_error, descended }, i) => {
+    assert.ok(output_error! <= closed.layers[i]!.output_error! * (1 + 1e-6), `layer ${i}`);
+    assert.is(descended, output_error! < closed.layers[i]!.output_error! * (1 - 1e-6));
+  });
+});
+
 test('fp8 blocks come in; bf16 goes out, or fp8 again', async () => {
   const config: JsonObject = { ...TINY_V3, kv_lora_rank: 128, hidden_size: 256, qk_nope_head_dim: 32, v_head_dim: 32 };
   const fp8 = join(root, 'fp8');
@@ -152,10 +176,10 @@ const CLI = fileURLToPath(new URL('../../src/reparam/convert.ts', import.meta.ur
 test('kill -9 at any moment leaves nothing that loads, and the same command finishes the work', async () => {
   const plan = options({ name: 'default', refine: 20 });
   const script = join(root, 'run.mjs');
-  writeFileSync(script, `import { convert } from ${JSON.stringify(CLI)};\nawait convert(${JSON.stringify(plan)}, { start() {}, finish() {}, advance() { console.log('step'); } });\nconsole.log('done');\n`);
+  writeFileSync(script, `import { convert } from ${JSON.stringify(CLI)};\nawait convert({ ...${JSON.stringify(plan)}, device: process.argv[2] }, { start() {}, finish() {}, advance() { console.log('step'); } });\nconsole.log('done');\n`);
   let kills = 0;
   for (let steps = 2; ; steps += 3) {
-    const done = await runUntil(script, steps);
+    const done = await runUntil(script, steps, kills % 2 === 0 ? 'cpu' : 'auto');
     if (done) break;
     kills++;
     assert.not(existsSync(join(plan.out, 'config.json')));
@@ -169,9 +193,9 @@ test('kill -9 at any moment leaves nothing that loads, and the same command fini
 });
 
 /** Runs a conversion and kills it after so many steps of progress; true when it ended by itself. */
-function runUntil(script: string, steps: number): Promise<boolean> {
+function runUntil(script: string, steps: number, device: Device): Promise<boolean> {
   return new Promise((resolve, reject) => {
-    const child = spawn(process.execPath, ['--import', 'tsx', script], { cwd: fileURLToPath(new URL('../..', import.meta.url)), stdio: ['ignore', 'pipe', 'pipe'] });
+    const child = spawn(process.execPath, ['--import', 'tsx', script, device], { cwd: fileURLToPath(new URL('../..', import.meta.url)), stdio: ['ignore', 'pipe', 'pipe'] });
     let seen = 0;
     let errors = '';
     child.stdout.on('data', (data: Buffer) => {

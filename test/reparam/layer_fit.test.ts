@@ -169,7 +169,7 @@ test('each fit lowers the error, descent most; shared rows stay one', async () =
   const plain = await fit.run(design, []);
   const queries = await fit.run(design, [{ kind: 'queries' }]);
   const values = await fit.run(design, [{ kind: 'queries' }, { kind: 'values', ridge: 1e-3 }]);
-  const refined = await fit.run(values.design, [{ kind: 'refine', steps: 150, rate: 0.02, basis: true, shared: 2, seed: 1 }]);
+  const refined = await fit.run(values.design, [{ kind: 'refine', steps: 150, rate: 0.02, batch: 256, basis: true, shared: 2, seed: 1 }]);
   assert.ok(queries.trainError < plain.trainError, `${queries.trainError} ${plain.trainError}`);
   assert.ok(values.trainError < queries.trainError * 0.9, `${values.trainError} ${queries.trainError}`);
   assert.ok(refined.trainError < values.trainError * 0.5, `${refined.trainError} ${values.trainError}`);
