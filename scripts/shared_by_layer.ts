@@ -45,7 +45,7 @@ const method: Method = { ...METHODS.default!, refine: Number(flags.refine) };
 for (const shared of [mean, widest]) validateMethod({ ...method, shared }, { groups, kvLoraRank: latent });
 const target = fitTarget(flags.device as Device, 0);
 const tokenizer = Tokenizer.load(source.dir);
-const calibration = await readCalibrationText(tokenizer, spec, { file: join(dir, 'calibration.txt'), context: 512, tokens: null, queries: 128, seed: 1 }, latent * groups);
+const calibration = await readCalibrationText(tokenizer, spec, { file: join(dir, 'calibration.txt'), context: 512, tokens: null, queries: null, seed: 1 }, latent * groups);
 const windows = await textWindows(tokenizer, readFileSync(join(dir, 'heldout.txt'), 'utf8'), { context: 1024, prefix: 512, scored: Number(flags.tokens), seed: 1 });
 
 /** The design of a layer with `shared` common columns in the layout of one with `widest`. */
@@ -118,7 +118,7 @@ function traded(widths: number[], gains: number[], losses: number[]): number[] {
 }
 
 try {
-  await captureLayers(source, calibration, { queries: 128, seed: 1, threads: 0, isWanted: () => true, pathOf: capture, onLayer: () => {} });
+  await captureLayers(source, calibration, { seed: 1, threads: 0, isWanted: () => true, pathOf: capture, onLayer: () => {} });
   let widths = new Array<number>(spec.layers).fill(mean);
   const uniform = await divergence(widths);
   console.log(`shared ${mean} in every layer: KL ${uniform.toFixed(5)}`);

@@ -8,16 +8,16 @@
 
 namespace tpla::reparam {
 
-// Gradient of ½‖output − exact‖² of one sequence, added to `gradient`.
-void LayerFit::add_gradient(const Sequence& sequence, const Ranks& ranks, Ranks& gradient, bool basis) {
+// Gradient of ½‖output − exact‖² of one stretch, added to `gradient`.
+void LayerFit::add_gradient(const Stretch& stretch, const Ranks& ranks, Ranks& gradient, bool basis) {
   const int64_t heads = shape_.heads;
   std::vector<Attended> attended;
   std::vector<Tensor> cached;
-  const Tensor values = value_difference(sequence, ranks, &attended, &cached);
-  const Tensor output = compute_->allocate(shape_.hidden, sequence.columns()), value_gradient = compute_->allocate(values->rows, values->cols);
+  const Tensor values = value_difference(stretch, ranks, &attended, &cached);
+  const Tensor output = compute_->allocate(shape_.hidden, stretch.columns()), value_gradient = compute_->allocate(values->rows, values->cols);
   compute_->multiply(wo_, values, output);
   compute_->multiply(wo_->t(), output, value_gradient);
-  const View of_value = value_gradient->row_blocks(heads), nope = nope_queries(sequence, all_heads());
+  const View of_value = value_gradient->row_blocks(heads), nope = nope_queries(stretch, all_heads());
 
   for (size_t rank = 0; rank < ranks.size(); ++rank) {
     const Attended& at = attended[rank];
@@ -38,7 +38,7 @@ void LayerFit::add_gradient(const Sequence& sequence, const Ranks& ranks, Ranks&
     const Tensor column_gradient = compute_->allocate(columns.rows, columns.cols);
     compute_->multiply(scores, at.keys_query->t(), column_gradient);
     compute_->multiply(at.probabilities, output_gradient->t(), column_gradient, Update::add);
-    compute_->multiply(column_gradient->t(), sequence.latents, gradient[rank].basis, Update::add);
+    compute_->multiply(column_gradient->t(), stretch.latents, gradient[rank].basis, Update::add);
   }
 }
 
@@ -88,9 +88,9 @@ void LayerFit::refine(Ranks& ranks, const RefineOptions& options) {
         for (int s = 0; s < train_; ++s) order.push_back(s);
         for (size_t s = order.size(); s > 1; --s) std::swap(order[s - 1], order[random() % s]);
       }
-      const Sequence& sequence = sequences_[size_t(order.back())];
-      add_gradient(sequence, ranks, gradient, options.basis);
-      queries += sequence.count;
+      const Stretch& stretch = stretches_[size_t(order.back())];
+      add_gradient(stretch, ranks, gradient, options.basis);
+      queries += stretch.count;
       order.pop_back();
     }
     if (options.shared > 0 && options.basis) {  // a shared row is one parameter

@@ -56,12 +56,15 @@ struct RefineOptions {
   float rate = 0.01f;  // relative to a parameter's root mean square
   bool basis = true;   // move the basis too
   int shared = 0;      // leading columns of every rank that are the same
-  int batch = 256;         // queries that one step looks at: as many sequences as have them
+  int batch = 256;         // queries that one step looks at: as many stretches as have them
   uint64_t seed = 0;
 };
 
 // Fits what decode ranks compute to what exact MLA computes, for one layer, on calibration sequences.
 // Sequences [0, train) are fitted on; the rest only measure.
+//
+// A sequence is taken in stretches: some of its queries in order, and the tokens up to the last of them, so that little is computed of what
+// causality hides.
 //
 // In the device's memory, whatever belongs to a query is a column; the columns of a head's queries stand side by side and those of all heads
 // follow one another ([rows, heads · queries]), so that what heads share, the cached columns, meets all of them in one product.
@@ -69,9 +72,6 @@ class LayerFit {
  public:
   // Copies the sample. Sequences without queries are left out; throws REQUEST_INVALID when none is left.
   LayerFit(std::shared_ptr<Compute> compute, const LayerShape& shape, const LayerWeights& weights, const Sample& sample, int train);
-
-  const LayerShape& shape() const { return shape_; }
-  int sequence_count() const { return int(sequences_.size()); }
 
   Sensitivity sensitivity();
 
@@ -83,10 +83,9 @@ class LayerFit {
   Ranks upload(const Design& design);
   Design download(const Ranks& ranks);
 
-  // ‖layer output with `ranks` − exact‖² / ‖exact‖² over the sequences [begin, end).
-  double error(const Ranks& ranks, int begin, int end);
-  double train_error(const Ranks& ranks) { return error(ranks, 0, train_); }
-  double test_error(const Ranks& ranks) { return error(ranks, train_ < sequence_count() ? train_ : 0, sequence_count()); }
+  // ‖layer output with `ranks` − exact‖² / ‖exact‖² over a sample of what is fitted on, and over the rest (over all where there is none).
+  double train_error(const Ranks& ranks) { return error(ranks, sampled_); }
+  double test_error(const Ranks& ranks);
 
   // Multiplies each rank's uk by the factor that fits its logits best to the exact ones, in the variance under exact attention:
   // one factor per head, or one for all heads.
@@ -99,16 +98,18 @@ class LayerFit {
   void refine(Ranks& ranks, const RefineOptions& options);
 
  private:
-  struct Sequence {
-    Tensor latents;     // [tokens, latent]
-    Tensor rope_keys;   // [tokens, rope]
+  struct Stretch {
+    std::shared_ptr<const Tensor> whole_latents, whole_rope_keys;  // of the sequence
+    View latents;       // [tokens, latent]
+    View rope_keys;     // [tokens, rope]
+    bool last = false;  // of its sequence: has all of its tokens
     Tensor queries;     // [nope + rope, heads · columns]
     Tensor last_token;  // [1, columns]; -1 where `count` is filled up to whole vectors
     int64_t count = 0;  // of queries
     Tensor values;      // exact head values [heads · v, columns]; empty until they are asked for
     double output_squares = 0;
 
-    int64_t tokens() const { return latents->rows; }
+    int64_t tokens() const { return latents.rows; }
     int64_t columns() const { return last_token->cols; }
   };
   struct Attended {
@@ -122,28 +123,32 @@ class LayerFit {
   };
   HeadRange all_heads() const { return {0, shape_.heads}; }
 
+  void add_queries(const Sample& sample, int32_t begin, size_t from, size_t to, Stretch& stretch);
+  double error(const Ranks& ranks, const std::vector<int>& stretches);
+
   View of_heads(const View& m, int per_head, HeadRange heads) const;
-  View nope_queries(const Sequence& sequence, HeadRange heads) const;
+  View nope_queries(const Stretch& stretch, HeadRange heads) const;
   // Attention of some heads over columns `cached` [tokens, width] with `uk` [heads · nope, width] of all heads.
-  Attended attend(const Sequence& sequence, const View& cached, const View& uk, HeadRange heads);
+  Attended attend(const Stretch& stretch, const View& cached, const View& uk, HeadRange heads);
   // Exact head values and output norms, once.
   void prepare();
-  Tensor cached_columns(const Sequence& sequence, const Rank& rank);
+  Tensor cached_columns(const Stretch& stretch, const Rank& rank);
   // values (+)= uv · outputs, head by head.
   void add_values(const View& uv, const View& outputs, const View& values, Update update);
   // Values of all ranks less the exact ones, [heads · v, columns].
-  Tensor value_difference(const Sequence& sequence, const Ranks& ranks, std::vector<Attended>* kept, std::vector<Tensor>* cached);
+  Tensor value_difference(const Stretch& stretch, const Ranks& ranks, std::vector<Attended>* kept, std::vector<Tensor>* cached);
   // Attention-weighted covariance of each head, side by side [latent, heads · latent], over the training sequences.
   Tensor head_covariances(HeadRange heads);
-  // Σ over training tokens of the centred latents' outer products; returns how many tokens there are.
+  // Σ over training tokens, once each, of the centred latents' outer products; returns how many tokens there are.
   int64_t token_scatter(HostMatrix& out);
-  void add_gradient(const Sequence& sequence, const Ranks& ranks, Ranks& gradient, bool basis);
+  void add_gradient(const Stretch& stretch, const Ranks& ranks, Ranks& gradient, bool basis);
 
   std::shared_ptr<Compute> compute_;
   LayerShape shape_;
   Tensor uk_, uv_, wo_;
-  std::vector<Sequence> sequences_;
-  int train_;
+  std::vector<Stretch> stretches_;
+  int train_ = 0;             // stretches [0, train_) are fitted on
+  std::vector<int> sampled_;  // of those, enough for statistics
 };
 
 }  // namespace tpla::reparam

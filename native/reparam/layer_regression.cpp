@@ -8,20 +8,20 @@ namespace tpla::reparam {
 void LayerFit::fit_scales(Ranks& ranks, bool per_head) {
   const size_t heads = size_t(shape_.heads);
   std::vector<double> cross(ranks.size() * heads), own(cross.size());
-  for (int i = 0; i < train_; ++i) {
-    const Sequence& sequence = sequences_[size_t(i)];
-    const Attended exact = attend(sequence, sequence.latents, uk_, all_heads());
+  for (const int i : sampled_) {
+    const Stretch& stretch = stretches_[size_t(i)];
+    const Attended exact = attend(stretch, stretch.latents, uk_, all_heads());
     const View shape = exact.probabilities;
     const Tensor exact_logits = compute_->allocate(shape.rows, shape.cols), logits = compute_->allocate(shape.rows, shape.cols);
-    compute_->multiply(sequence.latents, exact.keys_query, exact_logits);
+    compute_->multiply(stretch.latents, exact.keys_query, exact_logits);
     for (size_t rank = 0; rank < ranks.size(); ++rank) {
       const Tensor query = compute_->allocate(ranks[rank].basis->rows, shape.cols);
-      compute_->multiply(ranks[rank].uk->row_blocks(shape_.heads).t(), nope_queries(sequence, all_heads()), query->col_blocks(shape_.heads));
-      compute_->multiply(cached_columns(sequence, ranks[rank]), query, logits);
+      compute_->multiply(ranks[rank].uk->row_blocks(shape_.heads).t(), nope_queries(stretch, all_heads()), query->col_blocks(shape_.heads));
+      compute_->multiply(cached_columns(stretch, ranks[rank]), query, logits);
       std::vector<double> both, square;
       compute_->covariances(exact.probabilities, exact_logits, logits, both, square);
       for (size_t column = 0; column < both.size(); ++column) {
-        const size_t head = rank * heads + column / size_t(sequence.columns());
+        const size_t head = rank * heads + column / size_t(stretch.columns());
         cross[head] += both[column];
         own[head] += square[column];
       }
@@ -94,10 +94,10 @@ void LayerFit::fit_values(Ranks& ranks, double ridge) {
   for (const Rank& rank : ranks) width += rank.basis->rows;
   const Tensor gram = compute_->allocate(heads * width, width), solution = compute_->allocate(heads * width, shape_.v);
   for (int i = 0; i < train_; ++i) {
-    const Sequence& sequence = sequences_[size_t(i)];
-    const Tensor outputs = compute_->allocate(width, heads * sequence.columns());  // of all ranks, one below the other
+    const Stretch& stretch = stretches_[size_t(i)];
+    const Tensor outputs = compute_->allocate(width, heads * stretch.columns());  // of all ranks, one below the other
     std::vector<Attended> attended;
-    const Tensor excess = value_difference(sequence, ranks, &attended, nullptr);
+    const Tensor excess = value_difference(stretch, ranks, &attended, nullptr);
     int64_t at = 0;
     for (const Attended& rank : attended) {
       compute_->copy(rank.outputs, outputs->row_range(at, at + rank.outputs->rows));

@@ -8,11 +8,12 @@ int64_t LayerFit::token_scatter(HostMatrix& out) {
   std::vector<double> sum(size_t(shape_.latent), 0.0);
   int64_t tokens = 0;
   for (int i = 0; i < train_; ++i) {
-    const Tensor& latents = sequences_[size_t(i)].latents;
-    compute_->multiply(latents->t(), latents, scatter, Update::add);
+    if (!stretches_[size_t(i)].last) continue;
+    const View& latents = stretches_[size_t(i)].latents;
+    compute_->multiply(latents.t(), latents, scatter, Update::add);
     const std::vector<double> part = compute_->column_sums(latents);
     for (size_t j = 0; j < sum.size(); ++j) sum[j] += part[j];
-    tokens += latents->rows;
+    tokens += latents.rows;
   }
   out = compute_->download(scatter.view());
   for (int64_t i = 0; i < out.rows; ++i) {
@@ -36,27 +37,27 @@ Sensitivity LayerFit::sensitivity() {
   // Covariance of each head's value under attention, one below the other.
   const Tensor value_covariance = compute_->allocate(heads * v, v);
   int64_t queries = 0;
-  for (int i = 0; i < train_; ++i) {
-    const Sequence& sequence = sequences_[size_t(i)];
-    queries += sequence.count;
-    const Attended attended = attend(sequence, sequence.latents, uk_, all_heads());
+  for (const int i : sampled_) {
+    const Stretch& stretch = stretches_[size_t(i)];
+    queries += stretch.count;
+    const Attended attended = attend(stretch, stretch.latents, uk_, all_heads());
     compute_->multiply(attended.outputs, attended.outputs->t(), outputs, Update::add);
 
-    const Tensor weight = compute_->allocate(sequence.tokens(), heads), total = compute_->allocate(sequence.tokens(), 1);
+    const Tensor weight = compute_->allocate(stretch.tokens(), heads), total = compute_->allocate(stretch.tokens(), 1);
     compute_->block_sums(attended.probabilities, weight);
     compute_->block_sums(weight, total);
-    const Tensor weighted = compute_->allocate(sequence.tokens(), r);
-    compute_->weigh_rows(sequence.latents, total, weighted);
-    compute_->multiply(sequence.latents->t(), weighted, attention, Update::add);
+    const Tensor weighted = compute_->allocate(stretch.tokens(), r);
+    compute_->weigh_rows(stretch.latents, total, weighted);
+    compute_->multiply(stretch.latents.t(), weighted, attention, Update::add);
 
-    const Tensor token_values = compute_->allocate(sequence.tokens(), heads * v), weighted_values = compute_->allocate(sequence.tokens(), heads * v);
-    compute_->multiply(sequence.latents, uv_->t(), token_values);
+    const Tensor token_values = compute_->allocate(stretch.tokens(), heads * v), weighted_values = compute_->allocate(stretch.tokens(), heads * v);
+    compute_->multiply(stretch.latents, uv_->t(), token_values);
     compute_->weigh_rows(token_values->col_blocks(heads), weight, weighted_values->col_blocks(heads));
     compute_->multiply(token_values->col_blocks(heads).t(), weighted_values->col_blocks(heads), value_covariance->row_blocks(heads), Update::add);
-    const View values = sequence.values->row_blocks(heads);
+    const View values = stretch.values->row_blocks(heads);
     compute_->multiply(values, values.t(), value_covariance->row_blocks(heads), Update::add, -1);
 
-    const View nope = nope_queries(sequence, all_heads());
+    const View nope = nope_queries(stretch, all_heads());
     compute_->multiply(nope, nope.t(), query_moment->row_blocks(heads), Update::add);
   }
   compute_->add(outputs, -1, attention);
@@ -91,13 +92,13 @@ Sensitivity LayerFit::sensitivity() {
 Tensor LayerFit::head_covariances(HeadRange heads) {
   const int64_t r = shape_.latent, count = heads.count();
   Tensor out = compute_->allocate(r, count * r);
-  for (int i = 0; i < train_; ++i) {
-    const Sequence& sequence = sequences_[size_t(i)];
-    const Attended attended = attend(sequence, sequence.latents, uk_, heads);
-    const Tensor weight = compute_->allocate(sequence.tokens(), count), weighted = compute_->allocate(sequence.tokens(), count * r);
+  for (const int i : sampled_) {
+    const Stretch& stretch = stretches_[size_t(i)];
+    const Attended attended = attend(stretch, stretch.latents, uk_, heads);
+    const Tensor weight = compute_->allocate(stretch.tokens(), count), weighted = compute_->allocate(stretch.tokens(), count * r);
     compute_->block_sums(attended.probabilities, weight);
-    compute_->weigh_rows(sequence.latents->repeated(count), weight, weighted->col_blocks(count));
-    compute_->multiply(sequence.latents->t(), weighted, out, Update::add);
+    compute_->weigh_rows(stretch.latents.repeated(count), weight, weighted->col_blocks(count));
+    compute_->multiply(stretch.latents.t(), weighted, out, Update::add);
     const View outputs = attended.outputs->col_blocks(count);
     compute_->multiply(outputs, outputs.t(), out->col_blocks(count), Update::add, -1);
   }

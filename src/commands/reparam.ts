@@ -5,7 +5,7 @@ import { BaseCommand } from '../cli/base_command.js';
 import { TplaError } from '../errors.js';
 import { loadModelConfig } from '../model/config.js';
 import type { KvDType } from '../native/types.js';
-import { MOST_TOKENS, QUERY_BYTES, type CalibrationOptions } from '../reparam/calibration.js';
+import { MOST_TOKENS, QUERY_BYTES, SAMPLE_BYTES, type CalibrationOptions } from '../reparam/calibration.js';
 import { convert, type ConversionOptions, type ConversionResult } from '../reparam/convert.js';
 import { DEVICES, type Device } from '../reparam/device.js';
 import type { OutputDType } from '../reparam/layer_tensors.js';
@@ -51,7 +51,7 @@ conversion that was interrupted goes on where it stopped when the same command i
     calibration: Flags.string({ description: 'UTF-8 text to fit on; default calibration.txt of the checkpoint' }),
     'calibration-tokens': Flags.integer({ min: 64, description: `tokens of it that are used; default ${MOST_TOKENS}, fewer where a layer's queries would take more than ${QUERY_BYTES / 1e9} GB` }),
     'calibration-context': Flags.integer({ default: 512, min: 16, description: 'tokens per calibration sequence' }),
-    'calibration-queries': Flags.integer({ default: 128, min: 1, description: 'queries sampled per sequence' }),
+    'calibration-queries': Flags.integer({ min: 1, description: `queries sampled per sequence; default all, fewer where a layer's would take more than ${SAMPLE_BYTES / 1e9} GB` }),
     'output-dtype': Flags.string({ options: ['auto', 'f32', 'bf16', 'fp8'], default: 'auto', description: 'format of changed matrices; auto keeps theirs, bf16 in place of fp8' }),
     seed: Flags.integer({ default: 1, min: 0, description: 'of the Hadamard signs, the sampling and the descent' }),
     device: Flags.string({ options: [...DEVICES], default: 'auto', description: 'what fits layers: the first GPU that can be used, or the CPU; the same result within rounding' }),
@@ -125,7 +125,7 @@ function reportOptions(request: Request): ReportOptions {
 function calibrationOf(request: Request): CalibrationOptions | null {
   const file = request.calibration ?? ownFile(request.model, 'calibration.txt');
   if (file === null) return null;
-  return { file, context: request['calibration-context'], tokens: request['calibration-tokens'] ?? null, queries: request['calibration-queries'], seed: request.seed };
+  return { file, context: request['calibration-context'], tokens: request['calibration-tokens'] ?? null, queries: request['calibration-queries'] ?? null, seed: request.seed };
 }
 
 function ownFile(model: string, name: string): string | null {

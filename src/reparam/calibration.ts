@@ -17,14 +17,16 @@ export interface CalibrationOptions {
   context: number;
   /** In total; null for as many as do good, within QUERY_BYTES. */
   tokens: number | null;
-  /** Queries sampled per sequence. */
-  queries: number;
+  /** Queries sampled per sequence; null for all, within SAMPLE_BYTES. */
+  queries: number | null;
   seed: number;
 }
 
 /** Calibration text as token sequences. */
 export interface CalibrationText {
   sequences: Int32Array[];
+  /** Queries sampled per sequence. */
+  queries: number;
   /** SHA-256 of the file. */
   hash: string;
   file: string;
@@ -35,8 +37,19 @@ export const MOST_TOKENS = 65536;
 /** Bound on one layer's queries of the whole text, the largest thing that calibration holds beside weights. */
 export const QUERY_BYTES = 2e9;
 
+/** Bound on one layer's sampled queries. Descent has so many unknowns that it takes all the queries it can get. */
+export const SAMPLE_BYTES = 5e8;
+
 function tokenCount({ tokens }: CalibrationOptions, spec: ModelSpec): number {
-  return tokens ?? Math.min(MOST_TOKENS, Math.floor(QUERY_BYTES / (spec.heads * (spec.qkNopeHeadDim + spec.qkRopeHeadDim) * 4)));
+  return tokens ?? Math.min(MOST_TOKENS, Math.floor(QUERY_BYTES / queryBytes(spec)));
+}
+
+function queryCount({ queries }: CalibrationOptions, spec: ModelSpec, sequences: number, context: number): number {
+  return Math.min(context, queries ?? Math.max(1, Math.floor(SAMPLE_BYTES / queryBytes(spec) / sequences)));
+}
+
+function queryBytes({ heads, qkNopeHeadDim, qkRopeHeadDim }: ModelSpec): number {
+  return heads * (qkNopeHeadDim + qkRopeHeadDim) * 4;
 }
 
 /** What a fit needs at least: as many sampled queries as it has unknowns per output, times this. */
@@ -57,11 +70,12 @@ export async function readCalibrationText(tokenizer: Tokenizer, spec: ModelSpec,
   const sequences: Int32Array[] = [];
   for (let at = 0; at + body <= ids.length; at += body) sequences.push(Int32Array.from([...begin, ...ids.slice(at, at + body)]));
   const chosen = shuffle(sequences, uniform(options.seed)).slice(0, Math.max(2, Math.floor(tokenCount(options, spec) / context)));
-  const queries = chosen.length * Math.min(options.queries, context);
+  const perSequence = queryCount(options, spec, Math.max(1, chosen.length), context);
+  const queries = chosen.length * perSequence;
   if (chosen.length < 2 || queries < QUERIES_PER_COLUMN * columns) {
     throw new TplaError('REQUEST_INVALID', `calibration text ${options.file} is too short: ${ids.length} tokens give ${queries} queries; fitting ${columns} columns per head takes at least ${QUERIES_PER_COLUMN * columns} in 2 sequences of ${context} tokens`);
   }
-  return { sequences: chosen, hash: createHash('sha256').update(text).digest('hex'), file: options.file };
+  return { sequences: chosen, queries: perSequence, hash: createHash('sha256').update(text).digest('hex'), file: options.file };
 }
 
 /** Positions whose queries are sampled, per sequence ascending: evenly spread, with a random phase. */
@@ -83,12 +97,12 @@ const PAGE_TOKENS = 64;
 export async function captureLayers(
   checkpoint: Checkpoint,
   text: CalibrationText,
-  options: { queries: number; seed: number; threads: number; isWanted: (layer: number) => boolean; pathOf: (layer: number) => string; onLayer: (layer: number) => void },
+  options: { seed: number; threads: number; isWanted: (layer: number) => boolean; pathOf: (layer: number) => string; onLayer: (layer: number) => void },
 ): Promise<void> {
   const { spec } = checkpoint;
   const addon = native();
   const lengths = text.sequences.map((sequence) => sequence.length);
-  const positions = sampledPositions(lengths, options.queries, options.seed);
+  const positions = sampledPositions(lengths, text.queries, options.seed);
   const bounds = lengths.reduce((sums, length) => [...sums, sums[sums.length - 1]! + length], [0]);
   const queryTokens = Int32Array.from(positions.flatMap((local, i) => local.map((position) => bounds[i]! + position)));
   const pagesOf = lengths.map((length) => Math.ceil(length / PAGE_TOKENS));

@@ -7,7 +7,7 @@ import { readSafetensors } from '../model/safetensors.js';
 import { attemptWrite, writeSafetensors } from '../model/safetensors_writer.js';
 import { Tokenizer } from '../model/tokenizer.js';
 import { native } from '../native/loader.js';
-import type { FitTarget, LayerSample } from '../native/reparam.js';
+import type { FitTarget, LayerSample, Sensitivity } from '../native/reparam.js';
 import type { Weights } from '../native/types.js';
 import { captureLayers, loadSample, readCalibrationText, type CalibrationOptions, type CalibrationText } from './calibration.js';
 import { fitTarget, type Device } from './device.js';
@@ -89,6 +89,8 @@ export interface FitContext {
   target: FitTarget;
   deviceName: string;
   clock: StageClock;
+  /** Per layer, for methods that are fitted to the same sample one after the other. */
+  statistics?: { known: Sensitivity | null }[];
 }
 
 async function calibrationText(source: Checkpoint, options: ConversionOptions): Promise<CalibrationText> {
@@ -146,7 +148,7 @@ async function convertLayers(source: Checkpoint, text: CalibrationText | null, o
   if (text !== null && todo.some((layer) => !journal.has(captureName(layer)))) {
     progress.start('calibrate', spec.layers);
     await fit.clock.time('capture', () => captureLayers(source, text, {
-      queries: options.calibration!.queries, seed: options.seed, threads: options.threads,
+      seed: options.seed, threads: options.threads,
       isWanted: (layer) => !isDone(layer) && !journal.has(captureName(layer)),
       pathOf: (layer) => journal.path(captureName(layer)),
       onLayer: () => progress.advance(1),
@@ -188,7 +190,7 @@ export async function reparameteriseLayer(
   const { target, clock } = fit;
   const published = clock.timeNow('read', () => readSourceLayer(source, weights, layer));
   const input = { shape: layerShape(source), weights: clock.timeNow('read', () => fitWeights(source, weights, layer, published)), sample };
-  const design = await designLayer(input, method, { groups, seed: seed + layer, target, clock });
+  const design = await designLayer(input, method, { groups, seed: seed + layer, target, clock, statistics: fit.statistics?.[layer] });
   const tensors = await clock.time('store', () => layerTensors(source, layer, published, design, { transform: hasTransform(method), output, target }));
   const hash = createHash('sha256');
   for (const { name, dtype, shape, data } of tensors) hash.update(`${name} ${dtype} ${shape.join('x')}\n`).update(data);

@@ -34,11 +34,13 @@ export interface FitOptions {
   seed: number;
   target: FitTarget;
   clock: StageClock;
+  /** Where several methods are fitted to the same sample, what they all ask first. */
+  statistics?: { known: Sensitivity | null };
 }
 
 /** Of the calibration sequences, the part that only measures. */
 const TEST_SHARE = 1 / 8;
-const RIDGE = 1e-3;
+const RIDGE = 1e-2;
 const STAGE_OF: Record<FitStep['kind'] | 'error', Stage> = { scales: 'regress', queries: 'regress', values: 'regress', refine: 'descend', error: 'measure' };
 const REFINE_RATE = 0.03;
 const REFINE_BATCH = 256;
@@ -46,12 +48,18 @@ const REFINE_BATCH = 256;
 export async function designLayer(input: LayerInput, method: Method, options: FitOptions): Promise<LayerDesign> {
   const fit = input.sample === null ? null : openFit(input, options);
   try {
-    const sensitivity = fit === null ? null : await options.clock.time('statistics', () => fit.sensitivity());
+    const sensitivity = fit === null ? null : await statisticsOf(fit, options);
     const definite = method.basis === 'best' ? await bestForm(input, method, options, fit!, sensitivity!) : { ...method, basis: method.basis };
     return await designWith(input, definite, options, fit, sensitivity);
   } finally {
     fit?.close();
   }
+}
+
+async function statisticsOf(fit: LayerFit, { clock, statistics }: FitOptions): Promise<Sensitivity> {
+  const found = statistics?.known ?? (await clock.time('statistics', () => fit.sensitivity()));
+  if (statistics !== undefined) statistics.known = found;
+  return found;
 }
 
 function openFit({ shape, weights, sample }: LayerInput, { target, clock }: FitOptions): LayerFit {

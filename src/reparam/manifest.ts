@@ -38,7 +38,7 @@ export function writeManifest(
     fingerprint,
     source: { name: source.identity.name, fingerprint: source.identity.fingerprint },
     method: { name: methodName, groups, ...method },
-    calibration: text === null ? null : { file: basename(text.file), sha256: text.hash, sequences: text.sequences.length, context: calibration!.context, queries_per_sequence: calibration!.queries, seed: calibration!.seed },
+    calibration: text === null ? null : { file: basename(text.file), sha256: text.hash, sequences: text.sequences.length, context: calibration!.context, queries_per_sequence: text.queries, seed: calibration!.seed },
     layers,
   };
   journal.writeText(MANIFEST, `${JSON.stringify(manifest, null, 2)}\n`);

@@ -122,7 +122,7 @@ export async function report(options: ReportOptions, progress: Progress): Promis
   if (source.spec.tpla !== null) throw new TplaError('USAGE', `${source.dir} is already reparameterised; --report starts from the published checkpoint`);
   if (options.calibration.file === options.text) throw new TplaError('USAGE', `${options.text} is both calibration and evaluation text; they must not overlap`);
   const target = fitTarget(options.device, options.threads);
-  const fit: FitContext = { target, deviceName: native().reparamDevice(target), clock: new StageClock() };
+  const fit: FitContext = { target, deviceName: native().reparamDevice(target), clock: new StageClock(), statistics: Array.from({ length: layers }, () => ({ known: null })) };
   const entries = reportEntries(kvLoraRank, options.groups).filter(({ name }) => options.only.length === 0 || options.only.some((word) => name.includes(word)));
   for (const { method } of entries) validateMethod(method, { groups: options.groups, kvLoraRank });
   const tokenizer = Tokenizer.load(source.dir);
@@ -139,7 +139,7 @@ export async function report(options: ReportOptions, progress: Progress): Promis
   try {
     const capture = (layer: number) => join(work, `capture-${layer}.safetensors`);
     progress.start('calibrate', layers);
-    await captureLayers(source, calibration, { queries: options.calibration.queries, seed: options.calibration.seed, threads: options.threads, isWanted: () => true, pathOf: capture, onLayer: () => progress.advance(1) });
+    await captureLayers(source, calibration, { seed: options.calibration.seed, threads: options.threads, isWanted: () => true, pathOf: capture, onLayer: () => progress.advance(1) });
     progress.finish();
     progress.start('methods', entries.length + 2);
     const rows: ReportRow[] = [];

@@ -9,17 +9,19 @@ import { gaussian } from '../support/checkpoint.js';
 const test = suite('reparam/layer_fit');
 const TARGET: FitTarget = { device: 'cpu', threads: 2 };
 const SHAPE: LayerShape = { heads: 3, nope: 5, rope: 4, v: 6, latent: 12, hidden: 10, softmaxScale: 0.4 };
-const SEQUENCES = [0, 20, 47, 60];
+/** The first is longer than one stretch of queries. */
+const SEQUENCES = [0, 150, 177, 190];
+const TOKENS = 190;
 const random = gaussian(11);
 const fill = (count: number, scale = 1) => Float32Array.from({ length: count }, () => scale * random());
 
 /** Latents with a falling spectrum, as trained models have. */
 const sample: LayerSample = {
   sequences: Int32Array.from(SEQUENCES),
-  latents: Float32Array.from({ length: 60 * SHAPE.latent }, (_, i) => random() * 2 * 0.8 ** (i % SHAPE.latent) + 0.3),
-  ropeKeys: fill(60 * SHAPE.rope),
-  queryTokens: Int32Array.from({ length: 60 }, (_, i) => i),
-  queries: fill(60 * SHAPE.heads * (SHAPE.nope + SHAPE.rope)),
+  latents: Float32Array.from({ length: TOKENS * SHAPE.latent }, (_, i) => random() * 2 * 0.8 ** (i % SHAPE.latent) + 0.3),
+  ropeKeys: fill(TOKENS * SHAPE.rope),
+  queryTokens: Int32Array.from({ length: TOKENS }, (_, i) => i),
+  queries: fill(TOKENS * SHAPE.heads * (SHAPE.nope + SHAPE.rope)),
 };
 const weights: LayerWeights = {
   uk: fill(SHAPE.heads * SHAPE.nope * SHAPE.latent, 0.4),
@@ -110,7 +112,7 @@ test('scales are the least squares under exact attention', async () => {
   for (const [i, rank] of design.entries()) {
     let cross = 0;
     let own = 0;
-    for (let query = 0; query < 60; query++) {
+    for (let query = 0; query < TOKENS; query++) {
       const { p } = attend(exact, query, 1);
       const begin = SEQUENCES.findLast((first) => first <= query)!;
       const q = sample.queries.subarray((query * SHAPE.heads + 1) * (SHAPE.nope + SHAPE.rope));
@@ -133,8 +135,8 @@ test('values are the ridge regression around the given ones', async () => {
   const ridge = 0.01;
   const { design: fitted } = await open().run(design, [{ kind: 'values', ridge }]);
   const head = 2;
-  const outputs = Array.from({ length: 60 }, (_, query) => design.flatMap((rank) => attend(rank, query, head).u));
-  const rest = Array.from({ length: 60 }, (_, query) => {
+  const outputs = Array.from({ length: TOKENS }, (_, query) => design.flatMap((rank) => attend(rank, query, head).u));
+  const rest = Array.from({ length: TOKENS }, (_, query) => {
     const want = headValue([slice(0, SHAPE.latent)], query, head);
     const got = headValue(design, query, head);
     return want.map((x, d) => x - got[d]!);
@@ -185,7 +187,7 @@ test('multiply', async () => {
 
 test('arguments that do not fit are refused by name', () => {
   assert.throws(() => new (native().LayerFit)(SHAPE, { ...weights, uk: new Float32Array(3) }, sample, { train: 1, target: TARGET }), /weights\.uk: expected 180 numbers, got 3/);
-  assert.throws(() => new (native().LayerFit)(SHAPE, weights, { ...sample, queryTokens: Int32Array.of(99) }, { train: 1, target: TARGET }), /sample\.queryTokens/);
+  assert.throws(() => new (native().LayerFit)(SHAPE, weights, { ...sample, queryTokens: Int32Array.of(999) }, { train: 1, target: TARGET }), /sample\.queryTokens/);
 });
 
 test.run();
