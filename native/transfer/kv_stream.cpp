@@ -32,7 +32,7 @@ namespace {
 constexpr uint32_t kMagic = 0x31564b54;  // "TKV1"
 constexpr uint64_t kRefusedBit = uint64_t(1) << 63;
 // Small enough that a frame made by a core is still in its cache when the kernel copies it.
-constexpr size_t kFrameBytes = 256 * 1024;
+constexpr size_t kFrameBytes = 128 * 1024;
 constexpr int kMaxUnknownConnections = 64;
 constexpr int kKeyTimeoutMs = 3000;
 constexpr int kConnectTimeoutMs = 5000;
@@ -57,12 +57,6 @@ void set_blocking(int socket) { fcntl(socket, F_SETFL, fcntl(socket, F_GETFL) & 
 void set_receive_timeout(int socket, int ms) {
   const timeval limit{ms / 1000, ms % 1000 * 1000};
   setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
-}
-
-void ask_for_buffers(int socket) {
-  const int bytes = 4 << 20;
-  setsockopt(socket, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
-  setsockopt(socket, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
 }
 
 // False at the end of the stream or on an error.
@@ -234,7 +228,6 @@ void StreamReceiver::Core::serve(UniqueFd socket) {
   }
   set_receive_timeout(socket.get(), 0);
   tune_tcp(socket.get(), 10000);
-  ask_for_buffers(socket.get());
   read_frames(socket.get(), *client);
   const std::lock_guard lock(client->mutex);
   client->sockets.erase(std::find(client->sockets.begin(), client->sockets.end(), socket.get()));
@@ -442,7 +435,6 @@ StreamSender::StreamSender(const SocketAddress& address, const std::string& key,
     connection->socket = connect_socket(address, kConnectTimeoutMs);
     const int socket = connection->socket.get();
     set_blocking(socket);
-    ask_for_buffers(socket);
     const int on = 1;
     connection->zero_copy = zero_copy != ZeroCopy::never && setsockopt(socket, SOL_SOCKET, SO_ZEROCOPY, &on, sizeof(on)) == 0;
     core_->uses_zero_copy = core_->uses_zero_copy || connection->zero_copy;

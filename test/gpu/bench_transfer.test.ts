@@ -1,0 +1,42 @@
+// time limit: 600 s
+import { suite } from 'uvu';
+import * as assert from 'uvu/assert';
+import type { OverlapRow } from '../../src/bench/transfer/overlap.js';
+import type { BenchRow } from '../../src/bench/transfer/rows.js';
+import { tpla } from '../support/cli.js';
+
+const test = suite('bench-transfer on the GPU');
+const SMALL = ['--layers', '4', '--tokens', '700', '--iterations', '3', '--warmup', '1', '--json'];
+
+async function handoffs(...args: string[]): Promise<BenchRow[]> {
+  const { status, stdout, stderr } = await tpla(['bench-transfer', ...SMALL, ...args]);
+  assert.is(status, 0, stderr);
+  return (JSON.parse(stdout) as { rows: BenchRow[] }).rows.filter(({ path }) => !path.startsWith('plain-'));
+}
+
+test('two processes on one GPU hand KV over in every view and precision, pushed and pulled', async () => {
+  const rows = await handoffs('--path', 'same-gpu,same-gpu-ipc', '--direction', 'push,pull', '--page-tokens', '16', '--target-page-tokens', '64', '--view', 'mla,tpla2+64,dcp2', '--target-dtype', 'bf16,fp8');
+  assert.is(rows.length, 2 * 2 * 3 * 2);
+  for (const row of rows) {
+    assert.is(row.path, 'same-gpu');
+    assert.ok(row.verified && row.gb_per_s > 0, JSON.stringify(row));
+  }
+});
+
+test('GPU and host memory hand KV over in both directions', async () => {
+  const rows = await handoffs('--path', 'pinned,pinned-to-gpu', '--view', 'mla,tpla2');
+  assert.equal(rows.map(({ setup, path, verified }) => [setup, path, verified]), [
+    ['pinned', 'pinned', true], ['pinned', 'pinned', true], ['pinned-to-gpu', 'pinned', true], ['pinned-to-gpu', 'pinned', true],
+  ]);
+});
+
+test('a hand-off is measured beside prefill', async () => {
+  const { status, stdout, stderr } = await tpla(['bench-transfer', ...SMALL, '--preset', 'overlap', '--path', 'same-gpu', '--layers-per-push', '2']);
+  assert.is(status, 0, stderr);
+  const [row] = (JSON.parse(stdout) as { rows: OverlapRow[] }).rows;
+  assert.ok(row!.verified);
+  assert.ok(row!.prefill_alone_us.p50 > 0 && row!.with_handoff_us.p50 > 0);
+  assert.is(row!.bytes, 700 * 4 * 1152);
+});
+
+test.run();
