@@ -53,7 +53,7 @@ function queryBytes({ heads, qkNopeHeadDim, qkRopeHeadDim }: ModelSpec): number 
 }
 
 /** What a fit needs at least: as many sampled queries as it has unknowns per output, times this. */
-const QUERIES_PER_COLUMN = 2;
+const QUERIES_PER_COLUMN = 4;
 
 /** Cuts the text into sequences; throws REQUEST_INVALID when it is too short to fit `columns` columns per head. */
 export async function readCalibrationText(tokenizer: Tokenizer, spec: ModelSpec, options: CalibrationOptions, columns: number): Promise<CalibrationText> {

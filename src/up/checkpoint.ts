@@ -10,7 +10,7 @@ import { loadCheckpoint } from '../model/checkpoint.js';
 const TPLA = fileURLToPath(new URL('../../bin/tpla.js', import.meta.url));
 
 /** Arguments of `tpla reparam`. Quick is regression alone, without the descent it would go on with: seconds for a small model, most of the accuracy. */
-const EFFORT = { quick: ['--refine', '0', '--calibration-tokens', '16384'], full: [] } as const;
+const EFFORT = { quick: ['--refine', '0', '--calibration-tokens', '16384', '--calibration-queries', '128'], full: [] } as const;
 
 export interface PreparedStack {
   stack: UpConfig;
