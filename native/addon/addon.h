@@ -13,6 +13,7 @@ void export_transfer(Napi::Env env, Napi::Object exports);
 void export_write_gate(Napi::Env env, Napi::Object exports);
 void export_stream(Napi::Env env, Napi::Object exports);
 void export_ucx(Napi::Env env, Napi::Object exports);
+void export_block_file(Napi::Env env, Napi::Object exports);
 void export_cuda_kv(Napi::Env env, Napi::Object exports);
 void export_baseline(Napi::Env env, Napi::Object exports);
 void export_weights(Napi::Env env, Napi::Object exports);

@@ -60,9 +60,17 @@ export interface PoolConfig {
   /** Fd-passing channel for workers on this host. */
   channel_listen: string;
   dram_bytes: number;
+  nvme: NvmeConfig;
   /** After SIGTERM, how long running requests may take to finish. */
   drain_ms: number;
   log_level: LogLevel;
+}
+
+export interface NvmeConfig {
+  /** Block file, or null for none. */
+  path: string | null;
+  bytes: number;
+  queue_depth: number;
 }
 
 export interface RouteConfig {

@@ -109,4 +109,6 @@ export interface PoolState {
   layout: KvLayout | null;
   /** `used` slots are pinned or being written, `cached` ones can be evicted. */
   pages: { total: number; used: number; cached: number };
+  /** The block file behind the memory; null without one, or until the first worker has connected. */
+  nvme: { path: string; engine: 'io_uring' | 'threads'; direct: boolean; slots: number; blocks: number } | null;
 }

@@ -367,6 +367,49 @@ export interface PrefillLoad {
   close(): void;
 }
 
+// ---------------------------------------------------------------- storage
+
+/** What a slot of a block file holds. */
+export interface BlockRecord {
+  /** 32 hexadecimal digits. */
+  id: string;
+  /** Which block of its sequence it is. */
+  index: number;
+  /** Rows that are filled. */
+  tokens: number;
+  /** Of those rows, as kvChecksum gives it, decimal. */
+  checksum: string;
+}
+
+/** Canonical blocks in the slots of one file (native/storage/block_file.h). Calls queue up behind its threads; pages are the caller's while one is under way. */
+export interface BlockFile {
+  readonly engine: 'io_uring' | 'threads';
+  /** Past the page cache (O_DIRECT). */
+  readonly direct: boolean;
+  /** The file was made, or emptied because it held something else. */
+  readonly fresh: boolean;
+  readonly slots: number;
+  /** What the slots say they hold; rows are verified when they are read. */
+  scan(): Promise<(BlockRecord & { slot: number })[]>;
+  write(slot: number, region: KvRegion, page: number, record: BlockRecord): Promise<void>;
+  /** False where the slot does not hold, whole, what the record says. */
+  read(slot: number, region: KvRegion, page: number, record: BlockRecord): Promise<boolean>;
+  erase(slot: number): Promise<void>;
+  /** Waits for what is under way. */
+  close(): void;
+}
+
+export interface BlockFileOptions {
+  path: string;
+  /** Canonical. */
+  layout: KvLayout;
+  bytes: number;
+  /** Transfers at a time, and pieces of one under way at a time. */
+  threads: number;
+  depth: number;
+  engine?: 'auto' | 'io_uring' | 'threads';
+}
+
 // ---------------------------------------------------------------- module
 
 export interface NativeModule extends ReparamModule, AttentionModule {
@@ -376,6 +419,8 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   probe(): ProbeResult;
   /** Measures this machine for about a second, on the calling thread too; `isa` as in EngineOptions. */
   measureCpu(threads: number, isa?: string): CpuRates;
+  /** Throws IO_FAILED, REQUEST_INVALID where `bytes` hold no block. */
+  openBlockFile(options: BlockFileOptions): BlockFile;
   /** Loads UCX from the absolute path of libucp, under the UCX_… settings of the environment. Throws CONFIG_INVALID saying what is wrong with either. */
   openUcx(library: string): Promise<Ucx>;
   /** Sends a state such as `READY=1` to systemd; `socket` is the value of NOTIFY_SOCKET. */

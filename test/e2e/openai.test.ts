@@ -13,7 +13,7 @@ import type { WorkerState } from '../../src/fleet/protocol.js';
 import type { TplaTimings } from '../../src/http/openai_types.js';
 import type { KvForm } from '../../src/native/types.js';
 import { eventually, RoleProcess } from '../support/role_process.js';
-import { LOCAL_TRANSFER } from '../support/worker_stack.js';
+import { LOCAL_TRANSFER, NO_DISK } from '../support/worker_stack.js';
 
 const MODEL = fileURLToPath(new URL('../../models/demo', import.meta.url));
 const COMMON = { model: MODEL, model_name: 'demo', threads: 1, drain_ms: 10_000, log_level: 'info' as const, kv: { dtype: 'f32' as const, page_tokens: 64, pages: 512 } };
@@ -31,7 +31,7 @@ class Stack {
   url = '';
 
   async start({ prefill, decode }: { prefill: number; decode: { form: KvForm; ranks: number }[] }): Promise<this> {
-    const pool = RoleProcess.start('pool', { listen: this.#at('pool'), id: 'pool', channel_listen: this.#at('pool-channel'), dram_bytes: 64 << 20, drain_ms: 1_000, log_level: 'info' });
+    const pool = RoleProcess.start('pool', { listen: this.#at('pool'), id: 'pool', channel_listen: this.#at('pool-channel'), dram_bytes: 64 << 20, nvme: NO_DISK, drain_ms: 1_000, log_level: 'info' });
     this.#others.push(await pool);
     this.prefill.push(...await Promise.all(Array.from({ length: prefill }, (_, i) => this.startPrefill(i))));
     this.decode.push(...await Promise.all(decode.map((attention, i) => this.startDecode(i, attention))));

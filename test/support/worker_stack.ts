@@ -14,6 +14,9 @@ import { eventually, RoleProcess } from './role_process.js';
 export const VOCAB = TINY_V3.vocab_size as number;
 export const LAYERS = TINY_V3.num_hidden_layers as number;
 
+/** A pool in memory alone. */
+export const NO_DISK: PoolConfig['nvme'] = { path: null, bytes: 1 << 30, queue_depth: 16 };
+
 /** Hand-offs as one host does them. */
 export const LOCAL_TRANSFER: PrefillConfig['transfer'] = { require_path: null, ucx: { use: 'never', library: null, options: {} } };
 
@@ -42,7 +45,7 @@ export class WorkerStack {
   }
 
   poolConfig(fields: Partial<PoolConfig> = {}): PoolConfig {
-    return { listen: this.address('pool'), id: 'pool-0', channel_listen: this.address('pool-channel'), dram_bytes: 64 << 20, drain_ms: 1000, log_level: 'info', ...fields };
+    return { listen: this.address('pool'), id: 'pool-0', channel_listen: this.address('pool-channel'), dram_bytes: 64 << 20, nvme: NO_DISK, drain_ms: 1000, log_level: 'info', ...fields };
   }
 
   address(name: string): string {

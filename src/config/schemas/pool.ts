@@ -17,6 +17,15 @@ export const poolSchema: ObjectSchema<PoolConfig> = {
       description: 'Memory for blocks; touched only as it fills',
       bytes: { minimum: 1_048_576 }, default: 4_294_967_296, flag: 'dram-bytes',
     },
+    nvme: {
+      description: 'Blocks kept on disk when memory is needed for others, also over a restart',
+      type: 'object', default: {}, additionalProperties: false,
+      properties: {
+        path: { description: 'Block file on an NVMe disk, one a pool, or null for none (`none` as a flag)', type: ['string', 'null'], path: true, default: null, flag: 'nvme-path' },
+        bytes: { description: 'Size of the file; taken from the disk as it fills', bytes: { minimum: 1_048_576 }, default: 68_719_476_736, flag: 'nvme-bytes' },
+        queue_depth: { description: 'Reads or writes of one block that are under way at a time', type: 'integer', minimum: 1, maximum: 1024, default: 16, flag: 'nvme-queue-depth' },
+      },
+    },
     drain_ms: drainMs,
     log_level: logLevel,
   },

@@ -52,6 +52,16 @@ export class BlockIndex {
     return found;
   }
 
+  /** Whether the block is here and whole. */
+  has(id: string): boolean {
+    return this.#byId.get(id)?.writer === null;
+  }
+
+  /** Blocks that can be evicted, the next to go first. */
+  *idle(): Iterable<{ id: string } & StoredBlock> {
+    for (const entry of this.#idle) yield { id: entry.id, ...stored(entry) };
+  }
+
   /** Slots for blocks that `client` is going to write. */
   reserve(client: string, ids: readonly string[], pin: boolean): Reservation[] {
     return ids.map((id) => {

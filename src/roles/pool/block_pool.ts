@@ -1,18 +1,29 @@
 /** The pool's memory, what lies in it, and the workers that use it. */
 import { randomBytes } from 'node:crypto';
+import type { Logger } from 'pino';
+import type { NvmeConfig } from '../../config/types.js';
 import { TplaError } from '../../errors.js';
 import { consecutiveRuns, slotTable, tokenRange } from '../../kv/block_runs.js';
 import { POOL_PROTOCOL, type CommitRequest, type LookupRequest, type PoolAnswer, type PoolHello, type PoolState, type Reservation, type ReserveRequest, type StoredBlock, type UnpinRequest } from '../../kv/pool_protocol.js';
 import type { KvLayout, KvRegion, NativeModule, SharedMemory } from '../../native/types.js';
 import { BlockIndex } from './block_index.js';
+import { NvmeTier, type Memory, type NvmeCounters, type NvmeState } from './nvme_tier.js';
 
-export type PoolNative = Pick<NativeModule, 'SharedMemory' | 'mapKvRegion' | 'kvChecksum' | 'listenChannel'>;
+export type PoolNative = Pick<NativeModule, 'SharedMemory' | 'mapKvRegion' | 'kvChecksum' | 'listenChannel' | 'openBlockFile'>;
 
 /** The memory cut into slots of one layout. The first worker decides the layout; it can change once nobody is connected. */
 interface Shelf {
   layout: KvLayout;
   region: KvRegion;
   index: BlockIndex;
+  /** Where blocks are kept on disk too. */
+  tier: NvmeTier | null;
+}
+
+/** The disk behind the memory, if there is one. */
+export interface PoolDisk {
+  config: NvmeConfig & { path: string };
+  log: Logger;
 }
 
 export interface PoolCounters {
@@ -27,13 +38,16 @@ export interface PoolCounters {
 export class BlockPool {
   readonly memory: SharedMemory;
   readonly counters: PoolCounters = { lookups: 0, hitBlocks: 0, missedBlocks: 0, storedBlocks: 0, refusedBlocks: 0, evictedBlocks: 0 };
+  readonly nvmeCounters: NvmeCounters = { spilledBlocks: 0, loadedBlocks: 0, corruptBlocks: 0, failedWrites: 0 };
   readonly #native: PoolNative;
+  readonly #disk: PoolDisk | null;
   readonly #clients = new Map<string, string>();
   #shelf: Shelf | null = null;
   #verifying = 0;
 
-  constructor(native: PoolNative, bytes: number) {
+  constructor(native: PoolNative, bytes: number, disk: PoolDisk | null = null) {
     this.#native = native;
+    this.#disk = disk;
     this.memory = native.SharedMemory.create(bytes, 'tpla-kv-pool');
   }
 
@@ -47,6 +61,11 @@ export class BlockPool {
 
   get pages(): PoolState['pages'] {
     return this.#shelf?.index.counts ?? { total: 0, used: 0, cached: 0 };
+  }
+
+  /** null without a disk, or before the first worker has decided the layout. */
+  get nvme(): NvmeState | null {
+    return this.#shelf?.tier?.state ?? null;
   }
 
   join(hello: PoolHello): PoolAnswer {
@@ -66,11 +85,21 @@ export class BlockPool {
   }
 
   leave(client: string): void {
-    if (this.#clients.delete(client)) this.#shelf?.index.dropClient(client);
+    if (!this.#clients.delete(client)) return;
+    this.#shelf?.index.dropClient(client);
+    this.#shelf?.tier?.spill();
   }
 
-  lookup({ client, ids }: LookupRequest): StoredBlock[] {
-    const blocks = this.#indexOf(client).lookup(client, ids);
+  /** What is on disk is brought back first. */
+  async lookup({ client, ids }: LookupRequest): Promise<StoredBlock[]> {
+    this.#indexOf(client);
+    const release = await this.#shelf!.tier?.load(ids);
+    let blocks: StoredBlock[];
+    try {
+      blocks = this.#indexOf(client).lookup(client, ids);
+    } finally {
+      release?.();
+    }
     this.counters.lookups++;
     this.counters.hitBlocks += blocks.length;
     this.counters.missedBlocks += ids.length - blocks.length;
@@ -86,7 +115,7 @@ export class BlockPool {
     const index = this.#indexOf(client);
     const writing = (block: CommitRequest['blocks'][number]) => index.isWriting(client, block.id, block.slot);
     const sums = await this.#checksums(blocks.filter(writing));
-    return blocks.map((block) => {
+    const stored = blocks.map((block) => {
       if (!writing(block)) return false;
       if (sums.get(block.slot) !== block.checksum) {
         index.unpin(client, [block.slot]);
@@ -97,14 +126,20 @@ export class BlockPool {
       this.counters.storedBlocks++;
       return true;
     });
+    this.#shelf?.tier?.spill();
+    return stored;
   }
 
   unpin({ client, slots }: UnpinRequest): void {
     this.#indexOf(client).unpin(client, slots);
+    this.#shelf?.tier?.spill();
   }
 
-  evict(ids?: string[]): number {
-    return this.#shelf?.index.evict(ids) ?? 0;
+  /** From the disk, too. */
+  async evict(ids?: string[]): Promise<number> {
+    const evicted = this.#shelf?.index.evict(ids) ?? 0;
+    await this.#shelf?.tier?.evict(ids);
+    return evicted;
   }
 
   check(): string[] {
@@ -116,6 +151,7 @@ export class BlockPool {
   }
 
   close(): void {
+    this.#shelf?.tier?.close();
     this.#shelf?.region.close();
     this.#shelf = null;
     this.memory.close();
@@ -153,10 +189,24 @@ export class BlockPool {
     }
     if (this.#shelf) {
       this.counters.evictedBlocks += this.#shelf.index.evictions;
+      this.#shelf.tier?.close();
       this.#shelf.region.close();
     }
-    this.#shelf = { layout, region, index: new BlockIndex(slots) };
+    const memory = { layout, region, index: new BlockIndex(slots) };
+    this.#shelf = { ...memory, tier: this.#openTier(memory) };
     return null;
+  }
+
+  /** A disk that cannot be used is said; the memory serves without it. */
+  #openTier(memory: Memory): NvmeTier | null {
+    if (!this.#disk) return null;
+    const { config, log } = this.#disk;
+    try {
+      return new NvmeTier(this.#native, config, memory, this.nvmeCounters, log);
+    } catch (error) {
+      log.error({ path: config.path, reason: (error as Error).message }, 'the NVMe tier is off');
+      return null;
+    }
   }
 }
 

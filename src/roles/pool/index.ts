@@ -18,7 +18,8 @@ const MAX_BODY_BYTES = 64 << 20;
 export async function startPool(config: PoolConfig, context: RoleContext, addon: PoolNative = native()): Promise<RunningRole> {
   const { log } = context;
   const app = createHttpServer({ log, maxBodyBytes: MAX_BODY_BYTES });
-  const pool = new BlockPool(addon, config.dram_bytes);
+  const { path } = config.nvme;
+  const pool = new BlockPool(addon, config.dram_bytes, path === null ? null : { config: { ...config.nvme, path }, log });
   let status: RoleStatus = 'starting';
   let channels: ChannelServer | undefined;
   const open = new Set<Channel>();
@@ -29,7 +30,7 @@ export async function startPool(config: PoolConfig, context: RoleContext, addon:
     metrics: () => metrics,
     state: (): PoolState => ({
       role: 'kv-pool', id: config.id, channel: config.channel_listen, draining: status === 'draining',
-      clients: pool.clients, bytes: pool.memory.bytes, layout: pool.layout, pages: pool.pages,
+      clients: pool.clients, bytes: pool.memory.bytes, layout: pool.layout, pages: pool.pages, nvme: pool.nvme,
     }),
   });
   async function close(): Promise<void> {

@@ -17,5 +17,11 @@ export function poolMetrics(pool: BlockPool): Registry {
   counter('tpla_pool_stored_blocks_total', 'Blocks written and verified', () => pool.counters.storedBlocks);
   counter('tpla_pool_refused_blocks_total', 'Blocks written whose checksum did not match', () => pool.counters.refusedBlocks);
   counter('tpla_pool_evicted_blocks_total', 'Blocks evicted to make room, or on request', () => pool.evictions);
+  gauge('tpla_pool_nvme_blocks', 'Blocks on disk', () => pool.nvme?.blocks ?? 0);
+  gauge('tpla_pool_nvme_slots', 'Blocks the disk has room for', () => pool.nvme?.slots ?? 0);
+  counter('tpla_pool_nvme_spilled_blocks_total', 'Blocks written to disk', () => pool.nvmeCounters.spilledBlocks);
+  counter('tpla_pool_nvme_loaded_blocks_total', 'Blocks read back from disk and verified', () => pool.nvmeCounters.loadedBlocks);
+  counter('tpla_pool_nvme_corrupt_blocks_total', 'Blocks on disk that were not what was written', () => pool.nvmeCounters.corruptBlocks);
+  counter('tpla_pool_nvme_failed_writes_total', 'Blocks that could not be written to disk', () => pool.nvmeCounters.failedWrites);
   return registry;
 }

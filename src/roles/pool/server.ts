@@ -22,9 +22,9 @@ const UNPIN = strictObject({ client: CLIENT, slots: { type: 'array', items: SLOT
 const EVICT = { type: 'object', properties: { ids: IDS }, additionalProperties: false };
 
 export function addPoolRoutes(app: FastifyInstance, pool: BlockPool): void {
-  app.post<{ Body: LookupRequest }>('/lookup', { schema: { body: LOOKUP } }, async ({ body }): Promise<LookupReply> => ({ blocks: pool.lookup(body) }));
+  app.post<{ Body: LookupRequest }>('/lookup', { schema: { body: LOOKUP } }, async ({ body }): Promise<LookupReply> => ({ blocks: await pool.lookup(body) }));
   app.post<{ Body: ReserveRequest }>('/reserve', { schema: { body: RESERVE } }, async ({ body }): Promise<ReserveReply> => ({ blocks: pool.reserve(body) }));
   app.post<{ Body: CommitRequest }>('/commit', { schema: { body: COMMIT } }, async ({ body }): Promise<CommitReply> => ({ stored: await pool.commit(body) }));
   app.post<{ Body: UnpinRequest }>('/unpin', { schema: { body: UNPIN } }, async ({ body }) => { pool.unpin(body); return {}; });
-  app.post<{ Body: EvictRequest }>('/evict', { schema: { body: EVICT } }, async ({ body }): Promise<EvictReply> => ({ evicted: pool.evict(body.ids) }));
+  app.post<{ Body: EvictRequest }>('/evict', { schema: { body: EVICT } }, async ({ body }): Promise<EvictReply> => ({ evicted: await pool.evict(body.ids) }));
 }

@@ -16,6 +16,7 @@ import { blockBytes } from '../../../src/roles/pool/block_pool.js';
 import { startPool } from '../../../src/roles/pool/index.js';
 import type { RunningRole } from '../../../src/roles/role.js';
 import { eventually, RoleProcess } from '../../support/role_process.js';
+import { NO_DISK } from '../../support/worker_stack.js';
 import { LAYOUT } from './layout.js';
 
 const directory = mkdtempSync(join(tmpdir(), 'tpla-pool-'));
@@ -27,7 +28,7 @@ const BLOCK = blockBytes(LAYOUT);
 let serial = 0;
 function config(slots = 16): PoolConfig {
   const name = `pool${serial++}`;
-  return { listen: `unix:${directory}/${name}.sock`, id: name, channel_listen: `unix:${directory}/${name}.channel`, dram_bytes: slots * BLOCK, drain_ms: 1000, log_level: 'info' };
+  return { listen: `unix:${directory}/${name}.sock`, id: name, channel_listen: `unix:${directory}/${name}.channel`, dram_bytes: slots * BLOCK, nvme: NO_DISK, drain_ms: 1000, log_level: 'info' };
 }
 
 interface Setup {

@@ -1,0 +1,39 @@
+#include <cerrno>
+#include <cstring>
+#include <unistd.h>
+
+#include "core/error.h"
+#include "storage/file_io.h"
+
+namespace tpla {
+
+namespace {
+
+class PlainIo : public FileIo {
+ public:
+  bool read(int fd, std::byte* to, size_t bytes, uint64_t offset) override {
+    for (size_t done = 0; done < bytes;) {
+      const ssize_t got = pread(fd, to + done, bytes - done, static_cast<off_t>(offset + done));
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) throw Error("IO_FAILED", std::string("reading failed: ") + std::strerror(errno));
+      if (got == 0) return false;
+      done += static_cast<size_t>(got);
+    }
+    return true;
+  }
+
+  void write(int fd, const std::byte* from, size_t bytes, uint64_t offset) override {
+    for (size_t done = 0; done < bytes;) {
+      const ssize_t put = pwrite(fd, from + done, bytes - done, static_cast<off_t>(offset + done));
+      if (put < 0 && errno == EINTR) continue;
+      if (put <= 0) throw Error("IO_FAILED", std::string("writing failed: ") + std::strerror(put < 0 ? errno : ENOSPC));
+      done += static_cast<size_t>(put);
+    }
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<FileIo> make_plain_io() { return std::make_unique<PlainIo>(); }
+
+}  // namespace tpla
