@@ -153,6 +153,12 @@ function collectKv(
 
 // ---------------------------------------------------------------- samples on disk
 
+/** Bytes of one layer's sample, but for its header. */
+export function sampleBytes({ heads, qkNopeHeadDim, qkRopeHeadDim, kvLoraRank }: Pick<ModelSpec, 'heads' | 'qkNopeHeadDim' | 'qkRopeHeadDim' | 'kvLoraRank'>, { sequences, queries }: Pick<CalibrationText, 'sequences' | 'queries'>): number {
+  const tokens = sequences.reduce((sum, { length }) => sum + length, 0);
+  return 4 * (tokens * (kvLoraRank + qkRopeHeadDim) + sequences.length * queries * (1 + heads * (qkNopeHeadDim + qkRopeHeadDim)) + sequences.length + 1);
+}
+
 export function saveSample(path: string, sample: LayerSample, spec: Checkpoint['spec']): void {
   const tokens = sample.sequences[sample.sequences.length - 1]!;
   const bytes = (array: Float32Array | Int32Array) => new Uint8Array(array.buffer, array.byteOffset, array.byteLength);

@@ -9,7 +9,7 @@ import { Tokenizer } from '../model/tokenizer.js';
 import { native } from '../native/loader.js';
 import type { FitTarget, LayerSample, Sensitivity } from '../native/reparam.js';
 import type { Weights } from '../native/types.js';
-import { captureLayers, loadSample, readCalibrationText, type CalibrationOptions, type CalibrationText } from './calibration.js';
+import { captureLayers, loadSample, readCalibrationText, sampleBytes, type CalibrationOptions, type CalibrationText } from './calibration.js';
 import { fitTarget, type Device } from './device.js';
 import { Journal } from './journal.js';
 import { designLayer, type LayerDesign } from './layer.js';
@@ -68,7 +68,7 @@ export async function convert(options: ConversionOptions, progress: Progress): P
   const target = fitTarget(options.device, options.threads);
   const fit: FitContext = { target, deviceName: native().reparamDevice(target), clock: new StageClock() };
   const text = needsCalibration(options.method) ? await calibrationText(source, options) : null;
-  checkSpace(source, options);
+  checkSpace(source, text, options);
 
   const { journal, resumed } = Journal.open(resolve(options.out), planOf(source, text, options));
   const layers = await convertLayers(source, text, options, fit, journal, progress);
@@ -111,7 +111,8 @@ function planOf(source: Checkpoint, text: CalibrationText | null, options: Conve
   };
 }
 
-function checkSpace(source: Checkpoint, options: ConversionOptions): void {
+/** What is written: the shards, and until a layer is fitted its sample of the calibration text. */
+function checkSpace(source: Checkpoint, text: CalibrationText | null, options: ConversionOptions): void {
   let place = resolve(options.out);
   let stat: ReturnType<typeof statfsSync> | null = null;
   while (stat === null) {
@@ -123,7 +124,8 @@ function checkSpace(source: Checkpoint, options: ConversionOptions): void {
     }
   }
   const already = directoryBytes(resolve(options.out));
-  const needed = source.shards.reduce((sum, { bytes }) => sum + bytes, 0) * 1.05 - already;
+  const samples = text === null ? 0 : sampleBytes(source.spec, text) * (source.spec.layers - Journal.finished(resolve(options.out), /^layer-\d+\.json$/));
+  const needed = source.shards.reduce((sum, { bytes }) => sum + bytes, 0) * 1.05 + samples - already;
   const free = stat.bavail * stat.bsize;
   if (free < needed) throw new TplaError('IO_FAILED', `${options.out}: the disk is full: about ${(needed / 1e9).toFixed(2)} GB are needed, ${(free / 1e9).toFixed(2)} GB are free`);
 }

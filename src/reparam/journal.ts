@@ -40,6 +40,15 @@ export class Journal {
     return { journal, resumed: false };
   }
 
+  /** How many steps with such names an interrupted conversion to `dir` has finished. */
+  static finished(dir: string, names: RegExp): number {
+    try {
+      return readdirSync(join(dir, WORK)).filter((name) => names.test(name)).length;
+    } catch {
+      return 0;
+    }
+  }
+
   /** File of a finished or future step, inside the work directory. */
   path(name: string): string {
     return join(this.#work, name);
