@@ -45,20 +45,25 @@ pair('a prompt goes in, its KV goes over, tokens come out', async () => {
   await atRest(prefill, decode);
 });
 
-pair('a decode worker that pulls, and draws the first token itself, says the same', async () => {
+pair('decode workers that pull, draw the first token themselves, or take KV over TCP say the same', async () => {
   const attention = { form: 'mla' as const, ranks: 1 };
-  const [pushed, pulled] = await Promise.all([
+  const [pushed, pulled, remote] = await Promise.all([
     stack.start('decode', stack.decodeConfig({ listen: stack.address('pushed'), handoff_listen: stack.address('pushed-kv'), attention })),
     stack.start('decode', stack.decodeConfig({ listen: stack.address('pulled'), handoff_listen: stack.address('pulled-kv'), attention, handoff_direction: 'pull', first_token: 'decode' })),
+    stack.start('decode', stack.decodeConfig({ listen: stack.address('remote'), handoff_listen: 'tcp://127.0.0.1:0', attention })),
   ]);
   for (const length of [1, 64, 300]) {
-    const [there, here] = [await generate(prefill.client, pushed.client, promptOf(length)), await generate(prefill.client, pulled.client, promptOf(length))];
-    assert.equal(here.text, there.text);
-    assert.is(here.transfer!.bytes, there.transfer!.bytes);
-    assert.is(here.transfer!.path, 'shm');
+    const expected = await generate(prefill.client, pushed.client, promptOf(length));
+    for (const [worker, path] of [[pulled, 'shm'], [remote, 'tcp']] as const) {
+      const found = await generate(prefill.client, worker.client, promptOf(length));
+      assert.equal(found.text, expected.text);
+      assert.is(found.transfer!.bytes, expected.transfer!.bytes);
+      assert.is(found.transfer!.path, path);
+    }
   }
   await atRest(prefill, pulled);
-  await stack.stop(pushed, pulled);
+  await atRest(prefill, remote);
+  await stack.stop(pushed, pulled, remote);
 });
 
 pair('/state, /health and /metrics say what is there', async () => {
