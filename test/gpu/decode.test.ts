@@ -1,9 +1,11 @@
 // time limit: 600 s
 import { suite } from 'uvu';
+import * as assert from 'uvu/assert';
 import type { AttentionPath } from '../../src/native/attention.js';
+import { native } from '../../src/native/loader.js';
 import { randomVariants } from '../support/logit_variants.js';
 import { Draw } from '../support/random.js';
-import { LATENTS, mustBeRight, randomDecode } from './problems.js';
+import { GPU, LATENTS, mustBeRight, randomDecode } from './problems.js';
 
 const test = suite('decode attention on the GPU');
 
@@ -18,6 +20,15 @@ for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
     });
   }
 }
+
+test(`latent 288, which only kernels for compute capability 9.0 take: ${SHAPES_PER_LATENT} random shapes; elsewhere one error says so`, async () => {
+  const { capability } = await native().attention.describeGpu(GPU.index);
+  for (let seed = 1; seed <= SHAPES_PER_LATENT; seed++) {
+    const problem = randomDecode(new Draw(seed * 1000 + 288), 'auto', 288);
+    if (capability.startsWith('9.')) await mustBeRight(problem, { seed });
+    else await native().attention.plan(GPU, problem).then(() => assert.unreachable('288 was taken'), (error) => assert.match(String(error.message), /compute capability 9\.0/));
+  }
+});
 
 for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
   test(`logit variants, path ${path}: random shapes and combinations; what no query sees is NaN or does not exist`, async () => {

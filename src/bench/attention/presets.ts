@@ -35,12 +35,12 @@ const PRESET_TABLE = {
     ],
   },
   tpla: {
-    summary: 'TPLA decode: a rank\'s slice of 256 beside the 320 of a shared subspace and the 128 of four ranks',
+    summary: 'TPLA decode: a rank\'s slice of 256 beside the 320 and 288 of a shared subspace and the 128 of four ranks',
     shapes: [
       ...decodeGrid({ latent: 256 }, DECODE_SIZES.filter(([batch, length]) => batch !== 128 || length !== 4096)),
       { latent: 256, heads: 128, kv_lens: UNEVEN, q_tokens: 1 },
       { latent: 256, heads: 16, kv_lens: UNEVEN, q_tokens: 1 },
-      ...[320, 128].flatMap((latent) => [128, 16].flatMap((heads) => ([[1, 32768], [128, 8192]] as const).map(([batch, kv_len]) => ({ latent, heads, batch, kv_len })))),
+      ...[320, 288, 128].flatMap((latent) => [128, 16].flatMap((heads) => ([[1, 32768], [128, 8192]] as const).map(([batch, kv_len]) => ({ latent, heads, batch, kv_len })))),
     ],
   },
   gqa: {

@@ -47,7 +47,7 @@ test('variants that are off leave no trace', () => {
 test('presets hold the published workloads', () => {
   assert.is(presetShapes('flashmla').length, 31);
   assert.equal(presetShapes('thundermla').map(({ kvLens, qLens }) => [kvLens.length, qLens[0]]), [[4, 4], [1, 1], [64, 4], [64, 2], [132, 4]]);
-  assert.equal([...new Set(presetShapes('tpla').map((shape) => shape.kind === 'decode' && shape.latent))], [256, 320, 128]);
+  assert.equal([...new Set(presetShapes('tpla').map((shape) => shape.kind === 'decode' && shape.latent))], [256, 320, 288, 128]);
   for (const shape of presetShapes('prefill')) assert.is(shape.kind, 'prefill');
 });
 
