@@ -38,6 +38,7 @@ struct DecodeShape {
   KvType kv = KvType::bf16;
   bool latent_scale = false;  // draws mu per head
   float query_scale = 1;      // standard deviation of the queries
+  float latent_deviation = 1;  // standard deviation of the cached latents
   LogitVariantShape variants;
   KernelPath path = KernelPath::automatic;
 };

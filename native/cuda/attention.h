@@ -28,7 +28,7 @@ enum class KvFormat {
 __host__ __device__
 #endif
 inline constexpr int kv_token_bytes(KvFormat format, int latent) {
-  return format == KvFormat::bf16 ? (latent + 64) * 2 : latent + latent / 128 * 4 + 128;
+  return format == KvFormat::bf16 ? (latent + 64) * 2 : latent + (latent + 127) / 128 * 4 + 128;
 }
 
 // Which implementation runs; automatic takes the fastest one the GPU has.

@@ -43,13 +43,18 @@ DecodeKernel choose_kernel(const MlaDecode& call, const Device& device) {
     if (device.major < 8) {
       throw AttentionError("the attention kernels need compute capability 8.0 or newer; this GPU is " + std::to_string(device.major) + "." + std::to_string(device.minor));
     }
-    kernel = sm80_mla_decode_kernel(call.latent, rows, logits);
+    kernel = sm80_mla_decode_kernel(call.latent, call.format, logits);
+  } else if (call.format == KvFormat::fp8) {
+    kernel = sm90_mla_decode_fp8_kernel(call.latent, rows, logits);
   } else if (rows <= 32) {
     kernel = sm90_mla_decode_narrow_kernel(call.latent, rows, logits);
   } else if (call.latent == 512) {
     kernel = sm90_mla_decode_shared_kernel(call.latent, rows, logits);
   } else {
     kernel = sm90_mla_decode_tile_kernel(call.latent, rows, logits);
+  }
+  if (!kernel.function && call.format == KvFormat::fp8) {
+    throw AttentionError("MLA decode over fp8 KV has kernels for latents of 128, 256, 320 and 512; got " + std::to_string(call.latent));
   }
   if (!kernel.function) {
     throw AttentionError("MLA decode has kernels for latents of 128, 256, 288 (compute capability 9.0 only), 320 and 512; got " + std::to_string(call.latent));
@@ -66,7 +71,7 @@ void validate(const MlaDecode& call) {
   expect(call.rope == 64, "rope must be 64; got " + std::to_string(call.rope));
   expect(call.page_size >= 16 && call.page_size % 16 == 0 && call.page_size <= 1024,
          "page_size must be a multiple of 16 from 16 to 1024; got " + std::to_string(call.page_size));
-  expect(call.format == KvFormat::bf16, "only bf16 KV has a kernel");
+  expect(call.page_stride % 16 == 0 && reinterpret_cast<uintptr_t>(call.kv) % 16 == 0, "pages must begin at multiples of 16 bytes");
   expect(call.softmax_scale > 0.0f, "softmax_scale must be positive");
   validate_variants(call.variants, "MLA decode");
 }
@@ -82,7 +87,7 @@ DecodePlan plan(const MlaDecode& call) {
     throw AttentionError("MLA decode takes at most " + std::to_string(device.multiprocessors * result.kernel.block_rows) +
                          " query rows (heads × q_tokens) a sequence on this GPU; got " + std::to_string(rows));
   }
-  result.slots = device.multiprocessors / result.row_tiles;
+  result.slots = device.multiprocessors * result.kernel.blocks_per_multiprocessor / result.row_tiles;
   const size_t rows_of_parts = static_cast<size_t>(result.blocks()) * 2 * result.kernel.block_rows;
   result.partial_out_bytes = rows_of_parts * call.latent * sizeof(float);
   result.partial_sum_bytes = rows_of_parts * 2 * sizeof(float);
@@ -100,7 +105,7 @@ void mla_decode(const MlaDecode& call, Stream stream) {
     throw AttentionError("MLA decode needs a workspace of " + std::to_string(decode.workspace_bytes()) + " bytes; got " + std::to_string(call.workspace_bytes));
   }
   const int width = call.latent + call.rope;
-  const int64_t row_bytes = width * 2;
+  const int64_t token_bytes = kv_token_bytes(call.format, call.latent);
 
   MlaDecodeArgs args{};
   args.q = call.q;
@@ -118,7 +123,7 @@ void mla_decode(const MlaDecode& call, Stream stream) {
   args.page_size = call.page_size;
   args.box_tokens = box_tokens(call.variants, call.page_size);
   args.num_pages = call.num_pages;
-  args.page_stride = call.page_stride ? call.page_stride : call.page_size * row_bytes;
+  args.page_stride = call.page_stride ? call.page_stride : call.page_size * token_bytes;
   args.block_table_stride = call.block_table_stride;
   args.causal = call.causal;
   args.row_tiles = decode.row_tiles;
@@ -135,7 +140,7 @@ void mla_decode(const MlaDecode& call, Stream stream) {
   if (decode.kernel.tensor_map) {
     // [page][chunk of 64 columns][token][column]; the box is one chunk of box_tokens tokens.
     map = encode_tensor_map_4d(call.kv, {64, static_cast<uint64_t>(call.page_size), static_cast<uint64_t>((width + 63) / 64), static_cast<uint64_t>(call.num_pages)},
-                               {static_cast<uint64_t>(row_bytes), 128, static_cast<uint64_t>(args.page_stride)},
+                               {static_cast<uint64_t>(token_bytes), 128, static_cast<uint64_t>(args.page_stride)},
                                {64, static_cast<uint32_t>(args.box_tokens), 1, 1});
     parameters[count++] = &map;
   }

@@ -11,6 +11,7 @@ struct DecodeKernel {
   int shared_bytes = 0;
   int threads = 0;
   bool tensor_map = false;  // first kernel parameter is the CUtensorMap of the pages
+  int blocks_per_multiprocessor = 1;
 };
 
 // Which instantiation: the plain one pays nothing for what the other can do.
@@ -20,6 +21,7 @@ enum class LogitKind { plain, variant };
 DecodeKernel sm90_mla_decode_narrow_kernel(int latent, int rows, LogitKind logits);
 DecodeKernel sm90_mla_decode_tile_kernel(int latent, int rows, LogitKind logits);
 DecodeKernel sm90_mla_decode_shared_kernel(int latent, int rows, LogitKind logits);
-DecodeKernel sm80_mla_decode_kernel(int latent, int rows, LogitKind logits);
+DecodeKernel sm90_mla_decode_fp8_kernel(int latent, int rows, LogitKind logits);
+DecodeKernel sm80_mla_decode_kernel(int latent, KvFormat format, LogitKind logits);
 
 }  // namespace tpla::cuda

@@ -2,6 +2,7 @@
 //
 // Eight warps. Logits of 32 tokens: warp w takes 8 tokens and half of the width; output: warp w takes an eighth of the latent.
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 
 #include "mla_decode_combine.cuh"
 #include "mla_decode_kernel.h"
@@ -30,10 +31,51 @@ struct Sm80Shape {
   static constexpr int kColumnBlocks = kLatent / 64;  // 8-column blocks of the output per warp
 };
 
-template <int kLatent, class Logits>
+// kBytes of 4, 8 or 16; zeros where not valid.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(uint32_t destination, const void* source, bool valid) {
+  if constexpr (kBytes == 16) {
+    copy_async_16(destination, source, valid);
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source), "n"(kBytes), "r"(valid ? kBytes : 0) : "memory");
+  }
+}
+
+// One fp8 token, by a warp: from the bytes that lie at the start of its row to bf16 in the same row.
+template <int kLatent>
+__device__ __forceinline__ void widen_token(uint8_t* row) {
+  constexpr int kWords = kLatent / 4, kPerLane = (kWords + 31) / 32, kScales = (kLatent + 127) / 128;
+  const int lane = threadIdx.x % 32;
+  uint32_t words[kPerLane];
+  float scales[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int word = lane + i * 32;
+    if (word >= kWords) continue;
+    words[i] = reinterpret_cast<const uint32_t*>(row)[word];
+    scales[i] = reinterpret_cast<const float*>(row + kLatent)[word / 32];
+  }
+  const uint32_t rope = reinterpret_cast<const uint32_t*>(row + kLatent + kScales * 4)[lane];
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int word = lane + i * 32;
+    if (word >= kWords) continue;
+    const __nv_fp8x4_e4m3 packed = reinterpret_cast<const __nv_fp8x4_e4m3&>(words[i]);
+    const float4 values = static_cast<float4>(packed);
+    __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(values.x * scales[i], values.y * scales[i]), __floats2bfloat162_rn(values.z * scales[i], values.w * scales[i])};
+    *reinterpret_cast<uint2*>(row + word * 8) = *reinterpret_cast<const uint2*>(pairs);
+  }
+  reinterpret_cast<uint32_t*>(row + kLatent * 2)[lane] = rope;
+}
+
+template <int kLatent, KvFormat kFormat, class Logits>
 __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_constant__ MlaDecodeArgs args) {
   using Shape = Sm80Shape<kLatent>;
-  constexpr int kUnits = Shape::kWidth / 8;  // 16-byte units of a token
+  constexpr int kUnits = Shape::kWidth / 8;  // 16-byte units of a query row
+  constexpr int kTokenBytes = kv_token_bytes(kFormat, kLatent);
+  constexpr int kCopyBytes = kTokenBytes % 16 == 0 ? 16 : kTokenBytes % 8 == 0 ? 8 : 4;  // that tokens leave aligned
+  constexpr int kCopies = kTokenBytes / kCopyBytes;
   extern __shared__ __align__(16) uint8_t shared[];
   uint8_t* query = shared;
   uint8_t* stages = query + Shape::kQueryBytes;
@@ -81,17 +123,17 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
     const auto load_stage = [&](int step) {
       if (step < steps) {
         uint8_t* stage = stages + (step & 1) * Shape::kStageBytes;
-        for (int i = thread; i < kStep * kUnits; i += kThreads) {
-          const int token_in_step = i / kUnits, unit = i % kUnits;
+        for (int i = thread; i < kStep * kCopies; i += kThreads) {
+          const int token_in_step = i / kCopies, copy = i % kCopies;
           const int place = token_begin + step * kStep + token_in_step;
           const bool valid = place < piece.kv_len && (Logits::kPlain || place >= hidden_places);
           const uint8_t* source = static_cast<const uint8_t*>(args.kv);
           if (valid) {
             const int token = policy.position(place);
             const int page = args.block_table[static_cast<int64_t>(piece.sequence) * args.block_table_stride + token / args.page_size];
-            source += page * args.page_stride + (token % args.page_size) * (Shape::kWidth * 2) + unit * 16;
+            source += page * args.page_stride + (token % args.page_size) * kTokenBytes + copy * kCopyBytes;
           }
-          copy_async_16(shared_address(stage + token_in_step * Shape::kRowBytes + unit * 16), source, valid);
+          copy_async<kCopyBytes>(shared_address(stage + token_in_step * Shape::kRowBytes + copy * kCopyBytes), source, valid);
         }
       }
       asm volatile("cp.async.commit_group;" ::: "memory");
@@ -113,7 +155,11 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
       load_stage(step + 1);
       asm volatile("cp.async.wait_group 1;" ::: "memory");
       __syncthreads();
-      const uint8_t* stage = stages + (step & 1) * Shape::kStageBytes;
+      uint8_t* stage = stages + (step & 1) * Shape::kStageBytes;
+      if constexpr (kFormat == KvFormat::fp8) {
+        for (int token = warp; token < kStep; token += kThreads / 32) widen_token<kLatent>(stage + token * Shape::kRowBytes);
+        __syncthreads();
+      }
 
       {
         constexpr int kHalfSteps = Shape::kWidth / 32;  // k-steps of 16 in half the width
@@ -242,23 +288,28 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
   }
 }
 
-template <int kLatent>
+template <int kLatent, KvFormat kFormat>
 DecodeKernel describe(LogitKind logits) {
-  const void* function = logits == LogitKind::plain ? reinterpret_cast<const void*>(&sm80_mla_decode<kLatent, PlainLogits>)
-                                                    : reinterpret_cast<const void*>(&sm80_mla_decode<kLatent, VariantLogits>);
+  const void* function = logits == LogitKind::plain ? reinterpret_cast<const void*>(&sm80_mla_decode<kLatent, kFormat, PlainLogits>)
+                                                    : reinterpret_cast<const void*>(&sm80_mla_decode<kLatent, kFormat, VariantLogits>);
   return {function, kRows, Sm80Shape<kLatent>::kSharedBytes, kThreads, false};
+}
+
+template <KvFormat kFormat>
+DecodeKernel choose_latent(int latent, LogitKind logits) {
+  switch (latent) {
+    case 128: return describe<128, kFormat>(logits);
+    case 256: return describe<256, kFormat>(logits);
+    case 320: return describe<320, kFormat>(logits);
+    case 512: return describe<512, kFormat>(logits);
+    default: return {};
+  }
 }
 
 }  // namespace
 
-DecodeKernel sm80_mla_decode_kernel(int latent, int, LogitKind logits) {
-  switch (latent) {
-    case 128: return describe<128>(logits);
-    case 256: return describe<256>(logits);
-    case 320: return describe<320>(logits);
-    case 512: return describe<512>(logits);
-    default: return {};
-  }
+DecodeKernel sm80_mla_decode_kernel(int latent, KvFormat format, LogitKind logits) {
+  return format == KvFormat::fp8 ? choose_latent<KvFormat::fp8>(latent, logits) : choose_latent<KvFormat::bf16>(latent, logits);
 }
 
 }  // namespace tpla::cuda

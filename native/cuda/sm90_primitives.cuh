@@ -56,6 +56,13 @@ __device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensor
       : "memory");
 }
 
+// Contiguous bytes; addresses and size are multiples of 16.
+__device__ __forceinline__ void tma_load_bytes(uint32_t destination, const void* source, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination), "l"(source), "r"(bytes),
+               "r"(barrier)
+               : "memory");
+}
+
 // What L2 gives up first: after evict_first, all else it holds (code, queries, partial results) outlives what is loaded.
 __device__ __forceinline__ uint64_t l2_evict_first() {
   uint64_t policy;

@@ -40,6 +40,16 @@ for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
   });
 }
 
+for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
+  test(`fp8 KV, path ${path}: random shapes of every latent against float64, ten launches with the same bits`, async () => {
+    for (const latent of LATENTS) {
+      for (let seed = 1; seed <= SHAPES_PER_LATENT; seed++) {
+        await mustBeRight({ ...randomDecode(new Draw(seed * 1000 + latent + 7), path, latent), kvDType: 'fp8' }, { seed });
+      }
+    }
+  });
+}
+
 test('the longest sequence of a batch may be far longer than the others', async () => {
   for (const heads of [16, 128]) {
     for (const latent of [512, 256]) {

@@ -19,6 +19,8 @@ namespace {
 
 constexpr int kScaleGroup = 128;  // latent values under one scale in the fp8 layout
 
+__host__ __device__ constexpr int scale_bytes(int latent) { return (latent + kScaleGroup - 1) / kScaleGroup * 4; }
+
 size_t align_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 cuda::KvFormat kv_format(KvType kv) {
@@ -52,7 +54,7 @@ struct StoredToken {
       const float scale = reinterpret_cast<const float*>(row + latent)[c / kScaleGroup];
       return static_cast<double>(float(reinterpret_cast<const __nv_fp8_e4m3*>(row)[c])) * scale;
     }
-    return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(row + latent + latent / kScaleGroup * 4)[c - latent]);
+    return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(row + latent + scale_bytes(latent))[c - latent]);
   }
   __device__ double value(int c) const { return (*this)[c]; }
 };
@@ -105,8 +107,9 @@ __global__ void draw_queries(__nv_bfloat16* q, size_t count, float deviation, ui
   }
 }
 
-// Grid: (tokens, sequences, sets), a warp a token. fp8: the least power of two that brings a group into range.
-__global__ void draw_tokens(Pages pages, int64_t table_per_set, const int32_t* kv_lens, const int32_t* q_indptr, LogitRule rule, int latent, int rope, bool fp8, uint64_t seed) {
+// Grid: (tokens, sequences, sets), a warp a token. fp8: the least power of two that brings a group into range; groups differ in size, so that
+// no scale can stand in for another.
+__global__ void draw_tokens(Pages pages, int64_t table_per_set, const int32_t* kv_lens, const int32_t* q_indptr, LogitRule rule, int latent, int rope, float deviation, bool fp8, uint64_t seed) {
   pages.table += blockIdx.z * table_per_set;
   uint8_t* base = const_cast<uint8_t*>(pages.base);
   const int sequence = blockIdx.y, lane = threadIdx.x % 32, width = latent + rope;
@@ -115,18 +118,20 @@ __global__ void draw_tokens(Pages pages, int64_t table_per_set, const int32_t* k
     const int64_t offset = pages.offset(sequence, t);
     uint8_t* row = base + offset;
     const uint64_t first = static_cast<uint64_t>(offset);  // a token takes fewer values than bytes
-    __nv_bfloat16* plain = reinterpret_cast<__nv_bfloat16*>(fp8 ? row + latent + latent / kScaleGroup * 4 - latent * 2 : row);
-    for (int c = (fp8 ? latent : 0) + lane; c < width; c += 32) plain[c] = __float2bfloat16(random_normal(seed, first + c));
+    __nv_bfloat16* plain = reinterpret_cast<__nv_bfloat16*>(fp8 ? row + latent + scale_bytes(latent) - latent * 2 : row);
+    for (int c = (fp8 ? latent : 0) + lane; c < width; c += 32) plain[c] = __float2bfloat16((c < latent ? deviation : 1.0f) * random_normal(seed, first + c));
     if (!fp8) continue;
     for (int group = 0; group < latent; group += kScaleGroup) {
+      const int rounds = min(kScaleGroup, latent - group) / 32;
+      const float size = deviation * exp2f(static_cast<float>((t + group / kScaleGroup) % 3 - 1));
       float values[kScaleGroup / 32], largest = 0;
-      for (int i = 0; i < kScaleGroup / 32; ++i) {
-        values[i] = random_normal(seed, first + group + i * 32 + lane);
+      for (int i = 0; i < rounds; ++i) {
+        values[i] = size * random_normal(seed, first + group + i * 32 + lane);
         largest = fmaxf(largest, fabsf(values[i]));
       }
       for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
-      const float scale = exp2f(ceilf(log2f(fmaxf(largest, 1e-20f) / 448.0f)));
-      for (int i = 0; i < kScaleGroup / 32; ++i) reinterpret_cast<__nv_fp8_e4m3*>(row)[group + i * 32 + lane] = __nv_fp8_e4m3(values[i] / scale);
+      const float scale = exp2f(ceilf(log2f(fmaxf(largest, 1e-30f) / 448.0f)));
+      for (int i = 0; i < rounds; ++i) reinterpret_cast<__nv_fp8_e4m3*>(row)[group + i * 32 + lane] = __nv_fp8_e4m3(values[i] / scale);
       if (lane == 0) reinterpret_cast<float*>(row + latent)[group / kScaleGroup] = scale;
     }
   }
@@ -181,7 +186,7 @@ class GpuDecode : public GpuProblem {
     kv_.fill_bytes(0xff, nullptr);
     draw_queries<<<1024, 256>>>(q_.data(), q_.count(), shape.query_scale, stream_seed(seed, 2));
     draw_tokens<<<dim3(64, static_cast<unsigned>(shape.kv_lens.size()), static_cast<unsigned>(tables_.sets)), 256>>>(
-        pages(0), static_cast<int64_t>(tables_.entries_per_set()), kv_lens_.data(), q_indptr_.data(), variants_.device_rule(), shape.latent, shape.rope, shape.kv == KvType::fp8, stream_seed(seed, 1));
+        pages(0), static_cast<int64_t>(tables_.entries_per_set()), kv_lens_.data(), q_indptr_.data(), variants_.device_rule(), shape.latent, shape.rope, shape.latent_deviation, shape.kv == KvType::fp8, stream_seed(seed, 1));
     gpu_check(cudaGetLastError(), "drawing a decode problem");
     call_ = describe(shape);
     call_.q = q_.data();
@@ -297,7 +302,7 @@ class GpuDecode : public GpuProblem {
     }
     const float* scales = reinterpret_cast<const float*>(row + shape_.latent);
     for (int c = 0; c < shape_.latent; ++c) out.push_back(float(reinterpret_cast<const __nv_fp8_e4m3*>(row)[c]) * scales[c / kScaleGroup]);
-    for (int c = 0; c < shape_.rope; ++c) out.push_back(bf16_at(row + shape_.latent + shape_.latent / kScaleGroup * 4, c));
+    for (int c = 0; c < shape_.rope; ++c) out.push_back(bf16_at(row + shape_.latent + scale_bytes(shape_.latent), c));
   }
 
   HostResult read_result() const {

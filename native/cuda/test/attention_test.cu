@@ -1,17 +1,19 @@
 // Checks the attention kernels on this machine's GPU without Node: for compute-sanitizer, ncu and cuda-gdb.
-//   attention_test decode COUNT SEED [sm80]    random shapes against float64, ten launches each
-//   attention_test variants COUNT SEED [sm80]  the same with softcap, window, ALiBi and block masks
+//   attention_test decode COUNT SEED [sm80] [fp8]    random shapes against float64, ten launches each
+//   attention_test variants COUNT SEED [sm80] [fp8]  the same with softcap, window, ALiBi and block masks
 //   attention_test gqa COUNT SEED              keys and values of their own; every second shape with variants
 //   attention_test prefill COUNT SEED [sm80]
 //   attention_test time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]]
-//   attention_test time LATENT BATCH HEADS QTOKENS LEN[;LEN...] [PAGE]
+//   attention_test time LATENT BATCH HEADS QTOKENS LEN[;LEN...] [fp8] [PAGE]
 //   attention_test times [RUNS [REPEATS]]      lines of the same fields from standard input, each checked, then timed
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
 #include <random>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "cuda/bench/gpu_attention.h"
 
@@ -20,13 +22,14 @@ using namespace tpla::bench;
 // Of bf16 probabilities and outputs, as in src/bench/attention/run.ts.
 constexpr double kErrorLimit = 8e-3, kLseLimit = 2e-3;
 
-static DecodeShape random_decode(unsigned seed, KernelPath path) {
+static DecodeShape random_decode(unsigned seed, KernelPath path, KvType kv) {
   std::mt19937 random(seed);
   const int latents[] = {512, 256, 320, 128, 288}, pages[] = {16, 32, 48, 64, 80, 128, 256};
   const int heads[] = {1, 2, 5, 8, 16, 16, 24, 32, 40, 64, 64, 96, 128, 128};
   DecodeShape shape;
   shape.path = path;
-  shape.latent = latents[seed % 5];
+  shape.kv = kv;
+  shape.latent = latents[seed % (kv == KvType::fp8 ? 4 : 5)];
   shape.heads = heads[random() % 14];
   shape.page_tokens = pages[random() % 7];
   shape.causal = random() % 4 != 0;
@@ -38,6 +41,10 @@ static DecodeShape random_decode(unsigned seed, KernelPath path) {
   for (int b = 0; b < batch; ++b) {
     shape.kv_lens.push_back(random() % 6 == 0 ? 0 : random() % longest);
     shape.q_lens.push_back(ragged ? random() % (q_tokens + 1) : q_tokens);
+  }
+  if (kv == KvType::fp8 && random() % 4 == 0) {  // scales from far outside the usual range
+    shape.latent_deviation = random() % 2 ? 0x1p20f : 0x1p-30f;
+    shape.query_scale *= std::min(1.0f, 1 / shape.latent_deviation);
   }
   return shape;
 }
@@ -66,15 +73,15 @@ static LogitVariantShape random_variants(unsigned seed, const std::vector<int32_
   return variants;
 }
 
-static DecodeShape random_variant_decode(unsigned seed, KernelPath path) {
-  DecodeShape shape = random_decode(seed, path);
+static DecodeShape random_variant_decode(unsigned seed, KernelPath path, KvType kv) {
+  DecodeShape shape = random_decode(seed, path, kv);
   shape.variants = random_variants(seed, shape.kv_lens);
   return shape;
 }
 
 static GqaShape random_gqa(unsigned seed) {
   std::mt19937 random(seed * 31 + 5);
-  const DecodeShape like = random_decode(seed, KernelPath::automatic);
+  const DecodeShape like = random_decode(seed, KernelPath::automatic, KvType::bf16);
   const int groups[] = {1, 1, 2, 3, 4, 7, 8, 8, 12, 16, 32, 70}, kv_heads[] = {1, 1, 2, 3, 8};
   GqaShape shape;
   shape.kv_lens = like.kv_lens;
@@ -118,18 +125,21 @@ static bool right(const Shape& shape, unsigned seed) {
   return ok;
 }
 
-// LATENT BATCH HEADS QTOKENS LENS [PAGE]
+// LATENT BATCH HEADS QTOKENS LENS [fp8] [PAGE]
 static DecodeShape parse_shape(const std::string& line) {
   DecodeShape shape;
   std::stringstream fields(line);
-  int batch = 0, q_tokens = 0, page = 0;
+  int batch = 0, q_tokens = 0;
   std::string lens;
   fields >> shape.latent >> batch >> shape.heads >> q_tokens >> lens;
   std::stringstream items(lens);
   for (std::string item; std::getline(items, item, ';');) shape.kv_lens.push_back(std::atoi(item.c_str()));
   if (shape.kv_lens.size() == 1) shape.kv_lens.assign(batch, shape.kv_lens[0]);
   shape.q_lens.assign(shape.kv_lens.size(), q_tokens);
-  if (fields >> page) shape.page_tokens = page;
+  for (std::string option; fields >> option;) {
+    if (option == "fp8") shape.kv = KvType::fp8;
+    else shape.page_tokens = std::atoi(option.c_str());
+  }
   return shape;
 }
 
@@ -175,11 +185,14 @@ static int run(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   if ((mode == "decode" || mode == "variants" || mode == "gqa" || mode == "prefill") && argc >= 4) {
     const int count = std::atoi(argv[2]), first = std::atoi(argv[3]);
-    const KernelPath path = argc > 4 && std::string(argv[4]) == "sm80" ? KernelPath::sm80 : KernelPath::automatic;
+    const std::vector<std::string> options(argv + 4, argv + argc);
+    const auto given = [&](const char* name) { return std::find(options.begin(), options.end(), name) != options.end(); };
+    const KernelPath path = given("sm80") ? KernelPath::sm80 : KernelPath::automatic;
+    const KvType kv = given("fp8") ? KvType::fp8 : KvType::bf16;
     int failures = 0;
     for (int seed = first; seed < first + count; ++seed) {
-      if (mode == "decode") failures += !right(random_decode(seed, path), seed);
-      else if (mode == "variants") failures += !right(random_variant_decode(seed, path), seed);
+      if (mode == "decode") failures += !right(random_decode(seed, path, kv), seed);
+      else if (mode == "variants") failures += !right(random_variant_decode(seed, path, kv), seed);
       else if (mode == "gqa") failures += !right(random_gqa(seed), seed);
       else failures += !right(random_prefill(seed, path), seed);
     }
@@ -189,7 +202,7 @@ static int run(int argc, char** argv) {
   if (mode == "time-gqa" && argc >= 8) return time_gqa(argc, argv);
   if (mode == "time" && argc >= 7) return time_shape(argc, argv);
   if (mode == "times") return time_shapes(argc > 2 ? std::atoi(argv[2]) : 20, argc > 3 ? std::atoi(argv[3]) : 3);
-  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] | gqa COUNT SEED | prefill COUNT SEED [sm80] | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [PAGE] | times [RUNS [REPEATS]]\n");
+  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] [fp8] | gqa COUNT SEED | prefill COUNT SEED [sm80] | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [fp8] [PAGE] | times [RUNS [REPEATS]]\n");
   return 2;
 }
 

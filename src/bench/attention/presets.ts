@@ -65,6 +65,10 @@ const PRESET_TABLE = {
       { kind: 'gqa', head_dim: 128, heads: 32, kv_heads: 8, batch: 128, kv_len: 8192 },
     ].flatMap((plain) => [{}, { softcap: 30 }, { alibi: true }, { window: 1024 }, { block_mask: '64:0.25' }].map((variant) => ({ ...plain, ...variant }))),
   },
+  fp8: {
+    summary: 'MLA and TPLA decode over fp8 KV, each shape beside its bf16 form',
+    shapes: [512, 256].flatMap((latent) => ['bf16', 'fp8'].flatMap((kv_dtype) => decodeGrid({ latent, kv_dtype }, [[1, 32768], [8, 32768], [32, 32768], [128, 8192]]))),
+  },
   prefill: {
     summary: 'un-absorbed prefill, 192/128: whole prompts, a chunk behind a cached prefix, a ragged batch',
     shapes: [

@@ -46,6 +46,8 @@ test('variants that are off leave no trace', () => {
 
 test('presets hold the published workloads', () => {
   assert.is(presetShapes('flashmla').length, 31);
+  const fp8 = presetShapes('fp8').filter((shape) => shape.kind === 'decode');
+  for (const dtype of ['bf16', 'fp8']) assert.is(fp8.filter(({ kvDType }) => kvDType === dtype).length, fp8.length / 2);
   assert.equal(presetShapes('thundermla').map(({ kvLens, qLens }) => [kvLens.length, qLens[0]]), [[4, 4], [1, 1], [64, 4], [64, 2], [132, 4]]);
   assert.equal([...new Set(presetShapes('tpla').map((shape) => shape.kind === 'decode' && shape.latent))], [256, 320, 288, 128]);
   for (const shape of presetShapes('prefill')) assert.is(shape.kind, 'prefill');
