@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "transfer/grant_book.h"
 #include "transfer/reshard.h"
 #include "transfer/row_mover.h"
 
@@ -84,50 +85,29 @@ bool send_all(int socket, const void* data, size_t bytes) {
   return true;
 }
 
-bool same_key(const std::string& a, const std::string& b) {
-  if (a.size() != b.size()) return false;
-  unsigned char difference = 0;
-  for (size_t i = 0; i < a.size(); i++) difference |= static_cast<unsigned char>(a[i] ^ b[i]);
-  return difference == 0;
-}
-
 }  // namespace
 
 // ---------------------------------------------------------------- receiver
 
 struct StreamReceiver::Core : ChannelListener::Events, std::enable_shared_from_this<StreamReceiver::Core> {
-  struct Grant {
-    uint32_t epoch;
-    Range tokens;
-    PageTables pages;
-  };
-  // What belongs to one sender.
-  struct Client {
-    std::string key;
-    std::shared_ptr<const WriteGate> gate;
-    std::mutex mutex;
-    std::map<uint32_t, std::shared_ptr<const Grant>> grants;
-    std::vector<int> sockets;
-    bool is_withdrawn = false;
-  };
-
-  explicit Core(std::shared_ptr<const KvRegion> memory) : region(std::move(memory)), copies(copies_per_page(region->layout)) {}
+  explicit Core(std::shared_ptr<const KvRegion> region) : book(std::move(region)), copies(copies_per_page(book.region().layout)) {}
 
   void on_accept(UniqueFd socket) override;
   void on_listener_closed() override {}
   void serve(UniqueFd socket);
-  std::shared_ptr<Client> client_of(const std::string& key);
-  void read_frames(int socket, Client& client);
+  void shut_down(const std::string& key);
+  void read_frames(int socket, const GrantBook::Client& client);
   bool check_frame(const FrameHeader& frame, const Grant& grant) const;
-  bool read_payload(int socket, const FrameHeader& frame, const Grant& grant, const Client& client, bool& refused) const;
+  bool read_payload(int socket, const FrameHeader& frame, const Grant& grant, const GrantBook::Client& client, bool& refused) const;
   std::vector<iovec> places_of(const FrameHeader& frame, const Grant& grant) const;
 
-  const std::shared_ptr<const KvRegion> region;
+  GrantBook book;
   const int copies;
   uint16_t port = 0;
   std::mutex mutex;
   std::shared_ptr<ChannelListener> listener;
-  std::vector<std::shared_ptr<Client>> clients;
+  // Data connections by key.
+  std::map<std::string, std::vector<int>> sockets;
   std::atomic<int> unknown{0};
 };
 
@@ -143,63 +123,38 @@ StreamReceiver::~StreamReceiver() { close(); }
 
 uint16_t StreamReceiver::port() const { return core_->port; }
 
-void StreamReceiver::admit(const std::string& key, std::shared_ptr<const WriteGate> gate) {
-  if (key.size() != kLinkKeyBytes) throw Error("REQUEST_INVALID", "a stream key has " + std::to_string(kLinkKeyBytes) + " bytes");
-  auto client = std::make_shared<Core::Client>();
-  client->key = key;
-  client->gate = std::move(gate);
-  const std::lock_guard lock(core_->mutex);
-  core_->clients.push_back(std::move(client));
-}
+void StreamReceiver::admit(const std::string& key, std::shared_ptr<const WriteGate> gate) { core_->book.admit(key, std::move(gate)); }
 
 void StreamReceiver::grant(const std::string& key, int slot, uint32_t epoch, Range tokens, PageTables pages) {
-  check_pages("grant", *core_->region, pages, {0, core_->region->layout.layers}, tokens);
-  const auto client = core_->client_of(key);
-  if (!client) throw Error("REQUEST_INVALID", "no such stream key");
-  const std::lock_guard lock(client->mutex);
-  client->grants[slot] = std::make_shared<const Core::Grant>(Core::Grant{epoch, tokens, std::move(pages)});
+  core_->book.grant(key, slot, epoch, tokens, std::move(pages));
 }
 
 void StreamReceiver::disconnect(const std::string& key) {
-  const auto client = core_->client_of(key);
-  if (!client) return;
-  const std::lock_guard lock(client->mutex);
-  for (int socket : client->sockets) shutdown(socket, SHUT_RDWR);
+  const std::lock_guard lock(core_->mutex);
+  core_->shut_down(key);
 }
 
 void StreamReceiver::withdraw(const std::string& key) {
-  std::shared_ptr<Core::Client> client;
-  {
-    const std::lock_guard lock(core_->mutex);
-    const auto found = std::find_if(core_->clients.begin(), core_->clients.end(), [&](const auto& known) { return same_key(known->key, key); });
-    if (found == core_->clients.end()) return;
-    client = *found;
-    core_->clients.erase(found);
-  }
-  const std::lock_guard lock(client->mutex);
-  client->is_withdrawn = true;
-  // Its reader closes it: here it could already be another's number.
-  for (int socket : client->sockets) shutdown(socket, SHUT_RDWR);
+  const std::lock_guard lock(core_->mutex);
+  core_->book.withdraw(key);
+  core_->shut_down(key);
 }
 
 void StreamReceiver::close() {
-  std::vector<std::string> keys;
   std::shared_ptr<ChannelListener> listener;
   {
     const std::lock_guard lock(core_->mutex);
     listener.swap(core_->listener);
-    for (const auto& client : core_->clients) keys.push_back(client->key);
   }
   if (listener) listener->close();
-  for (const std::string& key : keys) withdraw(key);
+  for (const std::string& key : core_->book.keys()) withdraw(key);
 }
 
-std::shared_ptr<StreamReceiver::Core::Client> StreamReceiver::Core::client_of(const std::string& key) {
-  const std::lock_guard lock(mutex);
-  for (const auto& client : clients) {
-    if (same_key(client->key, key)) return client;
-  }
-  return nullptr;
+// Its reader closes a socket: here it could already be another's number. Under the mutex.
+void StreamReceiver::Core::shut_down(const std::string& key) {
+  const auto found = sockets.find(key);
+  if (found == sockets.end()) return;
+  for (int socket : found->second) shutdown(socket, SHUT_RDWR);
 }
 
 void StreamReceiver::Core::on_accept(UniqueFd socket) {
@@ -219,30 +174,28 @@ void StreamReceiver::Core::serve(UniqueFd socket) {
   std::string key(kLinkKeyBytes, '\0');
   const bool came = receive_all(socket.get(), key.data(), key.size());
   unknown--;
-  const auto client = came ? client_of(key) : nullptr;
-  if (!client) return;
+  if (!came) return;
+  std::shared_ptr<GrantBook::Client> client;
   {
-    const std::lock_guard lock(client->mutex);
-    if (client->is_withdrawn || client->sockets.size() >= kMaxConnections) return;
-    client->sockets.push_back(socket.get());
+    const std::lock_guard lock(mutex);
+    client = book.find(key);
+    if (!client || sockets[key].size() >= kMaxConnections) return;
+    sockets[key].push_back(socket.get());
   }
   set_receive_timeout(socket.get(), 0);
   tune_tcp(socket.get(), 10000);
   read_frames(socket.get(), *client);
-  const std::lock_guard lock(client->mutex);
-  client->sockets.erase(std::find(client->sockets.begin(), client->sockets.end(), socket.get()));
+  const std::lock_guard lock(mutex);
+  std::vector<int>& open = sockets[key];
+  open.erase(std::find(open.begin(), open.end(), socket.get()));
+  if (open.empty()) sockets.erase(key);
 }
 
 // Until the connection ends, or breaks a rule.
-void StreamReceiver::Core::read_frames(int socket, Client& client) {
+void StreamReceiver::Core::read_frames(int socket, const GrantBook::Client& client) {
   FrameHeader frame;
   while (receive_all(socket, &frame, sizeof(frame))) {
-    std::shared_ptr<const Grant> grant;
-    {
-      const std::lock_guard lock(client.mutex);
-      const auto found = client.grants.find(frame.slot);
-      if (found != client.grants.end()) grant = found->second;
-    }
+    const std::shared_ptr<const Grant> grant = client.grant(frame.slot);
     // A frame of an earlier session on the slot has no pages of its own any more, and its size cannot be checked: it must still be read past.
     if (!grant || !check_frame(frame, *grant)) return;
     bool refused = frame.epoch != grant->epoch;
@@ -253,7 +206,7 @@ void StreamReceiver::Core::read_frames(int socket, Client& client) {
 }
 
 bool StreamReceiver::Core::check_frame(const FrameHeader& frame, const Grant& grant) const {
-  const KvLayout& layout = region->layout;
+  const KvLayout& layout = book.region().layout;
   if (frame.magic != kMagic || (frame.put & kRefusedBit) != 0 || frame.layer >= uint32_t(layout.layers)) return false;
   if (frame.begin >= frame.end || size_t(frame.end - frame.begin) * layout.row_bytes() * copies > kMaxFrameBytes) return false;
   // An old epoch's tokens are read past; this one's must be granted.
@@ -261,15 +214,13 @@ bool StreamReceiver::Core::check_frame(const FrameHeader& frame, const Grant& gr
 }
 
 std::vector<iovec> StreamReceiver::Core::places_of(const FrameHeader& frame, const Grant& grant) const {
-  const KvLayout& layout = region->layout;
+  const KvLayout& layout = book.region().layout;
   std::vector<iovec> places;
   for (int copy = 0; copy < copies; copy++) {
     for (int token = frame.begin; token < int(frame.end);) {
-      const int page = token / layout.page_tokens;
-      const int end = std::min<int>(frame.end, (page + 1) * layout.page_tokens);
-      const PagePlace place = place_of(layout, grant.pages, page);
-      const int memory = layout.form == KvForm::tpla ? copy : place.memory;
-      places.push_back({region->row(memory, frame.layer, place.page, token % layout.page_tokens), size_t(end - token) * layout.row_bytes()});
+      const int end = std::min<int>(frame.end, (token / layout.page_tokens + 1) * layout.page_tokens);
+      const Piece piece{frame.layer, uint32_t(copy), uint32_t(token), uint32_t(end)};
+      places.push_back({book.place(grant, piece), book.bytes_of(piece)});
       token = end;
     }
   }
@@ -277,13 +228,13 @@ std::vector<iovec> StreamReceiver::Core::places_of(const FrameHeader& frame, con
 }
 
 // False when the connection ended. The gate is passed for each read by itself: revoking never waits for the network.
-bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, const Grant& grant, const Client& client, bool& refused) const {
+bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, const Grant& grant, const GrantBook::Client& client, bool& refused) const {
   thread_local std::vector<char> scrap(64 * 1024);
-  size_t left = size_t(frame.end - frame.begin) * region->layout.row_bytes() * copies;
+  size_t left = size_t(frame.end - frame.begin) * book.region().layout.row_bytes() * copies;
   std::vector<iovec> places = refused ? std::vector<iovec>{} : places_of(frame, grant);
   size_t next = 0;
   while (left > 0) {
-    if (!refused && !client.gate->enter(frame.slot, frame.epoch)) refused = true;
+    if (!refused && !client.gate().enter(frame.slot, frame.epoch)) refused = true;
     ssize_t got;
     if (refused) {
       got = recv(socket, scrap.data(), std::min(left, scrap.size()), MSG_DONTWAIT);
@@ -293,7 +244,7 @@ bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, co
       message.msg_iovlen = std::min(places.size() - next, kMaxVector);
       got = recvmsg(socket, &message, MSG_DONTWAIT);
       const int error = errno;
-      client.gate->leave(frame.slot);
+      client.gate().leave(frame.slot);
       errno = error;
     }
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) {
