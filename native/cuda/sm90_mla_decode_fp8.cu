@@ -38,9 +38,9 @@ struct Fp8Shape {
   static constexpr int kExchangeBytes = kRows * 256;  // partial logits, [warpgroup that wrote][rows / 16][thread] of four floats
   static constexpr int kScratchBytes = 4096;
   static constexpr int kFixedBytes = kSharedAlignment + kValueBytes + kQueryBytes + kProbBytes + kExchangeBytes + kScratchBytes;
-  // A tile is a chain of short steps; where two blocks fit on a multiprocessor, with their registers too, one works while the other waits.
+  // A tile is a chain of short steps; where two blocks fit on a multiprocessor, one works while the other waits.
   static constexpr int kHalfSharedMemory = kSharedMemoryPerMultiprocessor / 2 - kSharedMemoryReserved;
-  static constexpr int kBlocks = kHalfSharedMemory - kFixedBytes >= 5 * kRunBytes && (kChunks + 1) / 2 * kRows <= 32 ? 2 : 1;
+  static constexpr int kBlocks = kHalfSharedMemory - kFixedBytes >= 5 * kRunBytes && kRows <= 32 ? 2 : 1;
   static constexpr int kFitting = ((kBlocks == 2 ? kHalfSharedMemory : kSharedMemoryPerBlock) - kFixedBytes) / kRunBytes;
   static constexpr int kRuns = kFitting < 32 ? kFitting : 32;
   static constexpr int kSharedBytes = kFixedBytes + kRuns * kRunBytes;
