@@ -17,10 +17,11 @@ namespace {
 using bench::DecodeShape;
 using bench::GqaShape;
 using bench::Outcome;
+using bench::PodShape;
 using bench::PrefillShape;
 using bench::RunOptions;
 
-using Shape = std::variant<DecodeShape, GqaShape, PrefillShape>;
+using Shape = std::variant<DecodeShape, GqaShape, PrefillShape, PodShape>;
 
 constexpr int kMostTokens = 1 << 24;  // of one sequence
 
@@ -133,19 +134,16 @@ GqaShape parse_gqa(const Napi::Object& object) {
   return shape;
 }
 
-Shape parse_problem(const Napi::Value& value) {
+PrefillShape parse_prefill(const Napi::Object& object) {
+  PrefillShape shape;
+  parse_common(object, shape);
+  shape.key_dim = int(to_integer(object.Get("keyDim"), "keyDim", 1, 4096));
+  shape.value_dim = int(to_integer(object.Get("valueDim"), "valueDim", 1, 4096));
+  return shape;
+}
+
+DecodeShape parse_decode(const Napi::Object& object) {
   using bench::KvType;
-  const Napi::Object object = to_object(value, "problem");
-  const std::string kind = to_text(object.Get("kind"), "kind");
-  if (kind == "prefill") {
-    PrefillShape shape;
-    parse_common(object, shape);
-    shape.key_dim = int(to_integer(object.Get("keyDim"), "keyDim", 1, 4096));
-    shape.value_dim = int(to_integer(object.Get("valueDim"), "valueDim", 1, 4096));
-    return shape;
-  }
-  if (kind == "gqa") return parse_gqa(object);
-  if (kind != "decode") refuse("kind", "decode, gqa or prefill, got \"" + kind + "\"");
   DecodeShape shape;
   parse_common(object, shape);
   shape.latent = int(to_integer(object.Get("latent"), "latent", 1, 8192));
@@ -153,6 +151,18 @@ Shape parse_problem(const Napi::Value& value) {
   parse_pages(object, shape);
   shape.kv = one_of<KvType>(object.Get("kvDType"), "kvDType", {{"bf16", KvType::bf16}, {"fp8", KvType::fp8}, {"f32", KvType::f32}});
   shape.latent_scale = to_bool(object.Get("latentScale"), "latentScale");
+  return shape;
+}
+
+Shape parse_problem(const Napi::Value& value) {
+  const Napi::Object object = to_object(value, "problem");
+  const std::string kind = to_text(object.Get("kind"), "kind");
+  if (kind == "decode") return parse_decode(object);
+  if (kind == "prefill") return parse_prefill(object);
+  if (kind == "gqa") return parse_gqa(object);
+  if (kind != "pod") refuse("kind", "decode, gqa, prefill or pod, got \"" + kind + "\"");
+  PodShape shape{parse_prefill(to_object(object.Get("prefill"), "prefill")), parse_decode(to_object(object.Get("decode"), "decode"))};
+  shape.decode_multiprocessors = int(to_integer(object.Get("decodeMultiprocessors"), "decodeMultiprocessors", 0, 1024));
   return shape;
 }
 
@@ -171,7 +181,7 @@ RunOptions parse_options(const Napi::Value& value) {
 // The CPU path is the engine's decode; its prefill expands latents and is no kernel of its own.
 void check_cpu_shape(const Shape& shape) {
   if (std::holds_alternative<GqaShape>(shape)) throw Error("REQUEST_INVALID", "decode with ordinary keys and values runs on GPUs only; the CPU runs absorbed decode, --kind decode");
-  if (std::holds_alternative<PrefillShape>(shape)) throw Error("REQUEST_INVALID", "prefill attention is timed on GPUs only; the CPU runs decode shapes");
+  if (!std::holds_alternative<DecodeShape>(shape)) throw Error("REQUEST_INVALID", "prefill attention is timed on GPUs only; the CPU runs decode shapes");
   if (std::get<DecodeShape>(shape).path != bench::KernelPath::automatic) throw Error("REQUEST_INVALID", "sm90 and sm80 name kernels of GPUs; on the CPU the path is auto");
   if (std::get<DecodeShape>(shape).page_gap_bytes != 0) throw Error("REQUEST_INVALID", "pages of the CPU's KV lie without gaps");
 }
@@ -202,11 +212,22 @@ bench::Rates measure(const Target& target) {
 
 // ---------------------------------------------------------------- to JavaScript
 
+Napi::Value to_js(Napi::Env env, const std::optional<bench::Timing>& timing) {
+  if (!timing) return env.Null();
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("medianMs", timing->median_ms);
+  object.Set("minMs", timing->min_ms);
+  object.Set("maxMs", timing->max_ms);
+  object.Set("runs", timing->runs);
+  object.Set("callsPerRun", timing->calls_per_run);
+  object.Set("buffers", timing->buffers);
+  return object;
+}
+
 Napi::Value to_js(Napi::Env env, const Outcome& outcome) {
   Napi::Object object = Napi::Object::New(env);
   object.Set("kernel", outcome.kernel);
   object.Set("check", env.Null());
-  object.Set("timing", env.Null());
   if (outcome.check) {
     Napi::Object check = Napi::Object::New(env);
     check.Set("worstRow", outcome.check->worst_row);
@@ -217,16 +238,8 @@ Napi::Value to_js(Napi::Env env, const Outcome& outcome) {
     check.Set("reference", outcome.check->reference);
     object.Set("check", check);
   }
-  if (outcome.timing) {
-    Napi::Object timing = Napi::Object::New(env);
-    timing.Set("medianMs", outcome.timing->median_ms);
-    timing.Set("minMs", outcome.timing->min_ms);
-    timing.Set("maxMs", outcome.timing->max_ms);
-    timing.Set("runs", outcome.timing->runs);
-    timing.Set("callsPerRun", outcome.timing->calls_per_run);
-    timing.Set("buffers", outcome.timing->buffers);
-    object.Set("timing", timing);
-  }
+  object.Set("timing", to_js(env, outcome.timing));
+  object.Set("serial", to_js(env, outcome.serial));
   return object;
 }
 

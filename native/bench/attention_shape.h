@@ -71,6 +71,13 @@ struct PrefillShape {
   KernelPath path = KernelPath::automatic;
 };
 
+// Prefill and decode of one step; in one launch where the GPU has a kernel for it.
+struct PodShape {
+  PrefillShape prefill;
+  DecodeShape decode;
+  int decode_multiprocessors = 0;  // that begin with decode; 0: chosen on the device
+};
+
 struct RunOptions {
   uint64_t seed = 1;
   int repeats = 0;              // launches whose results must have the same bits; 0: no check
@@ -95,9 +102,10 @@ struct Timing {
 };
 
 struct Outcome {
-  std::string kernel;  // "sm90", "sm80", or the CPU's instruction set
+  std::string kernel;  // "sm90", "sm80", "sm90 fused", or the CPU's instruction set
   std::optional<Check> check;
   std::optional<Timing> timing;
+  std::optional<Timing> serial;  // of a PodShape: prefill, then decode, in two launches
 };
 
 struct Rates {

@@ -157,6 +157,24 @@ AttentionPath mla_prefill_path(const MlaPrefill& call);
 
 void mla_prefill(const MlaPrefill& call, Stream stream);
 
+// Prefill and decode in one launch (POD): multiprocessors begin with one or the other in proportion to the work, so that the tensor cores and
+// the memory are busy at the same time, and go on with what is left.
+struct PodBatch {
+  MlaPrefill prefill;            // their own workspaces are not used
+  MlaDecode decode;
+  int decode_multiprocessors = 0;  // that begin with decode; 0: from the lengths
+  void* workspace = nullptr;     // zeroed once after allocation; one launch at a time may use it
+  size_t workspace_bytes = 0;
+};
+
+// Empty where the batch runs as one launch; otherwise why it takes two, one after the other: other GPUs than Hopper, more than 32 decode rows
+// (heads × q_tokens), more than 1024 decode sequences, fp8 KV, logit variants, an empty side.
+std::string pod_unfused_reason(const PodBatch& batch);
+
+size_t pod_workspace_bytes(const PodBatch& batch);
+
+void pod(const PodBatch& batch, Stream stream);
+
 // New tokens into the cache: RMSNorm over the whole latent, weight, slice; rope rotation of the key; fp8 conversion where asked.
 struct KvAppend {
   const void* latent = nullptr;          // bf16 [tokens, latent_stride], before the norm

@@ -33,6 +33,7 @@ ${Object.entries(PRESETS).map(([name, { summary }]) => `  ${name.padEnd(10)}  ${
     '<%= config.bin %> <%= command.id %> --latent 256 --heads 16,64,128 --batch 1,32 --kv-len 8192 --csv > times.csv',
     '<%= config.bin %> <%= command.id %> --kind prefill --heads 128 --kv-len 4096,8192',
     '<%= config.bin %> <%= command.id %> --kv-heads 8 --heads 32,64 --head-dim 128 --batch 64 --kv-len 8192 --window 4096 --softcap 30',
+    '<%= config.bin %> <%= command.id %> --kind pod --prefill-heads 16 --prefill-kv-len 8192 --heads 16 --batch 64 --kv-len 4096',
     '<%= config.bin %> <%= command.id %> --device cpu --heads 16 --kv-len 1024 --check-only',
   ];
   static override enableJsonFlag = true;
@@ -49,7 +50,7 @@ ${Object.entries(PRESETS).map(([name, { summary }]) => `  ${name.padEnd(10)}  ${
     'check-only': Flags.boolean({ description: 'compare with the reference, time nothing', exclusive: ['svg'] }),
     csv: Flags.boolean({ description: 'print CSV, one row per shape', exclusive: ['json'] }),
     svg: Flags.string({ description: 'write a roofline plot', helpValue: 'FILE' }),
-    kind: Flags.string({ ...SHAPE, options: ['decode', 'gqa', 'prefill'], description: 'absorbed decode over paged latents, decode with ordinary keys and values, or un-absorbed prefill' }),
+    kind: Flags.string({ ...SHAPE, options: ['decode', 'gqa', 'prefill', 'pod'], description: 'absorbed decode over paged latents, decode with ordinary keys and values, un-absorbed prefill, or prefill and absorbed decode in one launch' }),
     heads: Flags.string({ ...SHAPE, description: 'query heads of a rank (default 128)', helpValue: 'N,…' }),
     batch: Flags.string({ ...SHAPE, description: 'sequences of --kv-len each (default 1)', helpValue: 'N,…' }),
     'kv-len': Flags.string({ ...SHAPE, description: 'tokens per sequence, the query tokens included', helpValue: 'N,…' }),
@@ -69,6 +70,8 @@ ${Object.entries(PRESETS).map(([name, { summary }]) => `  ${name.padEnd(10)}  ${
     alibi: Flags.boolean({ ...SHAPE, description: 'decode, gqa: with a bias per head that grows with the distance' }),
     'block-mask': Flags.string({ ...SHAPE, description: 'decode, gqa: tokens of a block and share of the blocks that are visible, such as 128:0.25', helpValue: 'N:SHARE,…' }),
     'key-dim': Flags.string({ ...SHAPE, description: 'prefill: values of a key (default 192)', helpValue: 'N' }),
+    ...Object.fromEntries(['heads', 'batch', 'kv-len', 'kv-lens', 'q-tokens', 'q-lens'].map((name) => [`prefill-${name}`, Flags.string({ ...SHAPE, description: `pod: --${name} of the prefill; the plain flag is the decode's` })])),
+    'decode-sms': Flags.string({ ...SHAPE, description: 'pod: multiprocessors that begin with decode (default: from the lengths)', helpValue: 'N,…' }),
     'value-dim': Flags.string({ ...SHAPE, description: 'prefill: values of a value (default 128)', helpValue: 'N' }),
     causal: Flags.boolean({ ...SHAPE, allowNo: true, description: 'queries see only tokens up to their own (the default)' }),
   };

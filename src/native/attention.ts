@@ -66,7 +66,16 @@ export interface PrefillProblem extends AttentionProblemBase {
   valueDim: number;
 }
 
-export type AttentionProblem = DecodeProblem | GqaProblem | PrefillProblem;
+/** Prefill and decode of one step, in one launch where the GPU has a kernel for it. */
+export interface PodProblem {
+  kind: 'pod';
+  prefill: PrefillProblem;
+  decode: DecodeProblem;
+  /** Multiprocessors that begin with decode; 0: chosen on the device. */
+  decodeMultiprocessors: number;
+}
+
+export type AttentionProblem = DecodeProblem | GqaProblem | PrefillProblem | PodProblem;
 
 export interface AttentionRunOptions {
   seed: number;
@@ -101,10 +110,12 @@ export interface AttentionTiming {
 }
 
 export interface AttentionOutcome {
-  /** Kernel family, or the CPU's instruction set. */
+  /** Kernel family, `sm90 fused` for prefill and decode in one launch, or the CPU's instruction set. */
   kernel: string;
   check: AttentionCheck | null;
   timing: AttentionTiming | null;
+  /** Of a PodProblem: prefill, then decode, in two launches. */
+  serial: AttentionTiming | null;
 }
 
 export interface AttentionRates {

@@ -1,7 +1,7 @@
 /** What the GPU tests share: random problems over the whole supported range, and the judgement of their outcome. */
 import * as assert from 'uvu/assert';
 import { judge } from '../../src/bench/attention/run.js';
-import type { AttentionPath, AttentionProblem, AttentionRunOptions, DecodeProblem, GqaProblem, PrefillProblem } from '../../src/native/attention.js';
+import type { AttentionPath, AttentionProblem, AttentionRunOptions, DecodeProblem, GqaProblem, PodProblem, PrefillProblem } from '../../src/native/attention.js';
 import { native } from '../../src/native/loader.js';
 import type { Draw } from '../support/random.js';
 
@@ -56,6 +56,19 @@ export function randomPrefill(draw: Draw, path: AttentionPath = 'auto'): Prefill
     causal: draw.chance(3 / 4),
     queryScale: draw.chance(1 / 3) ? 6 : 1,
     path,
+  };
+}
+
+/** Both at once, with as few decode rows as the fused kernel takes. */
+export function randomPod(draw: Draw, latent: number): PodProblem {
+  const decode = randomDecode(draw, 'auto', latent);
+  const most = Math.max(1, ...decode.qLens);
+  const prefill = randomPrefill(draw);
+  return {
+    kind: 'pod',
+    prefill: prefill.qLens.some((len) => len > 0) ? prefill : { ...prefill, qLens: Int32Array.of(33), kvLens: Int32Array.of(70) },
+    decode: { ...decode, heads: Math.min(decode.heads, Math.floor(32 / most)) },
+    decodeMultiprocessors: draw.chance(1 / 3) ? draw.integer(1, 131) : 0,
   };
 }
 

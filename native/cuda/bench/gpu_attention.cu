@@ -7,6 +7,7 @@
 #include "cuda/bench/gpu.h"
 #include "cuda/bench/gpu_decode.h"
 #include "cuda/bench/gpu_gqa.h"
+#include "cuda/bench/gpu_pod.h"
 #include "cuda/bench/gpu_prefill.h"
 #include "cuda/bench/gpu_rates.h"
 
@@ -73,8 +74,25 @@ std::string plan_on_gpu(int device, const PrefillShape& shape) {
   return with_gpu(device, [&] { return gpu_kernel_for(shape); });
 }
 
+std::string plan_on_gpu(int device, const PodShape& shape) {
+  return with_gpu(device, [&] { return gpu_kernel_for(shape); });
+}
+
 Outcome run_on_gpu(int device, const DecodeShape& shape, const RunOptions& options) { return run(device, shape, options); }
 Outcome run_on_gpu(int device, const GqaShape& shape, const RunOptions& options) { return run(device, shape, options); }
 Outcome run_on_gpu(int device, const PrefillShape& shape, const RunOptions& options) { return run(device, shape, options); }
+
+Outcome run_on_gpu(int device, const PodShape& shape, const RunOptions& options) {
+  return with_gpu(device, [&] {
+    const auto problem = make_gpu_pod(shape, options.seed, options.runs > 0);
+    Outcome outcome = run_problem(*problem, options);
+    if (options.runs > 0) {
+      problem->run_serially();
+      GpuStream stream;
+      outcome.serial = time_problem(*problem, options.runs, stream);
+    }
+    return outcome;
+  });
+}
 
 }  // namespace tpla::bench

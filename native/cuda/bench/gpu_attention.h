@@ -26,9 +26,11 @@ Rates measure_gpu(int device);
 std::string plan_on_gpu(int device, const DecodeShape& shape);
 std::string plan_on_gpu(int device, const GqaShape& shape);
 std::string plan_on_gpu(int device, const PrefillShape& shape);
+std::string plan_on_gpu(int device, const PodShape& shape);
 
 Outcome run_on_gpu(int device, const DecodeShape& shape, const RunOptions& options);
 Outcome run_on_gpu(int device, const GqaShape& shape, const RunOptions& options);
 Outcome run_on_gpu(int device, const PrefillShape& shape, const RunOptions& options);
+Outcome run_on_gpu(int device, const PodShape& shape, const RunOptions& options);
 
 }  // namespace tpla::bench

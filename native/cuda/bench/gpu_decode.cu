@@ -143,8 +143,9 @@ std::vector<float> draw_latent_scales(const DecodeShape& shape, uint64_t seed) {
   return mu;
 }
 
-// Sizes only: enough for the kernels to say whether they take the shape.
-cuda::MlaDecode describe(const DecodeShape& shape) {
+}  // namespace
+
+cuda::MlaDecode decode_sizes(const DecodeShape& shape) {
   cuda::MlaDecode call;
   call.batch = static_cast<int>(shape.kv_lens.size());
   call.heads = shape.heads;
@@ -162,7 +163,9 @@ cuda::MlaDecode describe(const DecodeShape& shape) {
   return call;
 }
 
-class GpuDecode : public GpuProblem {
+namespace {
+
+class GpuDecode : public GpuDecodeProblem {
  public:
   GpuDecode(const DecodeShape& shape, uint64_t seed, bool timed)
       : shape_(shape),
@@ -188,7 +191,7 @@ class GpuDecode : public GpuProblem {
     draw_tokens<<<dim3(64, static_cast<unsigned>(shape.kv_lens.size()), static_cast<unsigned>(tables_.sets)), 256>>>(
         pages(0), static_cast<int64_t>(tables_.entries_per_set()), kv_lens_.data(), q_indptr_.data(), variants_.device_rule(), shape.latent, shape.rope, shape.latent_deviation, shape.kv == KvType::fp8, stream_seed(seed, 1));
     gpu_check(cudaGetLastError(), "drawing a decode problem");
-    call_ = describe(shape);
+    call_ = decode_sizes(shape);
     call_.q = q_.data();
     call_.kv = kv_.data();
     call_.kv_lens = kv_lens_.data();
@@ -210,13 +213,15 @@ class GpuDecode : public GpuProblem {
 
   std::string kernel() const override { return kernel_; }
   int sets() const override { return tables_.sets; }
-  DeviceBuffer<uint8_t>& outputs() override { return outputs_; }
+  std::vector<DeviceBuffer<uint8_t>*> outputs() override { return {&outputs_}; }
 
-  void launch(int set, cudaStream_t stream) override {
+  cuda::MlaDecode call(int set) const override {
     cuda::MlaDecode call = call_;
     call.block_table = table_.data() + set * tables_.entries_per_set();
-    cuda::mla_decode(call, stream);
+    return call;
   }
+
+  void launch(int set, cudaStream_t stream) override { cuda::mla_decode(call(set), stream); }
 
   void set_lengths_to_zero(bool zero, cudaStream_t stream) override {
     if (zero) kv_lens_.fill_bytes(0, stream);
@@ -337,10 +342,10 @@ class GpuDecode : public GpuProblem {
 }  // namespace
 
 std::string gpu_kernel_for(const DecodeShape& shape) {
-  cuda::mla_decode_workspace_bytes(describe(shape));
+  cuda::mla_decode_workspace_bytes(decode_sizes(shape));
   return cuda::current_device().major == 9 && shape.path != KernelPath::sm80 ? "sm90" : "sm80";
 }
 
-std::unique_ptr<GpuProblem> make_gpu_decode(const DecodeShape& shape, uint64_t seed, bool timed) { return std::make_unique<GpuDecode>(shape, seed, timed); }
+std::unique_ptr<GpuDecodeProblem> make_gpu_decode(const DecodeShape& shape, uint64_t seed, bool timed) { return std::make_unique<GpuDecode>(shape, seed, timed); }
 
 }  // namespace tpla::bench

@@ -163,7 +163,7 @@ class GpuGqa : public GpuProblem {
 
   std::string kernel() const override { return kernel_; }
   int sets() const override { return tables_.sets; }
-  DeviceBuffer<uint8_t>& outputs() override { return outputs_; }
+  std::vector<DeviceBuffer<uint8_t>*> outputs() override { return {&outputs_}; }
 
   void launch(int set, cudaStream_t stream) override {
     cuda::GqaDecode call = call_;

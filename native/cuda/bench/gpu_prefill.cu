@@ -59,8 +59,9 @@ __global__ void draw(__nv_bfloat16* data, size_t count, float deviation, uint64_
   }
 }
 
-// Sizes only: enough for the kernel to say whether it takes the shape.
-cuda::MlaPrefill describe(const PrefillShape& shape) {
+}  // namespace
+
+cuda::MlaPrefill prefill_sizes(const PrefillShape& shape) {
   cuda::MlaPrefill call;
   call.heads = shape.heads;
   call.key_dim = shape.key_dim;
@@ -74,7 +75,9 @@ cuda::MlaPrefill describe(const PrefillShape& shape) {
   return call;
 }
 
-class GpuPrefill : public GpuProblem {
+namespace {
+
+class GpuPrefill : public GpuPrefillProblem {
  public:
   GpuPrefill(const PrefillShape& shape, uint64_t seed, bool timed)
       : shape_(shape),
@@ -102,7 +105,7 @@ class GpuPrefill : public GpuProblem {
       draw<<<1024, 256>>>(v(set), kv_rows_ * shape.value_dim, 1.0f, stream_seed(seed, 2 + 2 * set));
     }
     gpu_check(cudaGetLastError(), "drawing a prefill problem");
-    call_ = describe(shape);
+    call_ = prefill_sizes(shape);
     call_.q_indptr = q_indptr_.data();
     call_.kv_indptr = kv_indptr_.data();
     call_.out = outputs_.data();
@@ -121,15 +124,17 @@ class GpuPrefill : public GpuProblem {
 
   std::string kernel() const override { return kernel_; }
   int sets() const override { return static_cast<int>(sets_); }
-  DeviceBuffer<uint8_t>& outputs() override { return outputs_; }
+  std::vector<DeviceBuffer<uint8_t>*> outputs() override { return {&outputs_}; }
 
-  void launch(int set, cudaStream_t stream) override {
+  cuda::MlaPrefill call(int set) const override {
     cuda::MlaPrefill call = call_;
     call.q = q_.data() + set * q_rows_ * shape_.key_dim;
     call.k = k(set);
     call.v = v(set);
-    cuda::mla_prefill(call, stream);
+    return call;
   }
+
+  void launch(int set, cudaStream_t stream) override { cuda::mla_prefill(call(set), stream); }
 
   void set_lengths_to_zero(bool zero, cudaStream_t stream) override {
     const auto set = [&](DeviceBuffer<int32_t>& live, const DeviceBuffer<int32_t>& kept) {
@@ -199,11 +204,11 @@ class GpuPrefill : public GpuProblem {
 }  // namespace
 
 std::string gpu_kernel_for(const PrefillShape& shape) {
-  const cuda::MlaPrefill call = describe(shape);
+  const cuda::MlaPrefill call = prefill_sizes(shape);
   cuda::mla_prefill(call, nullptr);  // an empty batch: checks the shape and launches nothing
   return cuda::mla_prefill_path(call) == cuda::AttentionPath::sm90 ? "sm90" : "sm80";
 }
 
-std::unique_ptr<GpuProblem> make_gpu_prefill(const PrefillShape& shape, uint64_t seed, bool timed) { return std::make_unique<GpuPrefill>(shape, seed, timed); }
+std::unique_ptr<GpuPrefillProblem> make_gpu_prefill(const PrefillShape& shape, uint64_t seed, bool timed) { return std::make_unique<GpuPrefill>(shape, seed, timed); }
 
 }  // namespace tpla::bench

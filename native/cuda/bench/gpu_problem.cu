@@ -27,12 +27,40 @@ bool same_bytes(const DeviceBuffer<uint8_t>& a, const DeviceBuffer<uint8_t>& b, 
   return different.read()[0] == 0;
 }
 
+class SavedOutputs {
+ public:
+  explicit SavedOutputs(GpuProblem& problem) : problem_(problem) {}
+
+  void save(GpuStream& stream) {
+    copies_.clear();
+    for (const DeviceBuffer<uint8_t>* output : problem_.outputs()) {
+      copies_.emplace_back(output->count());
+      gpu_check(cudaMemcpyAsync(copies_.back().data(), output->data(), output->bytes(), cudaMemcpyDeviceToDevice, stream.get()), "cudaMemcpyAsync");
+    }
+  }
+  bool same_as_now(GpuStream& stream) const {
+    const auto now = problem_.outputs();
+    for (size_t i = 0; i < now.size(); ++i) {
+      if (!same_bytes(copies_[i], *now[i], stream)) return false;
+    }
+    return true;
+  }
+
+ private:
+  GpuProblem& problem_;
+  std::vector<DeviceBuffer<uint8_t>> copies_;
+};
+
+void poison(GpuProblem& problem, GpuStream& stream) {
+  for (DeviceBuffer<uint8_t>* output : problem.outputs()) output->fill_bytes(0xff, stream.get());
+}
+
 // Outputs are NaN before every launch. Every second repetition replays a graph that was captured, and run once, with all lengths zero.
-Check check_problem(GpuProblem& problem, const RunOptions& options, GpuStream& stream, DeviceBuffer<uint8_t>& first) {
-  problem.outputs().fill_bytes(0xff, stream.get());
+Check check_problem(GpuProblem& problem, const RunOptions& options, GpuStream& stream, SavedOutputs& first) {
+  poison(problem, stream);
   problem.launch(0, stream.get());
   stream.finish("the kernel");
-  gpu_check(cudaMemcpyAsync(first.data(), problem.outputs().data(), first.bytes(), cudaMemcpyDeviceToDevice, stream.get()), "cudaMemcpyAsync");
+  first.save(stream);
   Check check = options.host_reference ? problem.compare_on_host() : problem.compare_on_gpu(stream);
   check.repeats = options.repeats;
   if (options.repeats < 2) return check;
@@ -42,11 +70,11 @@ Check check_problem(GpuProblem& problem, const RunOptions& options, GpuStream& s
   graph.replay(stream);
   problem.set_lengths_to_zero(false, stream.get());
   for (int i = 1; i < options.repeats; ++i) {
-    problem.outputs().fill_bytes(0xff, stream.get());
+    poison(problem, stream);
     if (i % 2 == 1) graph.replay(stream);
     else problem.launch(0, stream.get());
     stream.finish("the kernel");
-    check.same_bits = check.same_bits && same_bytes(first, problem.outputs(), stream);
+    check.same_bits = check.same_bits && first.same_as_now(stream);
   }
   return check;
 }
@@ -57,6 +85,8 @@ int calls_per_run(const GpuProblem& problem, double one_call_ms) {
   const int rounds = std::max(1, static_cast<int>(std::ceil(wanted / problem.sets())));
   return rounds * problem.sets();
 }
+
+}  // namespace
 
 Timing time_problem(GpuProblem& problem, int runs, GpuStream& stream) {
   const double one_call_ms = time_on_gpu(stream, 1, [&] { problem.launch(0, stream.get()); })[0];
@@ -69,8 +99,6 @@ Timing time_problem(GpuProblem& problem, int runs, GpuStream& stream) {
   for (double& ms : times) ms /= calls;
   return {times[times.size() / 2], times.front(), times.back(), runs, calls, problem.sets()};
 }
-
-}  // namespace
 
 int sets_that_outgrow_l2(size_t bytes_per_set, size_t fixed_bytes) {
   int device = 0, l2 = 0;
@@ -86,13 +114,13 @@ int sets_that_outgrow_l2(size_t bytes_per_set, size_t fixed_bytes) {
 
 Outcome run_problem(GpuProblem& problem, const RunOptions& options) {
   GpuStream stream;
-  DeviceBuffer<uint8_t> first(options.repeats > 0 ? problem.outputs().count() : 0);
+  SavedOutputs first(problem);
   Outcome outcome;
   outcome.kernel = problem.kernel();
   if (options.repeats > 0) outcome.check = check_problem(problem, options, stream, first);
   if (options.runs > 0) {
     outcome.timing = time_problem(problem, options.runs, stream);
-    if (outcome.check) outcome.check->same_bits = outcome.check->same_bits && same_bytes(first, problem.outputs(), stream);
+    if (outcome.check) outcome.check->same_bits = outcome.check->same_bits && first.same_as_now(stream);
   }
   return outcome;
 }

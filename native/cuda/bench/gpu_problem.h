@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "bench/attention_shape.h"
 #include "cuda/bench/gpu.h"
@@ -19,7 +20,7 @@ class GpuProblem {
   virtual int sets() const = 0;
   virtual void launch(int set, cudaStream_t stream) = 0;
   // Everything a launch writes.
-  virtual DeviceBuffer<uint8_t>& outputs() = 0;
+  virtual std::vector<DeviceBuffer<uint8_t>*> outputs() = 0;
   // Makes every length zero, or what it was: a captured launch must read them at each replay.
   virtual void set_lengths_to_zero(bool zero, cudaStream_t stream) = 0;
   // Errors of the outputs for set 0, against float64.
@@ -29,6 +30,9 @@ class GpuProblem {
 
 // Number of input sets that together exceed what the device's L2 can keep, within half of the free memory; at least 1.
 int sets_that_outgrow_l2(size_t bytes_per_set, size_t fixed_bytes);
+
+// Medians of graph replays in which calls take the input sets in turn, set 0 last.
+Timing time_problem(GpuProblem& problem, int runs, GpuStream& stream);
 
 // Checks first, then times; the timed launches' last result must still have the checked bits.
 Outcome run_problem(GpuProblem& problem, const RunOptions& options);

@@ -3,6 +3,7 @@
 //   attention_test variants COUNT SEED [sm80] [fp8]  the same with softcap, window, ALiBi and block masks
 //   attention_test gqa COUNT SEED              keys and values of their own; every second shape with variants
 //   attention_test prefill COUNT SEED [sm80]
+//   attention_test pod COUNT SEED              both at once
 //   attention_test time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]]
 //   attention_test time LATENT BATCH HEADS QTOKENS LEN[;LEN...] [fp8] [PAGE]
 //   attention_test times [RUNS [REPEATS]]      lines of the same fields from standard input, each checked, then timed
@@ -98,7 +99,7 @@ static GqaShape random_gqa(unsigned seed) {
   return shape;
 }
 
-static PrefillShape random_prefill(unsigned seed, KernelPath path) {
+static PrefillShape random_prefill(unsigned seed, KernelPath path = KernelPath::automatic) {
   std::mt19937 random(seed);
   PrefillShape shape;
   shape.path = path;
@@ -114,12 +115,30 @@ static PrefillShape random_prefill(unsigned seed, KernelPath path) {
   return shape;
 }
 
+static PodShape random_pod(unsigned seed) {
+  PodShape shape{random_prefill(seed), random_decode(seed, KernelPath::automatic, KvType::bf16)};
+  while (shape.decode.heads * *std::max_element(shape.decode.q_lens.begin(), shape.decode.q_lens.end()) > 32) shape.decode.heads = (shape.decode.heads + 1) / 2;
+  shape.decode_multiprocessors = seed % 3 == 0 ? seed % 133 : 0;
+  return shape;
+}
+
+static int heads_of(const PodShape& shape) { return shape.decode.heads; }
+template <class Shape>
+static int heads_of(const Shape& shape) {
+  return shape.heads;
+}
+static size_t sequences_of(const PodShape& shape) { return shape.decode.kv_lens.size(); }
+template <class Shape>
+static size_t sequences_of(const Shape& shape) {
+  return shape.kv_lens.size();
+}
+
 template <class Shape>
 static bool right(const Shape& shape, unsigned seed) {
   const Outcome outcome = run_on_gpu(0, shape, {seed, 10, false, 0});
   const Check& check = *outcome.check;
   const bool ok = check.same_bits && check.worst_row < kErrorLimit && check.worst_lse < kLseLimit;
-  std::printf("%s seed %u %s, %d heads, %zu sequences: error %.2e lse %.1e%s\n", ok ? "ok  " : "FAIL", seed, outcome.kernel.c_str(), shape.heads, shape.kv_lens.size(), check.worst_row,
+  std::printf("%s seed %u %s, %d heads, %zu sequences: error %.2e lse %.1e%s\n", ok ? "ok  " : "FAIL", seed, outcome.kernel.c_str(), heads_of(shape), sequences_of(shape), check.worst_row,
               check.worst_lse, check.same_bits ? "" : " BITS DIFFER");
   std::fflush(stdout);
   return ok;
@@ -183,7 +202,7 @@ static int time_shapes(int runs, int repeats) {
 
 static int run(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
-  if ((mode == "decode" || mode == "variants" || mode == "gqa" || mode == "prefill") && argc >= 4) {
+  if ((mode == "decode" || mode == "variants" || mode == "gqa" || mode == "prefill" || mode == "pod") && argc >= 4) {
     const int count = std::atoi(argv[2]), first = std::atoi(argv[3]);
     const std::vector<std::string> options(argv + 4, argv + argc);
     const auto given = [&](const char* name) { return std::find(options.begin(), options.end(), name) != options.end(); };
@@ -194,7 +213,8 @@ static int run(int argc, char** argv) {
       if (mode == "decode") failures += !right(random_decode(seed, path, kv), seed);
       else if (mode == "variants") failures += !right(random_variant_decode(seed, path, kv), seed);
       else if (mode == "gqa") failures += !right(random_gqa(seed), seed);
-      else failures += !right(random_prefill(seed, path), seed);
+      else if (mode == "prefill") failures += !right(random_prefill(seed, path), seed);
+      else failures += !right(random_pod(seed), seed);
     }
     std::printf("%d of %d shapes failed\n", failures, count);
     return failures != 0;
@@ -202,7 +222,7 @@ static int run(int argc, char** argv) {
   if (mode == "time-gqa" && argc >= 8) return time_gqa(argc, argv);
   if (mode == "time" && argc >= 7) return time_shape(argc, argv);
   if (mode == "times") return time_shapes(argc > 2 ? std::atoi(argv[2]) : 20, argc > 3 ? std::atoi(argv[3]) : 3);
-  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] [fp8] | gqa COUNT SEED | prefill COUNT SEED [sm80] | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [fp8] [PAGE] | times [RUNS [REPEATS]]\n");
+  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] [fp8] | gqa COUNT SEED | prefill COUNT SEED [sm80] | pod COUNT SEED | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [fp8] [PAGE] | times [RUNS [REPEATS]]\n");
   return 2;
 }
 

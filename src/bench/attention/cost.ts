@@ -8,6 +8,10 @@ export interface AttentionCost {
 }
 
 export function costOfShape(shape: AttentionShape): AttentionCost {
+  if (shape.kind === 'pod') {
+    const parts = [costOfShape(shape.prefill), costOfShape(shape.decode)];
+    return { bytes: sum(parts.map(({ bytes }) => bytes)), flops: sum(parts.map(({ flops }) => flops)) };
+  }
   const queries = sum(shape.qLens);
   const visible = shape.kind !== 'prefill' && shape.variants ? countVisible(shape.variants, shape.qLens, shape.kvLens, shape.causal) : undefined;
   const keys = visible?.tokens ?? sum(shape.kvLens);

@@ -9,6 +9,19 @@ const UNEVEN = '4641;45118;1730;1696';
 const RANDOM_64 = '871;568;711;329;617;1015;348;978;543;837;650;1020;924;679;560;497;650;406;381;423;511;423;569;943;645;820;829;883;937;765;711;847;'
   + '722;546;519;279;516;315;664;845;850;546;670;871;527;329;446;764;582;1011;453;655;532;985;1019;810;317;305;949;317;669;768;530;349';
 
+const POD_DECODES = [
+  { latent: 512, heads: 16, batch: 128, kv_len: 4096 },
+  { latent: 512, heads: 32, batch: 64, kv_len: 8192 },
+  { latent: 256, heads: 32, batch: 128, kv_len: 8192 },
+  { latent: 256, heads: 32, batch: 32, kv_len: 4096 },
+];
+/** A chunk of 2K with all heads, a whole 8K prompt and a chunk behind 8K on one of eight ranks. */
+const POD_PREFILLS = [
+  { prefill_heads: 128, prefill_kv_len: 2048 },
+  { prefill_heads: 16, prefill_kv_len: 8192 },
+  { prefill_heads: 16, prefill_kv_len: 8192, prefill_q_tokens: 2048 },
+];
+
 interface Preset {
   summary: string;
   shapes: ShapeFields[];
@@ -77,6 +90,10 @@ const PRESET_TABLE = {
       { kind: 'prefill', heads: 128, kv_len: 16384, q_tokens: 2048 },
       { kind: 'prefill', heads: 128, kv_lens: '4096;1024;2500;300;170;90;2048;3000' },
     ],
+  },
+  pod: {
+    summary: 'prefill and decode of one step in one launch, beside the two launches: chunks of 2K to 8K with 16 and 128 heads, 32 to 128 sequences',
+    shapes: POD_DECODES.flatMap((decode) => POD_PREFILLS.map((prefill) => ({ kind: 'pod', ...decode, ...prefill }))),
   },
 } satisfies Record<string, Preset>;
 

@@ -17,6 +17,7 @@ export function printResults(result: BenchResult): string {
 
 function rowTable(result: BenchResult): string {
   const timed = result.rows.some((row) => row.timing !== null);
+  const fused = timed && result.rows.some((row) => row.shape.kind === 'pod');
   const names = result.comparisons.filter(({ matched }) => matched > 0).map(({ name }) => name);
   const head = ['shape', 'heads', 'batch', 'kv', 'q', 'kernel'];
   const align: Align[] = ['left', 'right', 'right', 'right', 'right', 'left'];
@@ -24,23 +25,38 @@ function rowTable(result: BenchResult): string {
     head.push('ms', 'GB/s', 'TFLOP/s', 'of copy', 'of matrix', ...names.map((name) => `× ${name}`));
     align.push('right', 'right', 'right', 'right', 'right', ...names.map(() => 'right' as const));
   }
+  if (fused) {
+    head.push('serial', '× serial');
+    align.push('right', 'right');
+  }
   head.push('error', 'check');
   align.push('right', 'left');
-  return table(head, result.rows.map((row) => cells(row, timed, names)), align);
+  return table(head, result.rows.map((row) => cells(row, timed, fused, names)), align);
 }
 
-function cells(row: BenchRow, timed: boolean, names: string[]): (string | number)[] {
+function cells(row: BenchRow, timed: boolean, fused: boolean, names: string[]): (string | number)[] {
   const { shape, timing } = row;
-  const before = [label(shape), shape.heads, shape.kvLens.length, span(shape.kvLens), span(shape.qLens), row.kernel];
+  const before = [label(shape), ...sizes(shape), row.kernel];
   const times = !timed ? [] : timing === null ? ['', '', '', '', '', ...names.map(() => '')] : [
     timing.ms.toFixed(4), timing.gb_per_s.toFixed(timing.gb_per_s < 10 ? 2 : 0), timing.tflops.toFixed(timing.tflops < 10 ? 2 : 0), percent(timing.copy_fraction), percent(timing.mfu),
     ...names.map((name) => row.compared.find((one) => one.name === name)?.ratio?.toFixed(2) ?? ''),
   ];
-  return [...before, ...times, row.check === null ? '' : row.check.worstRow.toExponential(1), row.verdict];
+  const serial = !fused ? [] : [timing?.serial_ms?.toFixed(4) ?? '', timing?.serial_ratio?.toFixed(2) ?? ''];
+  return [...before, ...times, ...serial, row.check === null ? '' : row.check.worstRow.toExponential(1), row.verdict];
+}
+
+/** Heads, batch, tokens, query tokens. */
+function sizes(shape: AttentionShape): (string | number)[] {
+  if (shape.kind === 'pod') {
+    const decode = sizes(shape.decode);
+    return sizes(shape.prefill).map((size, i) => `${size} + ${decode[i]}`);
+  }
+  return [shape.heads, shape.kvLens.length, span(shape.kvLens), span(shape.qLens)];
 }
 
 /** Widths and what departs from the plain case. */
 export function label(shape: AttentionShape): string {
+  if (shape.kind === 'pod') return `${label(shape.prefill)} + ${label(shape.decode)}`;
   if (shape.kind === 'prefill') return `prefill ${shape.keyDim}/${shape.valueDim}${shape.causal ? '' : ' full'}`;
   if (shape.kind === 'gqa') {
     return `gqa ${shape.headDim}, ${shape.heads / shape.kvHeads} to a KV head${shape.page === 64 ? '' : ` page ${shape.page}`}${shape.layout === 'nhd' ? '' : ` ${shape.layout}`}${labelOfVariants(shape.variants)}`;

@@ -54,6 +54,9 @@ export interface RowTiming {
   /** What the shape runs into first, and the time that alone would take over the measured one. */
   bound: 'memory' | 'matrix';
   bound_fraction: number;
+  /** Of a pod shape: the same work in two launches, one after the other, and that time over this one. */
+  serial_ms: number | null;
+  serial_ratio: number | null;
 }
 
 export interface BenchRow {
@@ -159,7 +162,7 @@ async function benchShape(native: AttentionModule, options: BenchOptions, shape:
     const error = toTplaError(thrown);
     throw new TplaError(error.code, `${error.message} (${describeShape(shape)})`, { cause: thrown });
   });
-  const timing = outcome.timing && rates ? timingOf(shape, outcome.timing, rates) : null;
+  const timing = outcome.timing && rates ? timingOf(shape, outcome.timing, rates, outcome.serial) : null;
   const work = workOfShape(shape);
   return {
     shape,
@@ -183,7 +186,7 @@ export function judge(check: AttentionCheck, device: 'gpu' | 'cpu'): string {
   return check.sameBits ? 'ok' : 'results differ';
 }
 
-export function timingOf(shape: AttentionShape, timing: AttentionTiming, rates: BenchRates): RowTiming {
+export function timingOf(shape: AttentionShape, timing: AttentionTiming, rates: BenchRates, serial: AttentionTiming | null = null): RowTiming {
   const { bytes, flops } = costOfShape(shape);
   const seconds = timing.medianMs / 1000;
   const gb_per_s = bytes / seconds / 1e9;
@@ -193,5 +196,6 @@ export function timingOf(shape: AttentionShape, timing: AttentionTiming, rates: 
   return {
     ms: timing.medianMs, min_ms: timing.minMs, max_ms: timing.maxMs, runs: timing.runs, calls_per_run: timing.callsPerRun, buffers: timing.buffers,
     gb_per_s, tflops, copy_fraction, mfu, bound: copy_fraction >= mfu ? 'memory' : 'matrix', bound_fraction: Math.max(copy_fraction, mfu),
+    serial_ms: serial?.medianMs ?? null, serial_ratio: serial === null ? null : serial.medianMs / timing.medianMs,
   };
 }

@@ -2,7 +2,7 @@ import { TplaError } from '../../errors.js';
 import type { AttentionPath, AttentionTarget } from '../../native/attention.js';
 import { readShapes } from './files.js';
 import { PRESETS, presetShapes, type PresetName } from './presets.js';
-import { shapeFromFields, type AttentionShape } from './shape.js';
+import { onPath, shapeFromFields, type AttentionShape } from './shape.js';
 
 /** Shape flags as typed; a list separated by commas stands for each of its values. */
 export type ShapeFlags = Record<string, string | boolean | undefined>;
@@ -13,7 +13,7 @@ export function selectShapes(presets: string[], files: string[], flags: ShapeFla
   if (shapes.length === 0) {
     throw new TplaError('USAGE', `name what to run: --preset ${Object.keys(PRESETS).join('|')}, --shapes FILE, or a shape such as --heads 128 --batch 1,32 --kv-len 8192`);
   }
-  return path === 'auto' ? shapes : shapes.map((shape) => ({ ...shape, path }));
+  return path === 'auto' ? shapes : shapes.map((shape) => onPath(shape, path));
 }
 
 /** `gpu`, `gpu:1` or `cpu`. */

@@ -1,7 +1,7 @@
 import { nearest } from '../../config/suggest.js';
 import { TplaError } from '../../errors.js';
 import { fieldsOfVariants, labelOfVariants, parseBlockMask, problemOfVariants, VARIANT_FIELDS, type BlockMask, type LogitVariants } from './variants.js';
-import type { AttentionPath, AttentionProblem } from '../../native/attention.js';
+import type { AttentionPath, AttentionProblem, DecodeProblem, PrefillProblem } from '../../native/attention.js';
 
 interface ShapeBase {
   heads: number;
@@ -42,16 +42,28 @@ export interface PrefillShape extends ShapeBase {
   valueDim: number;
 }
 
-export type AttentionShape = DecodeShape | GqaShape | PrefillShape;
+/** Prefill and decode of one step. */
+export interface PodShape {
+  kind: 'pod';
+  prefill: PrefillShape;
+  decode: DecodeShape;
+  /** Multiprocessors that begin with decode; 0: chosen from the lengths. */
+  decodeSms: number;
+}
+
+export type AttentionShape = DecodeShape | GqaShape | PrefillShape | PodShape;
 
 /** A shape as files and flags write it: the columns of a results file. Lengths of several sequences are joined with `;`. */
 export type ShapeFields = Record<string, unknown>;
 
 const DECODE_FIELDS = ['kind', 'kv_dtype', 'latent', 'rope', 'heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'page', 'causal', 'latent_scale', 'path'];
 const PREFILL_FIELDS = ['kind', 'key_dim', 'value_dim', 'heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'causal', 'path'];
+/** The prefill of a pod shape; its decode has the fields of a decode shape. */
+const PREFIX = 'prefill_';
+const POD_FIELDS = [...DECODE_FIELDS, ...['heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'causal'].map((name) => PREFIX + name), 'decode_sms'];
 const GQA_FIELDS = ['kind', 'head_dim', 'heads', 'kv_heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'page', 'kv_layout', 'causal', 'path'];
-const FIELDS = { decode: [...DECODE_FIELDS, ...VARIANT_FIELDS], gqa: [...GQA_FIELDS, ...VARIANT_FIELDS], prefill: PREFILL_FIELDS };
-export const SHAPE_FIELDS = [...new Set([...DECODE_FIELDS, ...PREFILL_FIELDS, ...GQA_FIELDS, ...VARIANT_FIELDS])];
+const FIELDS = { decode: [...DECODE_FIELDS, ...VARIANT_FIELDS], gqa: [...GQA_FIELDS, ...VARIANT_FIELDS], prefill: PREFILL_FIELDS, pod: POD_FIELDS };
+export const SHAPE_FIELDS = [...new Set([...DECODE_FIELDS, ...PREFILL_FIELDS, ...GQA_FIELDS, ...VARIANT_FIELDS, ...POD_FIELDS])];
 
 /** Throws REQUEST_INVALID; `where` names the flag list or the file and row. Empty fields count as absent. */
 export function shapeFromFields(fields: ShapeFields, where: string): AttentionShape {
@@ -60,13 +72,14 @@ export function shapeFromFields(fields: ShapeFields, where: string): AttentionSh
     throw new TplaError('REQUEST_INVALID', `${where}: ${message}`);
   };
   const reader = new FieldReader(given, fail);
-  const kind = reader.choice('kind', ['decode', 'gqa', 'prefill'], 'kv_heads' in given || 'head_dim' in given ? 'gqa' : 'decode');
+  const kind = reader.choice('kind', ['decode', 'gqa', 'prefill', 'pod'], 'kv_heads' in given || 'head_dim' in given ? 'gqa' : 'decode');
   const known = FIELDS[kind];
   const strange = Object.keys(given).find((name) => !known.includes(name));
   if (strange !== undefined) {
     const near = nearest(strange, known);
     fail(`a ${kind} shape has no field ${strange}${near === null ? `; it has ${known.join(', ')}` : `; did you mean ${near}?`}`);
   }
+  if (kind === 'pod') return podFromFields(given, reader, where);
   const lengths = sequenceLengths(reader, kind, fail);
   const common = { ...lengths, causal: reader.flag('causal', true), path: reader.choice('path', ['auto', 'sm90', 'sm80'], 'auto') };
   if (kind === 'prefill') {
@@ -100,6 +113,10 @@ function variantsFromFields(reader: FieldReader): LogitVariants | undefined {
 
 /** The fields a results file names a shape with; reading them back gives the same shape. */
 export function fieldsOfShape(shape: AttentionShape): Record<string, string | number | boolean> {
+  if (shape.kind === 'pod') {
+    const ofPrefill = Object.entries(fieldsOfShape(shape.prefill)).map(([name, value]) => [PREFIX + name, value] as const);
+    return { ...fieldsOfShape(shape.decode), kind: shape.kind, ...Object.fromEntries(ofPrefill.filter(([name]) => POD_FIELDS.includes(name))), decode_sms: shape.decodeSms };
+  }
   const uniform = (lens: number[]) => lens.every((len) => len === lens[0]);
   const lengths: Record<string, string | number> = { batch: shape.kvLens.length };
   if (uniform(shape.kvLens)) lengths.kv_len = shape.kvLens[0] as number;
@@ -124,6 +141,7 @@ export function fieldsOfShape(shape: AttentionShape): Record<string, string | nu
 
 /** Equal for shapes whose times can be compared: the work is the same, whatever the page size or kernel. */
 export function workOfShape(shape: AttentionShape): string {
+  if (shape.kind === 'pod') return `pod ${workOfShape(shape.prefill)} ${workOfShape(shape.decode)}`;
   const width = shape.kind === 'decode' ? [shape.kvDType, shape.latent, shape.rope] : shape.kind === 'gqa' ? [shape.headDim, shape.kvHeads] : [shape.keyDim, shape.valueDim];
   const causal = shape.kind !== 'prefill' && shape.qLens.every((len) => len <= 1) ? true : shape.causal;
   return [shape.kind, ...width, shape.heads, shape.qLens.join(';'), shape.kvLens.join(';'), causal].join(' ') + (shape.kind === 'prefill' ? '' : labelOfVariants(shape.variants));
@@ -131,13 +149,18 @@ export function workOfShape(shape: AttentionShape): string {
 
 /** Short enough for an error message or a label. */
 export function describeShape(shape: AttentionShape): string {
+  if (shape.kind === 'pod') return `${describeShape(shape.prefill)}, and ${describeShape(shape.decode)}`;
   const span = (lens: number[]) => (lens.every((len) => len === lens[0]) ? String(lens[0]) : `${Math.min(...lens)}..${Math.max(...lens)}`);
   const dims = shape.kind === 'decode' ? `latent ${shape.latent}+${shape.rope} ${shape.kvDType}${labelOfVariants(shape.variants)}`
     : shape.kind === 'gqa' ? `${shape.kvHeads} KV heads of ${shape.headDim}${labelOfVariants(shape.variants)}` : `${shape.keyDim}/${shape.valueDim}${shape.causal ? ' causal' : ''}`;
   return `${shape.kind} ${dims}, ${shape.heads} heads, ${shape.kvLens.length} × ${span(shape.kvLens)}, ${span(shape.qLens)} query tokens`;
 }
 
+export function problemOfShape(shape: DecodeShape): DecodeProblem;
+export function problemOfShape(shape: PrefillShape): PrefillProblem;
+export function problemOfShape(shape: AttentionShape): AttentionProblem;
 export function problemOfShape(shape: AttentionShape): AttentionProblem {
+  if (shape.kind === 'pod') return { kind: shape.kind, prefill: problemOfShape(shape.prefill), decode: problemOfShape(shape.decode), decodeMultiprocessors: shape.decodeSms };
   const common = {
     heads: shape.heads, qLens: Int32Array.from(shape.qLens), kvLens: Int32Array.from(shape.kvLens), causal: shape.causal, path: shape.path, queryScale: 1,
   };
@@ -149,6 +172,28 @@ export function problemOfShape(shape: AttentionShape): AttentionProblem {
   return {
     kind: shape.kind, ...common, latent: shape.latent, rope: shape.rope, pageTokens: shape.page, pageGapBytes: 0, kvDType: shape.kvDType, latentScale: shape.latentScale,
     ...variants,
+  };
+}
+
+/** The same shape on the given kernels. */
+export function onPath(shape: AttentionShape, path: AttentionPath): AttentionShape {
+  if (shape.kind === 'pod') return { ...shape, prefill: { ...shape.prefill, path }, decode: { ...shape.decode, path } };
+  return { ...shape, path };
+}
+
+function podFromFields(given: ShapeFields, reader: FieldReader, where: string): PodShape {
+  const ofPrefill: ShapeFields = {};
+  const ofDecode: ShapeFields = {};
+  for (const [name, value] of Object.entries(given)) {
+    if (name.startsWith(PREFIX)) ofPrefill[name.slice(PREFIX.length)] = value;
+    else if (name !== 'decode_sms') ofDecode[name] = value;
+  }
+  if (given.path !== undefined) ofPrefill.path = given.path;
+  return {
+    kind: 'pod',
+    prefill: shapeFromFields({ ...ofPrefill, kind: 'prefill' }, `${where}, prefill`) as PrefillShape,
+    decode: shapeFromFields({ ...ofDecode, kind: 'decode' }, `${where}, decode`) as DecodeShape,
+    decodeSms: reader.optionalInteger('decode_sms', 0) ?? 0,
   };
 }
 

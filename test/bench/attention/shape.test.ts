@@ -1,8 +1,11 @@
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { PRESETS, presetShapes, type PresetName } from '../../../src/bench/attention/presets.js';
+import { costOfShape } from '../../../src/bench/attention/cost.js';
 import { selectShapes } from '../../../src/bench/attention/select.js';
-import { fieldsOfShape, shapeFromFields, workOfShape } from '../../../src/bench/attention/shape.js';
+import { fieldsOfShape, shapeFromFields, workOfShape, type AttentionShape, type DecodeShape } from '../../../src/bench/attention/shape.js';
+
+const isDecode = (shape: AttentionShape): shape is DecodeShape => shape.kind === 'decode';
 
 const refusal = (fields: Record<string, unknown>): string => {
   try {
@@ -46,11 +49,12 @@ test('variants that are off leave no trace', () => {
 
 test('presets hold the published workloads', () => {
   assert.is(presetShapes('flashmla').length, 31);
-  const fp8 = presetShapes('fp8').filter((shape) => shape.kind === 'decode');
+  const fp8 = presetShapes('fp8').filter(isDecode);
   for (const dtype of ['bf16', 'fp8']) assert.is(fp8.filter(({ kvDType }) => kvDType === dtype).length, fp8.length / 2);
-  assert.equal(presetShapes('thundermla').map(({ kvLens, qLens }) => [kvLens.length, qLens[0]]), [[4, 4], [1, 1], [64, 4], [64, 2], [132, 4]]);
+  assert.equal(presetShapes('thundermla').filter(isDecode).map(({ kvLens, qLens }) => [kvLens.length, qLens[0]]), [[4, 4], [1, 1], [64, 4], [64, 2], [132, 4]]);
   assert.equal([...new Set(presetShapes('tpla').map((shape) => shape.kind === 'decode' && shape.latent))], [256, 320, 288, 128]);
   for (const shape of presetShapes('prefill')) assert.is(shape.kind, 'prefill');
+  assert.equal(presetShapes('pod').map((shape) => shape.kind === 'pod' && [shape.prefill.kvLens[0], shape.decode.kvLens.length]).slice(0, 3), [[2048, 128], [8192, 128], [8192, 128]]);
 });
 
 test('what cannot be meant is refused, saying where and what is taken', () => {
@@ -78,10 +82,26 @@ test('equal work is equal whatever the page, the kernel, or how the lengths were
   assert.is(work({ kv_len: 7, kv_heads: 8, kv_layout: 'hnd' }), work({ kv_len: 7, kind: 'gqa', page: 16 }));
 });
 
+test('a pod shape is a prefill and a decode shape, each with fields of its own', () => {
+  const fields = { kind: 'pod', heads: 16, batch: 2, kv_len: 100, latent: 256, prefill_heads: 4, prefill_kv_lens: '70;9', prefill_q_tokens: 9, path: 'sm90', decode_sms: 40 };
+  const shape = shapeFromFields(fields, 'here');
+  assert.equal(shape, {
+    kind: 'pod',
+    prefill: shapeFromFields({ kind: 'prefill', heads: 4, kv_lens: [70, 9], q_tokens: 9, path: 'sm90' }, 'here'),
+    decode: shapeFromFields({ heads: 16, batch: 2, kv_len: 100, latent: 256, path: 'sm90' }, 'here'),
+    decodeSms: 40,
+  });
+  assert.equal(shapeFromFields(fieldsOfShape(shape), 'again'), shape);
+  const [prefill, decode] = [{ kind: 'prefill', heads: 4, kv_lens: [70, 9], q_tokens: 9 }, { heads: 16, batch: 2, kv_len: 100, latent: 256 }].map((one) => costOfShape(shapeFromFields(one, 'here')));
+  assert.equal(costOfShape(shape), { bytes: prefill!.bytes + decode!.bytes, flops: prefill!.flops + decode!.flops });
+  assert.is(refusal({ kind: 'pod', kv_len: 5 }), 'here, prefill: give kv_len, or kv_lens for sequences of different lengths');
+  assert.match(refusal({ kind: 'pod', kv_len: 5, prefill_kv_len: 5, prefill_heds: 1 }), /a pod shape has no field prefill_heds; did you mean prefill_heads\?/);
+});
+
 test('flags with lists stand for every combination, after presets', () => {
   const shapes = selectShapes(['thundermla'], [], { heads: '8,16', 'kv-len': '64', 'q-tokens': '1,2', causal: false }, 'sm80');
   assert.is(shapes.length, 5 + 4);
-  assert.equal(shapes.slice(5).map(({ heads, qLens, causal, path }) => [heads, qLens[0], causal, path]), [[8, 1, false, 'sm80'], [8, 2, false, 'sm80'], [16, 1, false, 'sm80'], [16, 2, false, 'sm80']]);
+  assert.equal(shapes.slice(5).filter(isDecode).map(({ heads, qLens, causal, path }) => [heads, qLens[0], causal, path]), [[8, 1, false, 'sm80'], [8, 2, false, 'sm80'], [16, 1, false, 'sm80'], [16, 2, false, 'sm80']]);
   assert.throws(() => selectShapes([], [], {}, 'auto'), /name what to run: --preset flashmla/);
 });
 
