@@ -36,6 +36,8 @@ const OPEN_FILES_WANTED = 4096;
 export async function examine(version: string): Promise<Examination> {
   const limits = readLimits();
   const facts = { version, node: process.version, platform: `${process.platform}-${process.arch}`, limits };
+  // The probe loads UCX, which reads its settings then.
+  setUcxEnvironment({});
   let probe: ProbeResult;
   try {
     probe = native().probe();
@@ -56,7 +58,6 @@ export async function examine(version: string): Promise<Examination> {
 /** UCX says itself which transports it has here. */
 async function askUcx(library: ProbeResult['libraries'][number]): Promise<ProbeResult['libraries'][number]> {
   if (library.name !== 'UCX' || library.path === null) return library;
-  setUcxEnvironment({});
   try {
     const ucx = await native().openUcx(library.path);
     ucx.close();
