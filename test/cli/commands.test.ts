@@ -33,7 +33,7 @@ test('--print-config prints YAML that is a configuration again; with --json, JSO
   const yaml = await tpla(['kv-pool', '--listen', 'unix:/run/p.sock', '--dram-bytes', '2GiB', '--print-config']);
   assert.is(yaml.status, 0);
   assert.is(yaml.stderr, '');
-  assert.equal(parse(yaml.stdout), { listen: 'unix:/run/p.sock', id: 'pool-0', channel_listen: 'unix:/run/p.channel.sock', dram_bytes: 2 ** 31, drain_ms: 30000, log_level: 'info' });
+  assert.equal(parse(yaml.stdout), { listen: 'unix:/run/p.sock', id: 'pool-0', channel_listen: 'unix:/run/p.channel.sock', dram_bytes: 2 ** 31, nvme: { path: null, bytes: 2 ** 36, queue_depth: 16 }, drain_ms: 30000, log_level: 'info' });
   const file = join(dir, 'again.yaml');
   writeFileSync(file, yaml.stdout);
   assert.is((await tpla(['kv-pool', '-c', file, '--print-config'])).stdout, yaml.stdout);
