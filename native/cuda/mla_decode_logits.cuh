@@ -92,9 +92,12 @@ class VariantLogits {
     return result;
   }
 
+  __device__ static bool sees(const Row& row, int position) { return static_cast<unsigned>(row.last - position) < row.span; }
+
   // Products q · k -> logits in log2 units, -inf where the row does not see the token. position_of(i) and row_of(i): of value i.
+  // all_seen: the caller knows that no value is hidden.
   template <int kCount, class PositionOf, class RowOf>
-  __device__ __forceinline__ void apply(float (&logits)[kCount], PositionOf position_of, RowOf row_of) const {
+  __device__ __forceinline__ void apply(float (&logits)[kCount], PositionOf position_of, RowOf row_of, bool all_seen = false) const {
     if (logits_.softcap_out > 0.0f) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) logits[i] = softcap(logits[i]);
@@ -106,10 +109,20 @@ class VariantLogits {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) logits[i] -= row_of(i).slope * fabsf(static_cast<float>(row_of(i).position - position_of(i)));
     }
+    if (all_seen) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (static_cast<unsigned>(row_of(i).last - position_of(i)) >= row_of(i).span) logits[i] = -INFINITY;
+      if (!sees(row_of(i), position_of(i))) logits[i] = -INFINITY;
     }
+  }
+
+  // The same for fragments with rows on the M side: two rows, and tokens in runs of 16 of which positions[r] is this thread's first.
+  template <int kRuns>
+  __device__ __forceinline__ void apply_to_rows(float (&logits)[kRuns * 8], const Row (&rows)[2], const int (&positions)[kRuns]) const {
+    const int last = positions[kRuns - 1] + 9;  // positions ascend
+    const bool all_seen = sees(rows[0], positions[0]) && sees(rows[0], last) && sees(rows[1], positions[0]) && sees(rows[1], last);
+    apply(
+        logits, [&](int i) { return positions[i / 8] + (i / 4) % 2 * 8 + i % 2; }, [&](int i) { return rows[i % 4 / 2]; }, all_seen);
   }
 
  private:

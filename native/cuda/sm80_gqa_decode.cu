@@ -63,8 +63,11 @@ __global__ void __launch_bounds__(kThreads, 2) sm80_gqa_decode(const __grid_cons
   uint8_t* ring = shared + team * Shape::kRingBytes;
   const uint32_t ring_address = shared_address(ring);
   const auto team_sync = [&] {
+    static_assert(kTeams <= 2 || kRowGroups == 1);
     if constexpr (kRowGroups == 1) __syncwarp();
-    else asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(Shape::kTeamThreads) : "memory");
+    else if constexpr (kTeams == 1) __syncthreads();
+    else if (team == 0) asm volatile("bar.sync 1, %0;" ::"n"(Shape::kTeamThreads) : "memory");
+    else asm volatile("bar.sync 2, %0;" ::"n"(Shape::kTeamThreads) : "memory");
   };
 
   const DecodeSchedule<kRows, Shape::kOverhead, Logits, GqaDecodeArgs> schedule(args);
@@ -174,8 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2) sm80_gqa_decode(const __grid_cons
         int positions[kRunsPerStep];
 #pragma unroll
         for (int r = 0; r < kRunsPerStep; ++r) positions[r] = policy.position(place0 + r * kRun + (lane % 4) * 2);
-        policy.apply(
-            logits, [&](int i) { return positions[i / 8] + (i / 4) % 2 * 8 + i % 2; }, [&](int i) { return rows[i % 4 / 2]; });
+        policy.apply_to_rows(logits, rows, positions);
       } else if (place0 + kStep > unmasked) {
 #pragma unroll
         for (int i = 0; i < kStep / 2; ++i) {

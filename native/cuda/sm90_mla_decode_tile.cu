@@ -155,8 +155,7 @@ __global__ void __launch_bounds__(384, 1)
           int positions[kTokenTile / 16];  // a box is 16 tokens or more
 #pragma unroll
           for (int box = 0; box < kTokenTile / 16; ++box) positions[box] = policy.position(token0 + box * 16 + (lane % 4) * 2);
-          policy.apply(
-              logits, [&](int i) { return positions[i / 8] + (i / 4) % 2 * 8 + i % 2; }, [&](int i) { return rows[i % 4 / 2]; });
+          policy.apply_to_rows(logits, rows, positions);
           return;
         }
         if (token0 + kTokenTile <= unmasked_tokens) return;
