@@ -1,6 +1,6 @@
 // time limit: 400 s
 import { spawnSync } from 'node:child_process';
-import { closeSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { closeSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'uvu';
@@ -15,6 +15,7 @@ import type { HandoffReceiver, HandoffTicket } from '../../src/transfer/types.js
 import { Peer } from '../support/handoff_child.js';
 import { BIG, BIG_PAGES, BIG_TARGET, BIG_TOKENS } from '../support/handoff_fault_shapes.js';
 import { endpoint, failure, fillCanonical, findDifference, handshake, LAYERS, newArena, pageRange, sampled, smallLayout, stats, until } from '../support/handoff.js';
+import { openFds } from '../support/handoff_exercises.js';
 
 const directory = mkdtempSync(join(tmpdir(), 'tpla-faults-'));
 test.after(() => rmSync(directory, { recursive: true }));
@@ -35,7 +36,6 @@ function isPoisoned(arena: KvArena): boolean {
 }
 
 const target = newArena(BIG_TARGET, BIG_PAGES);
-const openFds = () => readdirSync('/proc/self/fd').length;
 
 async function withReceiver(body: (receiver: HandoffReceiver) => Promise<void>): Promise<void> {
   const receiver = await createHandoffReceiver(freshAddress(), endpoint(target, systemClock));

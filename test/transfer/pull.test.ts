@@ -8,16 +8,14 @@ import type { Channel, KvLayout } from '../../src/native/types.js';
 import { decodeMessage, encodeMessage, type Message } from '../../src/transfer/messages.js';
 import { createHandoffReceiver } from '../../src/transfer/receiver.js';
 import { createHandoffSender } from '../../src/transfer/sender.js';
-import { endpoint, failure, fillCanonical, findDifference, handshake, LAYERS, newArena, pageRange, sampled, smallLayout, stats, until } from '../support/handoff.js';
+import { endpoint, failure, fillCanonical, handshake, LAYERS, newArena, smallLayout, until } from '../support/handoff.js';
+import { cancelInTheMiddle, landPrompt, SOURCE_PAGES, TARGET_PAGES, TOKENS, VIEWS } from '../support/handoff_exercises.js';
 
 const directory = mkdtempSync(join(tmpdir(), 'tpla-pull-'));
 test.after(() => rmSync(directory, { recursive: true }));
 let sockets = 0;
 const freshAddress = () => `unix:${join(directory, `${sockets++}.sock`)}`;
 
-const TOKENS: [number, number] = [0, 100];
-const SOURCE_PAGES = pageRange(3, 7);
-const TARGET_PAGES = pageRange(10, 4);
 const grant = (change: object = {}) => ({ tokens: TOKENS, pages: [TARGET_PAGES], leaseMs: 10_000, ...change });
 
 async function pair(change: Partial<KvLayout> = { form: 'tpla', ranks: 2, pageTokens: 32 }) {
@@ -35,56 +33,21 @@ async function pair(change: Partial<KvLayout> = { form: 'tpla', ranks: 2, pageTo
   return { source, target, address, receiver, sender, close };
 }
 
-for (const [name, change] of [
-  ['tpla', { form: 'tpla', ranks: 2, pageTokens: 32 }],
-  ['mla', {}],
-  ['fp8', { dtype: 'fp8', pageTokens: 32 }],
-  ['dcp', { form: 'dcp', ranks: 2, pageTokens: 32 }],
-] as [string, Partial<KvLayout>][]) {
+for (const [name, change] of VIEWS) {
   test(`decode reads a prompt that prefill lends: ${name}`, async () => {
-    const { source, target, receiver, sender, close } = await pair(change);
-    fillCanonical(source, SOURCE_PAGES, TOKENS, 1);
-    const pages = change.form === 'dcp' ? [pageRange(0, 2), pageRange(5, 2)] : [change.pageTokens ? TARGET_PAGES : pageRange(10, 7)];
-    const { ticket, committed } = receiver.open(grant({ pages }));
-    const session = await sender.open(ticket);
-    assert.is(session.path, 'shm');
-    const pushes: Promise<void>[] = [];
-    for (const tokens of [[0, 41], [41, 100]] as [number, number][]) {
-      for (let layer = 0; layer < LAYERS; layer++) pushes.push(session.push([layer, layer + 1], tokens, SOURCE_PAGES));
-    }
-    await Promise.all(pushes);
-    assert.ok(session.sent.bytes > 0);
-    await session.commit({ firstTokens: [sampled(42)], prefill: stats(100) });
-    const commit = await committed;
+    const ends = await pair(change);
+    const { commit, sentBytes } = await landPrompt(ends, change, 'shm', 10_000);
+    assert.ok(sentBytes > 0);
     assert.is(commit.firstTokens[0]!.token, 42);
-    assert.is(commit.bytes, session.sent.bytes);
-    if (name === 'tpla' || name === 'mla') assert.is(findDifference(target, pages[0]!, TOKENS, 1), null);
-    await close();
+    assert.is(commit.bytes, sentBytes);
+    await ends.close();
   });
 }
 
 test('after a cancel nothing more is read, and the next hand-off is whole', async () => {
-  const { source, target, receiver, sender, close } = await pair();
-  fillCanonical(source, SOURCE_PAGES, TOKENS, 1);
-  for (let round = 0; round < 30; round++) {
-    const { ticket, committed } = receiver.open(grant());
-    const session = await sender.open(ticket);
-    const pushes = Array.from({ length: LAYERS }, (_, layer) => session.push([layer, layer + 1], TOKENS, SOURCE_PAGES));
-    if (round % 2 === 0) await new Promise((resolve) => setImmediate(resolve));
-    receiver.cancel(ticket.session);
-    assert.is((await failure(committed)).code, 'CANCELLED');
-    for (const page of TARGET_PAGES) for (const rank of [0, 1]) target.page(rank, 0, page).fill(0x33);
-    const ends = await Promise.allSettled(pushes);
-    assert.ok(ends.some(({ status }) => status === 'rejected') || round % 2 === 0);
-    for (const page of TARGET_PAGES) for (const rank of [0, 1]) assert.ok(target.page(rank, 0, page).every((byte) => byte === 0x33), 'a late write');
-  }
-  const { ticket, committed } = receiver.open(grant());
-  const session = await sender.open(ticket);
-  await session.push([0, LAYERS], TOKENS, SOURCE_PAGES);
-  await session.commit({ firstTokens: [], prefill: stats(100) });
-  await committed;
-  assert.is(findDifference(target, TARGET_PAGES, TOKENS, 1), null);
-  await close();
+  const ends = await pair();
+  await cancelInTheMiddle(ends, 30, 10_000, (pushes, round) => assert.ok(pushes.some(({ status }) => status === 'rejected') || round % 2 === 0));
+  await ends.close();
 });
 
 /** A prefill worker that says what a test wants. */

@@ -1,5 +1,4 @@
 // time limit: 400 s
-import { readdirSync, readFileSync } from 'node:fs';
 import { connect as connectSocket, type Socket } from 'node:net';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
@@ -8,16 +7,12 @@ import { native } from '../../src/native/loader.js';
 import type { KvLayout, WriteGate } from '../../src/native/types.js';
 import { createHandoffReceiver } from '../../src/transfer/receiver.js';
 import { createHandoffSender } from '../../src/transfer/sender.js';
-import { endpoint, failure, fillCanonical, findDifference, LAYERS, newArena, pageRange, sampled, smallLayout, stats, until } from '../support/handoff.js';
+import { endpoint, failure, fillCanonical, findDifference, LAYERS, newArena, pageRange, smallLayout, stats, until } from '../support/handoff.js';
+import { cancelInTheMiddle, landPrompt, openFds, SOURCE_PAGES, TARGET_PAGES, threads, TOKENS, VIEWS } from '../support/handoff_exercises.js';
 import { xorshift } from '../native/kv_reference.js';
 
 const { listenKvStream, connectKvStream, kvChecksum, WriteGate } = native();
-const TOKENS: [number, number] = [0, 100];
-const SOURCE_PAGES = pageRange(3, 7);
-const TARGET_PAGES = pageRange(10, 4);
 const KEY = 'k'.repeat(32);
-const threads = () => Number(/^Threads:\s+(\d+)/m.exec(readFileSync('/proc/self/status', 'utf8'))![1]);
-const openFds = () => readdirSync('/proc/self/fd').length;
 
 async function pair(change: Partial<KvLayout> = { form: 'tpla', ranks: 2, pageTokens: 32 }) {
   const source = newArena(smallLayout(), 64);
@@ -34,54 +29,20 @@ async function pair(change: Partial<KvLayout> = { form: 'tpla', ranks: 2, pageTo
 }
 const grant = (change: object = {}) => ({ tokens: TOKENS, pages: [TARGET_PAGES], leaseMs: 60_000, ...change });
 
-for (const [name, change] of [
-  ['tpla', { form: 'tpla', ranks: 2, pageTokens: 32 }],
-  ['mla', {}],
-  ['fp8', { dtype: 'fp8', pageTokens: 32 }],
-  ['dcp', { form: 'dcp', ranks: 2, pageTokens: 32 }],
-] as [string, Partial<KvLayout>][]) {
+for (const [name, change] of VIEWS) {
   test(`a prompt lands verified over TCP: ${name}`, async () => {
-    const { source, target, receiver, sender, close } = await pair(change);
-    fillCanonical(source, SOURCE_PAGES, TOKENS, 1);
-    const pages = change.form === 'dcp' ? [pageRange(0, 2), pageRange(5, 2)] : [change.pageTokens ? TARGET_PAGES : pageRange(10, 7)];
-    const { ticket, committed } = receiver.open(grant({ pages }));
+    const ends = await pair(change);
+    const { ticket, commit } = await landPrompt(ends, change, 'tcp', 60_000);
     assert.match(ticket.address, /^tcp:\/\/127\.0\.0\.1:\d+$/);
-    const session = await sender.open(ticket);
-    assert.is(session.path, 'tcp');
-    const pushes: Promise<void>[] = [];
-    for (const tokens of [[0, 41], [41, 100]] as [number, number][]) {
-      for (let layer = 0; layer < LAYERS; layer++) pushes.push(session.push([layer, layer + 1], tokens, SOURCE_PAGES));
-    }
-    await Promise.all(pushes);
-    await session.commit({ firstTokens: [sampled(42)], prefill: stats(100) });
-    const commit = await committed;
     assert.is(commit.path, 'tcp');
-    if (name === 'tpla' || name === 'mla') assert.is(findDifference(target, pages[0]!, TOKENS, 1), null);
-    await close();
+    await ends.close();
   });
 }
 
 test('decode cancels in the middle: what is on the way is read past, the next hand-off on the same slot is whole', async () => {
-  const { source, target, receiver, sender, close } = await pair();
-  fillCanonical(source, SOURCE_PAGES, TOKENS, 1);
-  for (let round = 0; round < 20; round++) {
-    const first = receiver.open(grant());
-    const session = await sender.open(first.ticket);
-    const pushes = Array.from({ length: LAYERS }, (_, layer) => session.push([layer, layer + 1], TOKENS, SOURCE_PAGES));
-    if (round % 2 === 0) await new Promise((resolve) => setImmediate(resolve));
-    receiver.cancel(first.ticket.session);
-    assert.is((await failure(first.committed)).code, 'CANCELLED');
-    for (const page of TARGET_PAGES) for (const rank of [0, 1]) target.page(rank, 0, page).fill(0x33);
-    await Promise.allSettled(pushes);
-    for (const page of TARGET_PAGES) for (const rank of [0, 1]) assert.ok(target.page(rank, 0, page).every((byte) => byte === 0x33), 'a late write');
-  }
-  const { ticket, committed } = receiver.open(grant());
-  const session = await sender.open(ticket);
-  await session.push([0, LAYERS], TOKENS, SOURCE_PAGES);
-  await session.commit({ firstTokens: [], prefill: stats(100) });
-  await committed;
-  assert.is(findDifference(target, TARGET_PAGES, TOKENS, 1), null);
-  await close();
+  const ends = await pair();
+  await cancelInTheMiddle(ends, 20, 60_000);
+  await ends.close();
 });
 
 test('an address that nobody can dial is refused', async () => {

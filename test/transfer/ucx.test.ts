@@ -1,6 +1,6 @@
 // time limit: 300 s
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { suite } from 'uvu';
@@ -12,7 +12,8 @@ import { createHandoffReceiver } from '../../src/transfer/receiver.js';
 import { createHandoffSender } from '../../src/transfer/sender.js';
 import type { HandoffReceiver, HandoffTicket } from '../../src/transfer/types.js';
 import { findUcx, openUcx } from '../../src/transfer/ucx.js';
-import { endpoint, failure, fillCanonical, findDifference, LAYERS, newArena, pageRange, sampled, smallLayout, stats, until } from '../support/handoff.js';
+import { endpoint, failure, findDifference, LAYERS, newArena, pageRange, smallLayout, stats, until } from '../support/handoff.js';
+import { cancelInTheMiddle, landPrompt, openFds, SOURCE_PAGES, TARGET_PAGES, threads, TOKENS, VIEWS } from '../support/handoff_exercises.js';
 import { Peer } from '../support/handoff_child.js';
 import { BIG, BIG_PAGES, BIG_TARGET, BIG_TOKENS } from '../support/handoff_fault_shapes.js';
 
@@ -23,11 +24,6 @@ const directory = mkdtempSync(join(tmpdir(), 'tpla-ucx-'));
 all.after(() => rmSync(directory, { recursive: true }));
 
 const ADDRESS = 'tcp://127.0.0.1:0';
-const TOKENS: [number, number] = [0, 100];
-const SOURCE_PAGES = pageRange(3, 7);
-const TARGET_PAGES = pageRange(10, 4);
-const threads = () => Number(/^Threads:\s+(\d+)/m.exec(readFileSync('/proc/self/status', 'utf8'))![1]);
-const openFds = () => readdirSync('/proc/self/fd').length;
 
 /** Peer failures are what is tested here: UCX's own lines about them say nothing. */
 const quiet = { UCX_LOG_LEVEL: 'fatal', UCX_TLS: 'all' };
@@ -50,28 +46,12 @@ async function pair(change: Partial<KvLayout> = { form: 'tpla', ranks: 2, pageTo
 }
 const grant = (change: object = {}) => ({ tokens: TOKENS, pages: [TARGET_PAGES], leaseMs: 60_000, ...change });
 
-for (const [name, change] of [
-  ['tpla', { form: 'tpla', ranks: 2, pageTokens: 32 }],
-  ['mla', {}],
-  ['fp8', { dtype: 'fp8', pageTokens: 32 }],
-  ['dcp', { form: 'dcp', ranks: 2, pageTokens: 32 }],
-] as [string, Partial<KvLayout>][]) {
+for (const [name, change] of VIEWS) {
   test(`a prompt lands verified over UCX: ${name}`, async () => {
-    const { source, target, receiver, sender, close } = await pair(change);
-    fillCanonical(source, SOURCE_PAGES, TOKENS, 1);
-    const pages = change.form === 'dcp' ? [pageRange(0, 2), pageRange(5, 2)] : [change.pageTokens ? TARGET_PAGES : pageRange(10, 7)];
-    const { ticket, committed } = receiver.open(grant({ pages }));
-    const session = await sender.open(ticket);
-    assert.is(session.path, 'ucx');
-    const pushes: Promise<void>[] = [];
-    for (const tokens of [[0, 41], [41, 100]] as [number, number][]) {
-      for (let layer = 0; layer < LAYERS; layer++) pushes.push(session.push([layer, layer + 1], tokens, SOURCE_PAGES));
-    }
-    await Promise.all(pushes);
-    await session.commit({ firstTokens: [sampled(42)], prefill: stats(100) });
-    assert.is((await committed).path, 'ucx');
-    if (name === 'tpla' || name === 'mla') assert.is(findDifference(target, pages[0]!, TOKENS, 1), null);
-    await close();
+    const ends = await pair(change);
+    const { commit } = await landPrompt(ends, change, 'ucx', 60_000);
+    assert.is(commit.path, 'ucx');
+    await ends.close();
   });
 }
 
@@ -182,26 +162,9 @@ test('transports that cannot tell of a dead peer are not used: over shared memor
 // ---------------------------------------------------------------- cancel, leaks, hostile pieces
 
 test('decode cancels in the middle: no late write, the next hand-off on the same slot is whole', async () => {
-  const { source, target, receiver, sender, close } = await pair();
-  fillCanonical(source, SOURCE_PAGES, TOKENS, 1);
-  for (let round = 0; round < 20; round++) {
-    const first = receiver.open(grant());
-    const session = await sender.open(first.ticket);
-    const pushes = Array.from({ length: LAYERS }, (_, layer) => session.push([layer, layer + 1], TOKENS, SOURCE_PAGES));
-    if (round % 2 === 0) await new Promise((resolve) => setImmediate(resolve));
-    receiver.cancel(first.ticket.session);
-    assert.is((await failure(first.committed)).code, 'CANCELLED');
-    for (const page of TARGET_PAGES) for (const rank of [0, 1]) target.page(rank, 0, page).fill(0x33);
-    await Promise.allSettled(pushes);
-    for (const page of TARGET_PAGES) for (const rank of [0, 1]) assert.ok(target.page(rank, 0, page).every((byte) => byte === 0x33), 'a late write');
-  }
-  const { ticket, committed } = receiver.open(grant());
-  const session = await sender.open(ticket);
-  await session.push([0, LAYERS], TOKENS, SOURCE_PAGES);
-  await session.commit({ firstTokens: [], prefill: stats(100) });
-  await committed;
-  assert.is(findDifference(target, TARGET_PAGES, TOKENS, 1), null);
-  await close();
+  const ends = await pair();
+  await cancelInTheMiddle(ends, 20, 60_000);
+  await ends.close();
 });
 
 test('connections over UCX leak no thread and no descriptor', async () => {
