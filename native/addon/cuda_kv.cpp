@@ -85,12 +85,7 @@ class CudaArena : public Napi::ObjectWrap<CudaArena> {
     return guarded(info.Env(), [&] { return Napi::Number::New(info.Env(), double(open()->bytes())); });
   }
   Napi::Value token_bytes(const Napi::CallbackInfo& info) {
-    return guarded(info.Env(), [&] {
-      const KvLayout& layout = open()->region().layout;
-      const double held = double(layout.row_bytes() * size_t(layout.layers));
-      const bool is_partitioned = layout.form == KvForm::dcp || layout.form == KvForm::dp;
-      return Napi::Number::New(info.Env(), is_partitioned ? held / layout.ranks : held);
-    });
+    return guarded(info.Env(), [&] { return Napi::Number::New(info.Env(), kv_token_bytes(open()->region().layout)); });
   }
   Napi::Value device(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&] { return Napi::Number::New(info.Env(), open()->region().device); });

@@ -76,6 +76,12 @@ Napi::Object kv_layout_to_js(Napi::Env env, const KvLayout& layout) {
   return object;
 }
 
+double kv_token_bytes(const KvLayout& layout) {
+  const double held = double(layout.row_bytes() * size_t(layout.layers));
+  const bool is_partitioned = layout.form == KvForm::dcp || layout.form == KvForm::dp;
+  return is_partitioned ? held / layout.ranks : held;
+}
+
 void attach_kv_region(Napi::Object object, std::shared_ptr<const KvRegion> region) {
   const Napi::Env env = object.Env();
   auto external = Napi::External<RegionPointer>::New(env, new RegionPointer(std::move(region)), [](Napi::Env, RegionPointer* held) { delete held; });

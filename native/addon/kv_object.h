@@ -10,6 +10,9 @@ namespace tpla::addon {
 KvLayout parse_kv_layout(Napi::Value value);
 Napi::Object kv_layout_to_js(Napi::Env env, const KvLayout& layout);
 
+// Bytes of KV that one token takes on a rank, over all layers; where ranks hold different tokens, on average.
+double kv_token_bytes(const KvLayout& layout);
+
 // KvArena and KvRegion objects both carry their region, so that kvPut and its kin take either. The pointer keeps the memory
 // mapped while work is in flight: alias it to its owner, shared_ptr<const KvRegion>(memory, &memory->region()).
 void attach_kv_region(Napi::Object object, std::shared_ptr<const KvRegion> region);
