@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "decode_logits.h"
+#include "decode_plan.h"
 #include "device.h"
 #include "gqa_decode_args.h"
 #include "gqa_decode_kernel.h"
@@ -13,23 +14,9 @@
 namespace tpla::cuda {
 namespace {
 
-constexpr size_t kArrivalBytes = 4096;  // at the start of every workspace, so that calls of different shapes may share one
 constexpr int kMostBlocks = kArrivalBytes / sizeof(int);
 constexpr int kRun = 16;                // tokens the kernels load from one page without looking
 constexpr double kLog2E = 1.4426950408889634;
-
-size_t align_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-struct GqaPlan {
-  DecodeKernel kernel;
-  int row_tiles;
-  int slots;
-  size_t partial_out_bytes;
-  size_t partial_sum_bytes;
-
-  int blocks() const { return row_tiles * slots; }
-  size_t workspace_bytes() const { return kArrivalBytes + align_up(partial_out_bytes) + align_up(partial_sum_bytes); }
-};
 
 void validate(const GqaDecode& call, const Device& device) {
   const auto expect = [](bool ok, const std::string& message) {
@@ -48,24 +35,19 @@ void validate(const GqaDecode& call, const Device& device) {
   validate_variants(call.variants, "GQA decode");
 }
 
-GqaPlan plan(const GqaDecode& call) {
+DecodePlan plan(const GqaDecode& call) {
   const Device& device = current_device();
   validate(call, device);
-  GqaPlan result;
   const int rows = call.heads / call.kv_heads * call.q_tokens;
-  result.kernel = sm80_gqa_decode_kernel(call.head_dim, rows, call.variants.any() ? LogitKind::variant : LogitKind::plain);
-  const int resident = resident_blocks(result.kernel.function, result.kernel.threads, result.kernel.shared_bytes);
-  if (resident == 0) throw AttentionError("GQA decode: this GPU has less than the " + std::to_string(result.kernel.shared_bytes) + " bytes of shared memory a block needs");
+  const DecodeKernel kernel = sm80_gqa_decode_kernel(call.head_dim, rows, call.variants.any() ? LogitKind::variant : LogitKind::plain);
+  const int resident = resident_blocks(kernel.function, kernel.threads, kernel.shared_bytes);
+  if (resident == 0) throw AttentionError("GQA decode: this GPU has less than the " + std::to_string(kernel.shared_bytes) + " bytes of shared memory a block needs");
   const int blocks = std::min(device.multiprocessors * resident, kMostBlocks);
-  result.row_tiles = (rows + result.kernel.block_rows - 1) / result.kernel.block_rows;
+  const DecodePlan result(kernel, rows, blocks, call.head_dim);
   if (result.row_tiles > blocks) {
-    throw AttentionError("GQA decode takes at most " + std::to_string(blocks * result.kernel.block_rows) +
+    throw AttentionError("GQA decode takes at most " + std::to_string(blocks * kernel.block_rows) +
                          " query rows (heads of a KV head × q_tokens) a sequence on this GPU; got " + std::to_string(rows));
   }
-  result.slots = blocks / result.row_tiles;
-  const size_t rows_of_parts = static_cast<size_t>(result.blocks()) * 2 * result.kernel.block_rows;
-  result.partial_out_bytes = rows_of_parts * call.head_dim * sizeof(float);
-  result.partial_sum_bytes = rows_of_parts * 2 * sizeof(float);
   return result;
 }
 
@@ -75,7 +57,7 @@ size_t gqa_decode_workspace_bytes(const GqaDecode& call) { return plan(call).wor
 
 void gqa_decode(const GqaDecode& call, Stream stream) {
   if (call.batch == 0) return;
-  const GqaPlan decode = plan(call);
+  const DecodePlan decode = plan(call);
   if (call.workspace_bytes < decode.workspace_bytes()) {
     throw AttentionError("GQA decode needs a workspace of " + std::to_string(decode.workspace_bytes()) + " bytes; got " + std::to_string(call.workspace_bytes));
   }
@@ -100,13 +82,8 @@ void gqa_decode(const GqaDecode& call, Stream stream) {
   args.page_stride = call.page_stride ? call.page_stride : static_cast<int64_t>(call.page_size) * call.kv_heads * call.head_dim * 2;
   args.block_table_stride = call.block_table_stride;
   args.causal = call.causal;
-  args.row_tiles = decode.row_tiles;
-  args.slots = decode.slots;
-  uint8_t* workspace = static_cast<uint8_t*>(call.workspace);
-  args.arrivals = reinterpret_cast<int*>(workspace);
-  args.partial_out = reinterpret_cast<float*>(workspace + kArrivalBytes);
-  args.partial_sum = reinterpret_cast<float2*>(workspace + kArrivalBytes + align_up(decode.partial_out_bytes));
   args.logits = logit_args(call.variants, call.softmax_scale);
+  decode.bind(args, call.workspace);
   void* parameters[] = {&args};
   launch_cooperative(decode.kernel.function, decode.blocks(), decode.kernel.threads, decode.kernel.shared_bytes, parameters, stream);
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "decode_logits.h"
+#include "decode_plan.h"
 #include "device.h"
 #include "mla_decode_args.h"
 #include "mla_decode_kernel.h"
@@ -14,21 +15,7 @@
 namespace tpla::cuda {
 namespace {
 
-constexpr size_t kArrivalBytes = 4096;  // at the start of every workspace, so that calls of different shapes may share one
 constexpr double kLog2E = 1.4426950408889634;
-
-size_t align_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-struct DecodePlan {
-  DecodeKernel kernel;
-  int row_tiles;
-  int slots;
-  size_t partial_out_bytes;
-  size_t partial_sum_bytes;
-
-  int blocks() const { return row_tiles * slots; }
-  size_t workspace_bytes() const { return kArrivalBytes + align_up(partial_out_bytes) + align_up(partial_sum_bytes); }
-};
 
 DecodeKernel choose_kernel(const MlaDecode& call, const Device& device) {
   const int rows = call.heads * call.q_tokens;
@@ -79,18 +66,13 @@ void validate(const MlaDecode& call) {
 DecodePlan plan(const MlaDecode& call) {
   validate(call);
   const Device& device = current_device();
-  DecodePlan result;
-  result.kernel = choose_kernel(call, device);
+  const DecodeKernel kernel = choose_kernel(call, device);
   const int rows = call.heads * call.q_tokens;
-  result.row_tiles = (rows + result.kernel.block_rows - 1) / result.kernel.block_rows;
+  const DecodePlan result(kernel, rows, device.multiprocessors * kernel.blocks_per_multiprocessor, call.latent);
   if (result.row_tiles > device.multiprocessors) {
-    throw AttentionError("MLA decode takes at most " + std::to_string(device.multiprocessors * result.kernel.block_rows) +
+    throw AttentionError("MLA decode takes at most " + std::to_string(device.multiprocessors * kernel.block_rows) +
                          " query rows (heads × q_tokens) a sequence on this GPU; got " + std::to_string(rows));
   }
-  result.slots = device.multiprocessors * result.kernel.blocks_per_multiprocessor / result.row_tiles;
-  const size_t rows_of_parts = static_cast<size_t>(result.blocks()) * 2 * result.kernel.block_rows;
-  result.partial_out_bytes = rows_of_parts * call.latent * sizeof(float);
-  result.partial_sum_bytes = rows_of_parts * 2 * sizeof(float);
   return result;
 }
 
@@ -98,15 +80,7 @@ DecodePlan plan(const MlaDecode& call) {
 
 size_t mla_decode_workspace_bytes(const MlaDecode& call) { return plan(call).workspace_bytes(); }
 
-void mla_decode(const MlaDecode& call, Stream stream) {
-  if (call.batch == 0) return;
-  DecodePlan decode = plan(call);
-  if (call.workspace_bytes < decode.workspace_bytes()) {
-    throw AttentionError("MLA decode needs a workspace of " + std::to_string(decode.workspace_bytes()) + " bytes; got " + std::to_string(call.workspace_bytes));
-  }
-  const int width = call.latent + call.rope;
-  const int64_t token_bytes = kv_token_bytes(call.format, call.latent);
-
+MlaDecodeArgs mla_decode_args(const MlaDecode& call) {
   MlaDecodeArgs args{};
   args.q = call.q;
   args.kv = call.kv;
@@ -123,16 +97,24 @@ void mla_decode(const MlaDecode& call, Stream stream) {
   args.page_size = call.page_size;
   args.box_tokens = box_tokens(call.variants, call.page_size);
   args.num_pages = call.num_pages;
-  args.page_stride = call.page_stride ? call.page_stride : call.page_size * token_bytes;
+  args.page_stride = call.page_stride ? call.page_stride : call.page_size * static_cast<int64_t>(kv_token_bytes(call.format, call.latent));
   args.block_table_stride = call.block_table_stride;
   args.causal = call.causal;
-  args.row_tiles = decode.row_tiles;
-  args.slots = decode.slots;
+  return args;
+}
+
+void mla_decode(const MlaDecode& call, Stream stream) {
+  if (call.batch == 0) return;
+  const DecodePlan decode = plan(call);
+  if (call.workspace_bytes < decode.workspace_bytes()) {
+    throw AttentionError("MLA decode needs a workspace of " + std::to_string(decode.workspace_bytes()) + " bytes; got " + std::to_string(call.workspace_bytes));
+  }
+  const int width = call.latent + call.rope;
+  const int64_t token_bytes = kv_token_bytes(call.format, call.latent);
+
+  MlaDecodeArgs args = mla_decode_args(call);
   args.logits = logit_args(call.variants, call.softmax_scale);
-  uint8_t* workspace = static_cast<uint8_t*>(call.workspace);
-  args.arrivals = reinterpret_cast<int*>(workspace);
-  args.partial_out = reinterpret_cast<float*>(workspace + kArrivalBytes);
-  args.partial_sum = reinterpret_cast<float2*>(workspace + kArrivalBytes + align_up(decode.partial_out_bytes));
+  decode.bind(args, call.workspace);
 
   CUtensorMap map;
   void* parameters[2];

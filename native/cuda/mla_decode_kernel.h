@@ -14,6 +14,11 @@ struct DecodeKernel {
   int blocks_per_multiprocessor = 1;
 };
 
+struct MlaDecodeArgs;
+
+// What a call says; how the launch is divided, its workspace and logit variants are still to be set.
+MlaDecodeArgs mla_decode_args(const MlaDecode& call);
+
 // Which instantiation: the plain one pays nothing for what the other can do.
 enum class LogitKind { plain, variant };
 

@@ -3,8 +3,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <numeric>
 
+#include "decode_plan.h"
 #include "device.h"
 #include "mla_prefill_kernel.h"
 #include "pod_kernel.h"
@@ -13,7 +13,6 @@
 namespace tpla::cuda {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr int kMostRowTiles = 1;  // with two, each multiprocessor reads every token twice: measured slower than two launches
 
 // Workspace: counters, arrivals of decode, then either the partial results of the one launch, or the two workspaces of two launches, whose
@@ -22,8 +21,6 @@ constexpr size_t kArrivals = 4096;
 constexpr size_t kPrefillWorkspace = kArrivals + kMostSequences * kMostRowTiles * sizeof(int);
 constexpr size_t kDecodeWorkspace = kPrefillWorkspace + 4096;
 constexpr size_t kPartials = kDecodeWorkspace + 4096;
-
-size_t align_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 struct PodPlan {
   PodKernel kernel;
@@ -107,25 +104,7 @@ void pod(const PodBatch& batch, Stream stream) {
 
   const int width = decode.latent + decode.rope;
   const int64_t row_bytes = width * 2;
-  MlaDecodeArgs args{};
-  args.q = decode.q;
-  args.kv = decode.kv;
-  args.block_table = decode.block_table;
-  args.kv_lens = decode.kv_lens;
-  args.q_indptr = decode.q_indptr;
-  args.out = decode.out;
-  args.lse = decode.lse;
-  args.latent_scale = decode.latent_scale;
-  args.softmax_scale_log2 = static_cast<float>(decode.softmax_scale * kLog2E);
-  args.batch = decode.batch;
-  args.heads = decode.heads;
-  args.q_tokens = decode.q_tokens;
-  args.page_size = decode.page_size;
-  args.box_tokens = std::gcd(decode.page_size, kTokenTile);
-  args.num_pages = decode.num_pages;
-  args.page_stride = decode.page_stride ? decode.page_stride : decode.page_size * row_bytes;
-  args.block_table_stride = decode.block_table_stride;
-  args.causal = decode.causal;
+  MlaDecodeArgs args = mla_decode_args(decode);
   args.row_tiles = pod.row_tiles;
   args.arrivals = reinterpret_cast<int*>(workspace + kArrivals);
   args.partial_out = reinterpret_cast<float*>(workspace + kPartials);
