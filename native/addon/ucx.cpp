@@ -1,4 +1,5 @@
-#include "transfer/ucx/kv_ucx.h"
+#include "transfer/messages/kv_messages.h"
+#include "transfer/ucx/worker.h"
 
 #include "addon/arguments.h"
 #include "addon/async_work.h"
@@ -15,7 +16,7 @@ Napi::Value listen(const Napi::CallbackInfo& info, const std::shared_ptr<Worker>
   const Napi::Env env = info.Env();
   return guarded(env, [&]() -> Napi::Value {
     return AsyncWork<std::shared_ptr<LinkReceiver>>::start(
-        env, "tpla ucx", [worker, region = kv_region_of(info[0])] { return std::make_shared<ucx::KvReceiver>(worker, region); },
+        env, "tpla ucx", [worker, region = kv_region_of(info[0])] { return std::make_shared<KvMessageReceiver>(worker, region); },
         [worker](Napi::Env at, const std::shared_ptr<LinkReceiver>& receiver) -> Napi::Value {
           Napi::Object object = link_receiver_to_js(at, receiver);
           object.Set("address", Napi::Buffer<char>::Copy(at, worker->address().data(), worker->address().size()));
@@ -33,7 +34,7 @@ Napi::Value connect(const Napi::CallbackInfo& info, const std::shared_ptr<Worker
     return AsyncWork<std::shared_ptr<LinkSender>>::start(
         env, "tpla ucx",
         [worker, address = std::string(bytes.Data(), bytes.Length()), key = to_text(options.Get("key"), "key"), layout = parse_kv_layout(options.Get("layout"))] {
-          return std::make_shared<ucx::KvSender>(worker, address, key, layout);
+          return std::make_shared<KvMessageSender>(worker, address, key, layout);
         },
         link_sender_to_js);
   });

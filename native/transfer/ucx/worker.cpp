@@ -1,13 +1,10 @@
 #include "transfer/ucx/worker.h"
 
-#include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <poll.h>
-#include <pthread.h>
-#include <random>
-#include <sys/eventfd.h>
-#include <unistd.h>
+#include <utility>
+#include <vector>
 
 #include "core/error.h"
 
@@ -16,30 +13,19 @@ namespace tpla::ucx {
 namespace {
 
 constexpr unsigned kMessageId = 7;
-// Rounds without an event before the thread sleeps: the next message of a busy link comes sooner than a wake-up.
-constexpr int kIdleRounds = 200;
 // How long the end of a worker waits for its endpoints to close.
 constexpr std::chrono::milliseconds kCloseTimeout{500};
-
-uint64_t random_number() {
-  static thread_local std::random_device device;
-  uint64_t number;
-  do {
-    number = uint64_t(device()) << 32 | device();
-  } while (number == 0);
-  return number;
-}
 
 // A send or receive under way, with what has to outlive it.
 struct Operation {
   MessageHead head;
-  Worker::Finished finished;
+  Messenger::Finished finished;
   const Api* ucp;
 };
 
 void finish(Operation* operation, Status status) {
   const std::unique_ptr<Operation> owned(operation);
-  if (owned->finished) owned->finished(status);
+  if (owned->finished) owned->finished(status == kOk ? std::string() : status_text(status));
 }
 
 // A result that came at once; a request calls back later.
@@ -54,49 +40,25 @@ void on_sent(void* request, Status status, void* operation) {
   ucp->request_free(request);
 }
 
-// Else UCX would register it for each operation: its cache of registrations needs hooks in the process's memory calls, which we leave out.
-void use_registration(RequestParams& params, Memory* memory) {
-  if (memory == nullptr) return;
-  params.op_attr_mask |= RequestParams::kMemory;
-  params.memory = memory;
-}
-
 void on_received(void* request, Status status, size_t, void* operation) { on_sent(request, status, operation); }
 
 }  // namespace
 
-std::shared_ptr<Worker> Worker::start(const Library& library) {
-  // The last owner may be a task of its own thread, which cannot wait for itself.
-  const std::shared_ptr<Worker> worker(new Worker(library), [](Worker* last) {
-    if (last->thread_.get_id() == std::this_thread::get_id()) std::thread([last] { delete last; }).detach();
-    else delete last;
-  });
-  std::promise<void> ready;
-  worker->thread_ = std::thread([self = worker.get(), &ready] {
-    pthread_setname_np(pthread_self(), "tpla-ucx");
-    try {
-      self->create();
-    } catch (...) {
-      ready.set_exception(std::current_exception());
-      return;
-    }
-    ready.set_value();
-    self->drive();
-  });
-  try {
-    ready.get_future().get();
-  } catch (...) {
-    worker->thread_.join();
-    throw;
-  }
-  return worker;
-}
+struct Worker::Peer : Messenger::Endpoint {
+  ucx::Endpoint* endpoint = nullptr;
+  std::function<void(const std::string&)> on_failure;
+  bool is_closing = false;
+};
 
-Worker::Worker(const Library& library) : context_(library), wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-  if (!wake_) throw Error("IO_FAILED", std::string("cannot make an event descriptor: ") + std::strerror(errno));
-}
+struct Worker::Mapped : Messenger::Registration {
+  Memory* memory = nullptr;
+};
 
-Worker::~Worker() { stop(); }
+std::shared_ptr<Worker> Worker::start(const Library& library) { return started(new Worker(library)); }
+
+Worker::Worker(const Library& library) : Messenger("UCX"), context_(library) {}
+
+Worker::~Worker() = default;
 
 void Worker::create() {
   const Api& ucp = context_.api();
@@ -126,119 +88,58 @@ void Worker::create() {
   }
 }
 
-void Worker::post(std::function<void()> task) {
-  const std::lock_guard lock(mutex_);
-  if (is_stopping_) return;
-  tasks_.push_back(std::move(task));
-  const uint64_t one = 1;
-  static_cast<void>(!write(wake_.get(), &one, sizeof(one)));
-}
+unsigned Worker::progress() { return context_.api().worker_progress(worker_); }
 
-void Worker::run(std::function<void()> task) {
-  auto done = std::make_shared<std::packaged_task<void()>>(std::move(task));
-  std::future<void> result = done->get_future();
-  post([done = std::move(done)] { (*done)(); });
-  try {
-    result.get();
-  } catch (const std::future_error&) {
-    throw Error("IO_FAILED", "UCX was stopped");
-  }
-}
-
-void Worker::stop() {
-  if (!thread_.joinable()) return;
-  {
-    const std::lock_guard lock(mutex_);
-    is_stopping_ = true;
-  }
-  const uint64_t one = 1;
-  static_cast<void>(!write(wake_.get(), &one, sizeof(one)));
-  thread_.join();
-}
-
-void Worker::drive() {
-  const Api& ucp = context_.api();
-  for (int idle = 0;;) {
-    if (!run_tasks()) break;
-    idle = ucp.worker_progress(worker_) != 0 ? 0 : idle + 1;
-    if (idle < kIdleRounds) continue;
-    if (ucp.worker_arm(worker_) == kOk) sleep();
-    idle = 0;
-  }
-  destroy();
+bool Worker::sleep() {
+  if (context_.api().worker_arm(worker_) != kOk) return true;
+  pollfd sources[] = {{events_, POLLIN, 0}, {wake_fd(), POLLIN, 0}};
+  poll(sources, 2, -1);
+  woken();
+  return true;
 }
 
 // UCX insists that nothing of its context is in use when that goes.
 void Worker::destroy() {
   const Api& ucp = context_.api();
-  std::vector<Endpoint*> open;
-  for (const auto& [endpoint, state] : endpoints_) open.push_back(endpoint);
-  for (Endpoint* endpoint : open) disconnect(endpoint, [] {});
+  std::vector<Messenger::Endpoint*> open;
+  for (const auto& [endpoint, peer] : peers_) open.push_back(endpoint);
+  for (Messenger::Endpoint* endpoint : open) disconnect(endpoint, [] {});
   const auto limit = std::chrono::steady_clock::now() + kCloseTimeout;
-  while (!endpoints_.empty() && std::chrono::steady_clock::now() < limit) ucp.worker_progress(worker_);
+  while (!peers_.empty() && std::chrono::steady_clock::now() < limit) ucp.worker_progress(worker_);
   ucp.worker_destroy(worker_);
-  for (Memory* memory : memories_) ucp.mem_unmap(context_.get(), memory);
-}
-
-// False once the worker is to stop and nothing is left to do.
-bool Worker::run_tasks() {
-  std::vector<std::function<void()>> tasks;
-  {
-    const std::lock_guard lock(mutex_);
-    if (tasks_.empty()) return !is_stopping_;
-    tasks.swap(tasks_);
-  }
-  for (const auto& task : tasks) task();
-  return true;
-}
-
-void Worker::sleep() {
-  pollfd sources[] = {{events_, POLLIN, 0}, {wake_.get(), POLLIN, 0}};
-  poll(sources, 2, -1);
-  uint64_t count;
-  static_cast<void>(!read(wake_.get(), &count, sizeof(count)));
-}
-
-uint64_t Worker::add_link(std::weak_ptr<Link> link) {
-  uint64_t number;
-  do {
-    number = random_number();
-  } while (links_.contains(number));
-  links_[number] = std::move(link);
-  return number;
+  for (const auto& [registration, mapped] : memories_) ucp.mem_unmap(context_.get(), mapped->memory);
 }
 
 Status Worker::on_message(void* worker, const void* header, size_t header_bytes, void* data, size_t bytes, const AmReceiveParams* params) {
-  auto* self = static_cast<Worker*>(worker);
   Incoming message{{}, data, bytes, (params->recv_attr & AmReceiveParams::kIsRendezvous) != 0};
   if (header_bytes != sizeof(MessageHead)) return kOk;
   std::memcpy(&message.head, header, sizeof(MessageHead));
-  const auto found = self->links_.find(message.head.link);
-  const auto link = found == self->links_.end() ? nullptr : found->second.lock();
-  if (link) link->on_message(message);
+  static_cast<Worker*>(worker)->dispatch(message);
   return kOk;
 }
 
-Endpoint* Worker::connect(const std::string& address, std::function<void(Status)> on_failure) {
-  auto state = std::make_unique<EndpointState>(EndpointState{std::move(on_failure)});
+Messenger::Endpoint* Worker::connect(const std::string& address, std::function<void(const std::string& reason)> on_failure) {
+  auto peer = std::make_unique<Peer>();
+  peer->on_failure = std::move(on_failure);
   EndpointParams params{};
   params.field_mask = EndpointParams::kRemoteAddress | EndpointParams::kErrorHandlingMode | EndpointParams::kErrorHandler;
   params.address = reinterpret_cast<const Address*>(address.data());
   params.err_mode = kErrorHandlingPeer;
-  params.err_handler.callback = [](void* at, Endpoint*, Status status) { static_cast<EndpointState*>(at)->on_failure(status); };
-  params.err_handler.argument = state.get();
-  Endpoint* endpoint = nullptr;
-  if (const Status status = context_.api().ep_create(worker_, &params, &endpoint); status != kOk) {
+  params.err_handler.callback = [](void* at, ucx::Endpoint*, Status status) { static_cast<Peer*>(at)->on_failure(status_text(status)); };
+  params.err_handler.argument = peer.get();
+  if (const Status status = context_.api().ep_create(worker_, &params, &peer->endpoint); status != kOk) {
     throw Error("IO_FAILED", "UCX cannot reach the peer: " + status_text(status) + "; do both hosts share a transport of UCX_TLS?");
   }
-  endpoints_[endpoint] = std::move(state);
+  Messenger::Endpoint* endpoint = peer.get();
+  peers_[endpoint] = std::move(peer);
   return endpoint;
 }
 
-void Worker::disconnect(Endpoint* endpoint, std::function<void()> closed) {
-  if (const auto found = endpoints_.find(endpoint); found == endpoints_.end() || std::exchange(found->second->is_closing, true)) return;
-  auto* operation = new Operation{{}, [this, endpoint, closed = std::move(closed)](Status) {
-    endpoints_.erase(endpoint);
+void Worker::disconnect(Messenger::Endpoint* endpoint, std::function<void()> closed) {
+  const auto found = peers_.find(endpoint);
+  if (found == peers_.end() || std::exchange(found->second->is_closing, true)) return;
+  auto* operation = new Operation{{}, [this, endpoint, closed = std::move(closed)](const std::string&) {
+    peers_.erase(endpoint);
     closed();
   }, &context_.api()};
   RequestParams params{};
@@ -246,45 +147,54 @@ void Worker::disconnect(Endpoint* endpoint, std::function<void()> closed) {
   params.flags = kCloseForce;
   params.callback.send = on_sent;
   params.user_data = operation;
-  settle(operation, context_.api().ep_close_nbx(endpoint, &params));
+  settle(operation, context_.api().ep_close_nbx(found->second->endpoint, &params));
 }
 
-void Worker::send(Endpoint* endpoint, const MessageHead& head, const void* data, size_t bytes, Memory* memory, uint32_t flags, Finished finished) {
+void Worker::send(Messenger::Endpoint* endpoint, const MessageHead& head, const void* data, size_t bytes, Registration* memory, Finished finished) {
   auto* operation = new Operation{head, std::move(finished), &context_.api()};
   RequestParams params{};
   params.op_attr_mask = RequestParams::kFlags | RequestParams::kCallback | RequestParams::kUserData;
-  params.flags = flags;
   params.callback.send = on_sent;
   params.user_data = operation;
-  use_registration(params, memory);
-  settle(operation, context_.api().am_send_nbx(endpoint, kMessageId, &operation->head, sizeof(MessageHead), data, bytes, &params));
+  if (memory != nullptr) {
+    // Else UCX would register it for each operation: its cache of registrations needs hooks in the process's memory calls, which we leave out.
+    params.op_attr_mask |= RequestParams::kMemory;
+    params.memory = static_cast<Mapped*>(memory)->memory;
+  } else {
+    params.flags = kAmSendEager;
+  }
+  settle(operation, context_.api().am_send_nbx(static_cast<Peer*>(endpoint)->endpoint, kMessageId, &operation->head, sizeof(MessageHead), data, bytes, &params));
 }
 
-void Worker::receive(const Incoming& message, void* to, Memory* memory, Finished finished) {
+void Worker::receive(const Incoming& message, void* to, Registration* memory, Finished finished) {
   auto* operation = new Operation{message.head, std::move(finished), &context_.api()};
   RequestParams params{};
-  params.op_attr_mask = RequestParams::kCallback | RequestParams::kUserData;
+  params.op_attr_mask = RequestParams::kCallback | RequestParams::kUserData | RequestParams::kMemory;
   params.callback.receive_am = on_received;
   params.user_data = operation;
-  use_registration(params, memory);
+  params.memory = static_cast<Mapped*>(memory)->memory;
   settle(operation, context_.api().am_recv_data_nbx(worker_, message.data, to, message.bytes, &params));
 }
 
-Memory* Worker::register_memory(void* address, size_t bytes) {
+Messenger::Registration* Worker::register_memory(void* address, size_t bytes) {
   MemoryMapParams params{};
   params.field_mask = MemoryMapParams::kAddress | MemoryMapParams::kLength;
   params.address = address;
   params.length = bytes;
-  Memory* memory = nullptr;
-  if (const Status status = context_.api().mem_map(context_.get(), &params, &memory); status != kOk) {
+  auto mapped = std::make_unique<Mapped>();
+  if (const Status status = context_.api().mem_map(context_.get(), &params, &mapped->memory); status != kOk) {
     throw Error("IO_FAILED", "UCX cannot register " + std::to_string(bytes) + " bytes: " + status_text(status) + "; is `ulimit -l` large enough?");
   }
-  memories_.insert(memory);
-  return memory;
+  Registration* registration = mapped.get();
+  memories_[registration] = std::move(mapped);
+  return registration;
 }
 
-void Worker::unregister_memory(Memory* memory) {
-  if (memories_.erase(memory) > 0) context_.api().mem_unmap(context_.get(), memory);
+void Worker::unregister_memory(Registration* memory) {
+  const auto found = memories_.find(memory);
+  if (found == memories_.end()) return;
+  context_.api().mem_unmap(context_.get(), found->second->memory);
+  memories_.erase(found);
 }
 
 }  // namespace tpla::ucx

@@ -1,9 +1,9 @@
 #pragma once
 #include <cstdint>
 
-namespace tpla::ucx {
+namespace tpla {
 
-// Kinds of messages between KvSender and KvReceiver, and which members of the head they use.
+// Kinds of messages between KvMessageSender and KvMessageReceiver, and which members of the head they use.
 enum MessageKind : uint32_t {
   // To who listens. Data: key, the sender's link (8 bytes), its address.
   kHello = 1,
@@ -19,4 +19,4 @@ enum MessageKind : uint32_t {
   kBroken,
 };
 
-}  // namespace tpla::ucx
+}  // namespace tpla

@@ -13,11 +13,11 @@
 #include "transfer/event_loop.h"
 #include "transfer/parallel.h"
 #include "transfer/put_job.h"
-#include "transfer/ucx/kv_ucx.h"
-#include "transfer/ucx/message_kinds.h"
-#include "transfer/ucx/registered_memory.h"
+#include "transfer/messages/kv_messages.h"
+#include "transfer/messages/message_kinds.h"
+#include "transfer/messages/registered_memory.h"
 
-namespace tpla::ucx {
+namespace tpla {
 
 namespace {
 
@@ -30,14 +30,14 @@ constexpr int kStallChecks = 30;
 
 }  // namespace
 
-struct KvSender::Core : Link, std::enable_shared_from_this<Core> {
+struct KvMessageSender::Core : MessageLink, std::enable_shared_from_this<Core> {
   // A unit's place in the staging memory.
   struct Chunk {
     std::byte* data = nullptr;
-    size_t pieces = 0;  // not yet out; on the worker's thread
+    size_t pieces = 0;  // not yet out; on the messenger's thread
   };
 
-  Core(std::shared_ptr<Worker> of, const KvLayout& layout);
+  Core(std::shared_ptr<Messenger> of, const KvLayout& layout);
   void connect(const std::string& address, const std::string& key);
   void start_makers();
   void make_units();
@@ -51,14 +51,14 @@ struct KvSender::Core : Link, std::enable_shared_from_this<Core> {
   void watch_for_stalls(uint64_t seen, int checks);
   void fail(const std::string& reason);
 
-  const std::shared_ptr<Worker> worker;
+  const std::shared_ptr<Messenger> messenger;
   const KvLayout dst;
   std::shared_ptr<std::vector<std::byte>> staging;
   std::unique_ptr<RegisteredMemory> registered;
   std::vector<Chunk> chunks;
 
-  // On the worker's thread.
-  Endpoint* endpoint = nullptr;
+  // On the messenger's thread.
+  Messenger::Endpoint* endpoint = nullptr;
   uint64_t number = 0;
   uint64_t remote = 0;
   std::promise<void> welcome;
@@ -75,18 +75,18 @@ struct KvSender::Core : Link, std::enable_shared_from_this<Core> {
   std::atomic<uint64_t> confirmations{0};
 };
 
-KvSender::KvSender(std::shared_ptr<Worker> worker, const std::string& address, const std::string& key, const KvLayout& dst)
-    : core_(std::make_shared<Core>(std::move(worker), dst)) {
+KvMessageSender::KvMessageSender(std::shared_ptr<Messenger> messenger, const std::string& address, const std::string& key, const KvLayout& dst)
+    : core_(std::make_shared<Core>(std::move(messenger), dst)) {
   if (key.size() != kLinkKeyBytes) throw Error("REQUEST_INVALID", "a link's key has " + std::to_string(kLinkKeyBytes) + " bytes");
   core_->connect(address, key);
   core_->start_makers();
 }
 
-KvSender::~KvSender() { close(); }
+KvMessageSender::~KvMessageSender() { close(); }
 
-void KvSender::close() { core_->fail("the sender was closed"); }
+void KvMessageSender::close() { core_->fail("the sender was closed"); }
 
-void KvSender::put(LinkPut put, Done done) {
+void KvMessageSender::put(LinkPut put, Done done) {
   const auto job = std::make_shared<PutJob>(std::move(put), core_->dst, std::move(done));
   {
     const std::lock_guard lock(core_->mutex);
@@ -102,10 +102,10 @@ void KvSender::put(LinkPut put, Done done) {
   job->end(std::make_unique<Error>("IO_FAILED", core_->failure));
 }
 
-KvSender::Core::Core(std::shared_ptr<Worker> of, const KvLayout& layout) : worker(std::move(of)), dst(layout) {
+KvMessageSender::Core::Core(std::shared_ptr<Messenger> of, const KvLayout& layout) : messenger(std::move(of)), dst(layout) {
   const size_t unit_bytes = PutJob::unit_capacity(dst);
   staging = std::make_shared<std::vector<std::byte>>(unit_bytes * kStagingUnits);
-  registered = std::make_unique<RegisteredMemory>(worker, staging, staging->data(), staging->size());
+  registered = std::make_unique<RegisteredMemory>(messenger, staging, staging->data(), staging->size());
   chunks.resize(kStagingUnits);
   for (size_t i = 0; i < chunks.size(); i++) {
     chunks[i].data = staging->data() + i * unit_bytes;
@@ -113,21 +113,23 @@ KvSender::Core::Core(std::shared_ptr<Worker> of, const KvLayout& layout) : worke
   }
 }
 
-void KvSender::Core::connect(const std::string& address, const std::string& key) {
+void KvMessageSender::Core::connect(const std::string& address, const std::string& key) {
   std::future<void> welcomed = welcome.get_future();
   try {
-    worker->run([&] {
-      endpoint = worker->connect(address, [weak = weak_from_this()](Status status) {
-        if (const auto self = weak.lock()) self->fail("UCX lost the receiver: " + status_text(status));
+    messenger->run([&] {
+      endpoint = messenger->connect(address, [weak = weak_from_this()](const std::string& reason) {
+        if (const auto self = weak.lock()) self->fail(std::string(self->messenger->name()) + " lost the receiver: " + reason);
       });
-      number = worker->add_link(weak_from_this());
+      number = messenger->add_link(weak_from_this());
       const auto hello = std::make_shared<std::string>(key);
-      hello->append(reinterpret_cast<const char*>(&number), sizeof(number)).append(worker->address());
+      hello->append(reinterpret_cast<const char*>(&number), sizeof(number)).append(messenger->address());
       MessageHead head{};
       head.kind = kHello;
-      worker->send(endpoint, head, hello->data(), hello->size(), nullptr, kAmSendEager, [hello](Status) {});
+      messenger->send(endpoint, head, hello->data(), hello->size(), nullptr, [hello](const std::string&) {});
     });
-    if (welcomed.wait_for(kWelcomeTimeout) != std::future_status::ready) throw Error("IO_FAILED", "the receiver does not answer over UCX; is a transport of UCX_TLS blocked between the hosts?");
+    if (welcomed.wait_for(kWelcomeTimeout) != std::future_status::ready) {
+      throw Error("IO_FAILED", std::string("the receiver does not answer over ") + messenger->name() + "; are its transports blocked between the hosts?");
+    }
     welcomed.get();
   } catch (const Error& error) {
     fail(error.what());
@@ -135,16 +137,16 @@ void KvSender::Core::connect(const std::string& address, const std::string& key)
   }
 }
 
-void KvSender::Core::start_makers() {
+void KvMessageSender::Core::start_makers() {
   for (int i = 0; i < std::clamp(transfer_threads(), 1, kMaxMakers); i++) {
     std::thread([self = shared_from_this()] {
-      pthread_setname_np(pthread_self(), "tpla-ucx-make");
+      pthread_setname_np(pthread_self(), "tpla-make");
       self->make_units();
     }).detach();
   }
 }
 
-void KvSender::Core::make_units() {
+void KvMessageSender::Core::make_units() {
   size_t index = 0;
   Chunk* chunk = nullptr;
   uint64_t id = 0;
@@ -164,11 +166,11 @@ void KvSender::Core::make_units() {
     }
     const PutJob::Unit unit = job->unit(index);
     job->make(unit, chunk->data);
-    worker->post([self = shared_from_this(), job, id, unit, chunk] { self->send_unit(job, id, unit, chunk); });
+    messenger->post([self = shared_from_this(), job, id, unit, chunk] { self->send_unit(job, id, unit, chunk); });
   }
 }
 
-void KvSender::Core::send_unit(const std::shared_ptr<PutJob>& job, uint64_t id, const PutJob::Unit& unit, Chunk* chunk) {
+void KvMessageSender::Core::send_unit(const std::shared_ptr<PutJob>& job, uint64_t id, const PutJob::Unit& unit, Chunk* chunk) {
   if (endpoint == nullptr || job->is_over()) return return_chunk(chunk);
   const std::vector<Piece> pieces = job->pieces_of(unit);
   chunk->pieces = pieces.size();
@@ -186,21 +188,21 @@ void KvSender::Core::send_unit(const std::shared_ptr<PutJob>& job, uint64_t id, 
     head.begin = piece.begin;
     head.end = piece.end;
     const size_t bytes = dst.row_bytes() * (piece.end - piece.begin);
-    worker->send(endpoint, head, at, bytes, registered->get(), 0, [self = shared_from_this(), chunk](Status status) {
+    messenger->send(endpoint, head, at, bytes, registered->get(), [self = shared_from_this(), chunk](const std::string& failure) {
       if (--chunk->pieces == 0) self->return_chunk(chunk);
-      if (status != kOk) self->fail("UCX cannot send: " + status_text(status));
+      if (!failure.empty()) self->fail(std::string(self->messenger->name()) + " cannot send: " + failure);
     });
     at += bytes;
   }
 }
 
-void KvSender::Core::return_chunk(Chunk* chunk) {
+void KvMessageSender::Core::return_chunk(Chunk* chunk) {
   const std::lock_guard lock(mutex);
   free_chunks.push_back(chunk);
   work.notify_one();
 }
 
-void KvSender::Core::on_message(const Incoming& message) {
+void KvMessageSender::Core::on_message(const Incoming& message) {
   const MessageHead& head = message.head;
   switch (head.kind) {
     case kWelcome:
@@ -215,18 +217,18 @@ void KvSender::Core::on_message(const Incoming& message) {
 }
 
 // Null where the put is over.
-std::shared_ptr<PutJob> KvSender::Core::find(uint64_t put) {
+std::shared_ptr<PutJob> KvMessageSender::Core::find(uint64_t put) {
   const std::lock_guard lock(mutex);
   const auto found = under_way.find(put);
   return found == under_way.end() ? nullptr : found->second;
 }
 
-void KvSender::Core::forget(uint64_t put) {
+void KvMessageSender::Core::forget(uint64_t put) {
   const std::lock_guard lock(mutex);
   under_way.erase(put);
 }
 
-void KvSender::Core::on_landed(uint64_t put, uint32_t pieces) {
+void KvMessageSender::Core::on_landed(uint64_t put, uint32_t pieces) {
   confirmations++;
   const auto job = find(put);
   if (!job || !job->confirm(pieces)) return;
@@ -234,7 +236,7 @@ void KvSender::Core::on_landed(uint64_t put, uint32_t pieces) {
   job->end(nullptr);
 }
 
-void KvSender::Core::on_refused(uint64_t put) {
+void KvMessageSender::Core::on_refused(uint64_t put) {
   confirmations++;
   const auto job = find(put);
   if (!job) return;
@@ -243,7 +245,7 @@ void KvSender::Core::on_refused(uint64_t put) {
 }
 
 // Every kStallCheck while puts are under way.
-void KvSender::Core::watch_for_stalls(uint64_t seen, int checks) {
+void KvMessageSender::Core::watch_for_stalls(uint64_t seen, int checks) {
   EventLoop::shared().post([weak = weak_from_this(), seen, checks] {
     const auto self = weak.lock();
     if (!self) return;
@@ -253,12 +255,12 @@ void KvSender::Core::watch_for_stalls(uint64_t seen, int checks) {
       if (!self->is_watched) return;
     }
     const uint64_t now = self->confirmations;
-    if (now == seen && checks + 1 >= kStallChecks) return self->fail("the receiver confirms nothing over UCX any more");
+    if (now == seen && checks + 1 >= kStallChecks) return self->fail(std::string("the receiver confirms nothing over ") + self->messenger->name() + " any more");
     self->watch_for_stalls(now, now == seen ? checks + 1 : 0);
   }, kStallCheck);
 }
 
-void KvSender::Core::fail(const std::string& reason) {
+void KvMessageSender::Core::fail(const std::string& reason) {
   std::map<uint64_t, std::shared_ptr<PutJob>> lost;
   {
     const std::lock_guard lock(mutex);
@@ -268,12 +270,12 @@ void KvSender::Core::fail(const std::string& reason) {
     waiting.clear();
     work.notify_all();
   }
-  worker->post([self = shared_from_this(), reason] {
-    if (self->number != 0) self->worker->remove_link(std::exchange(self->number, 0));
+  messenger->post([self = shared_from_this(), reason] {
+    if (self->number != 0) self->messenger->remove_link(std::exchange(self->number, 0));
     if (!std::exchange(self->is_welcome, true)) self->welcome.set_exception(std::make_exception_ptr(Error("IO_FAILED", reason)));
-    if (self->endpoint != nullptr) self->worker->disconnect(std::exchange(self->endpoint, nullptr), [self] {});
+    if (self->endpoint != nullptr) self->messenger->disconnect(std::exchange(self->endpoint, nullptr), [self] {});
   });
   for (const auto& [id, job] : lost) job->end(std::make_unique<Error>("IO_FAILED", reason));
 }
 
-}  // namespace tpla::ucx
+}  // namespace tpla

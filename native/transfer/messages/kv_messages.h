@@ -1,0 +1,45 @@
+#pragma once
+#include <memory>
+#include <string>
+
+#include "transfer/kv_link.h"
+#include "transfer/messages/messenger.h"
+
+namespace tpla {
+
+// KV over a messenger (UCX, NIXL). The sender makes rows in registered memory and tells of them piece by piece; the receiver checks each piece
+// against its grant and takes it straight into its page. Nothing is written that the receiver has not asked for, so a peer that was cut off cannot.
+
+// Decode's side: one for a process and messenger.
+class KvMessageReceiver : public LinkReceiver {
+ public:
+  // Throws IO_FAILED where the pages cannot be registered.
+  KvMessageReceiver(std::shared_ptr<Messenger> messenger, std::shared_ptr<const KvRegion> region);
+  ~KvMessageReceiver() override;
+  void admit(const std::string& key, std::shared_ptr<const WriteGate> gate) override;
+  void grant(const std::string& key, int slot, uint32_t epoch, Range tokens, PageTables pages) override;
+  void disconnect(const std::string& key) override;
+  void withdraw(const std::string& key) override;
+  void close() override;
+
+ private:
+  struct Core;
+  struct Peer;
+  std::shared_ptr<Core> core_;
+};
+
+// Prefill's side of one receiver.
+class KvMessageSender : public LinkSender {
+ public:
+  // Blocks until the receiver has let it in. Throws IO_FAILED, REQUEST_INVALID.
+  KvMessageSender(std::shared_ptr<Messenger> messenger, const std::string& address, const std::string& key, const KvLayout& dst);
+  ~KvMessageSender() override;
+  void put(LinkPut put, Done done) override;
+  void close() override;
+
+ private:
+  struct Core;
+  std::shared_ptr<Core> core_;
+};
+
+}  // namespace tpla
