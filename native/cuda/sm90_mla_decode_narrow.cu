@@ -7,6 +7,7 @@
 // registers, joined at the end of the piece.
 #include "mla_decode_combine.cuh"
 #include "mla_decode_kernel.h"
+#include "sm90_column_softmax.cuh"
 #include "sm90_mla_decode.cuh"
 
 namespace tpla::cuda {
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(384, 1)
   if (threadIdx.x / 32 == 1) ring.init(4);  // the four warps of the warpgroup that owns the tile
   if (threadIdx.x / 32 == 2) prefetch_block_table(args);
   if (threadIdx.x == 96) tma_prefetch_map(kv_map);
+  if (threadIdx.x >= 128 && threadIdx.x < 130) mbarrier_init(smem_address(barriers) + (ring.kBarriers + threadIdx.x - 128) * 8, 128);
   DecodeShare share = schedule.share(plan_scratch);  // its barriers also publish the mbarriers
   DecodePiece piece;
 
@@ -80,6 +82,9 @@ __global__ void __launch_bounds__(384, 1)
 
     int splits = 0;
     int count = 0;
+    // Taken where references move, in which the warpgroups differ: all other barriers both meet equally often, and compute-sanitizer's racecheck
+    // orders what two warps did by how many barriers each had met.
+    PhasedBarrier tops_ready{smem_address(barriers) + ring.kBarriers * 8 + group * 8};
 
     while (schedule.next(share, piece)) {
       load_query<kRows, kLatent, kLatent + 64, kConsumers>(args, row0, piece, query, thread);
@@ -91,12 +96,7 @@ __global__ void __launch_bounds__(384, 1)
       for (int c = 0; c < kLatentChunks; ++c)
 #pragma unroll
         for (int i = 0; i < kRows / 2; ++i) out[c][i] = 0.0f;
-      float maximum[kColumnBlocks * 2], sum[kColumnBlocks * 2];
-#pragma unroll
-      for (int i = 0; i < kColumnBlocks * 2; ++i) {
-        maximum[i] = -INFINITY;
-        sum[i] = 0.0f;
-      }
+      ColumnSoftmax<kRows> softmax;
       const int tiles = piece.tile_end - piece.tile_begin;
       const int unmasked_tokens = schedule.limit(piece, row0);  // row0 sees the fewest
       const Logits policy(args, piece);
@@ -140,86 +140,19 @@ __global__ void __launch_bounds__(384, 1)
           policy.apply(
               logits, [&](int i) { return i % 4 < 2 ? position : low; }, [&](int i) { return rows[i / 4 * 2 + i % 2]; });
         } else if (token0 + kTokenTile > unmasked_tokens) {
-#pragma unroll
-          for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const int limit = schedule.limit(piece, row0 + n * 8 + (lane % 4) * 2 + j);
-              if (token >= limit) logits[n * 4 + j] = -INFINITY;
-              if (token + 8 >= limit) logits[n * 4 + 2 + j] = -INFINITY;
-            }
+          mask_columns<kRows>(logits, token, lane, [&](int row) { return schedule.limit(piece, row0 + row); });
         }
 
-        // The reference of the exponent moves only when a logit exceeds it by 2^8; until then no reduction over tokens is needed.
-        bool exceeds = false;
+        if (named_barrier_any(group_barrier, 128, softmax.exceeded(logits, Logits::scale(args)))) {
+          softmax.publish_tops(logits, Logits::scale(args), group_warp_values + warp * kRows, lane);
+          tops_ready.arrive_and_wait();
+          float factor[kColumnBlocks * 2];
+          softmax.move(group_warp_values, lane, factor);
 #pragma unroll
-        for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float top = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * Logits::scale(args);
-            exceeds |= top > maximum[n * 2 + j] + 8.0f;
-          }
-        if (named_barrier_any(group_barrier, 128, exceeds)) {
-          float top[kColumnBlocks * 2];
-#pragma unroll
-          for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              float value = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * Logits::scale(args);
-#pragma unroll
-              for (int d = 4; d < 32; d *= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, d));
-              top[n * 2 + j] = value;
-              if (lane < 4) group_warp_values[warp * kRows + n * 8 + lane * 2 + j] = value;
-            }
-          named_barrier_sync(group_barrier, 128);
-#pragma unroll
-          for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const int row = n * 8 + (lane % 4) * 2 + j;
-              float value = maximum[n * 2 + j];
-#pragma unroll
-              for (int w = 0; w < 4; ++w) value = fmaxf(value, group_warp_values[w * kRows + row]);
-              const float factor = value == -INFINITY ? 1.0f : exp2_approx(maximum[n * 2 + j] - value);
-              maximum[n * 2 + j] = value;
-              sum[n * 2 + j] *= factor;
-#pragma unroll
-              for (int c = 0; c < kLatentChunks; ++c) {
-                out[c][n * 4 + j] *= factor;
-                out[c][n * 4 + 2 + j] *= factor;
-              }
-            }
+          for (int c = 0; c < kLatentChunks; ++c) scale_columns<kRows>(out[c], factor);
         }
-
-        // Probabilities, as [row][token] for the second product.
-#pragma unroll
-        for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float reference = maximum[n * 2 + j] == -INFINITY ? 0.0f : maximum[n * 2 + j];
-#pragma unroll
-            for (int half = 0; half < 4; half += 2) {
-              const float p = exp2_approx(fmaf(logits[n * 4 + half + j], Logits::scale(args), -reference));
-              logits[n * 4 + half + j] = p;
-              sum[n * 2 + j] += p;
-            }
-          }
-        {
-          // Matrix i of a store: token half i % 2 of column block n + i / 2.
-          const int matrix = lane / 8, row_in_block = lane % 8;
-          const int unit = 2 * warp + matrix % 2;
-          const uint32_t row_address = probs_address + row_in_block * 128 + ((unit ^ row_in_block) << 4);
-          if constexpr (kColumnBlocks == 1) {
-            stmatrix_x2_trans(row_address, pack_bf16(logits[0], logits[1]), pack_bf16(logits[2], logits[3]));
-          } else {
-#pragma unroll
-            for (int n = 0; n < kColumnBlocks; n += 2) {
-              stmatrix_x4_trans(row_address + (n + matrix / 2) * 1024, pack_bf16(logits[n * 4], logits[n * 4 + 1]),
-                                pack_bf16(logits[n * 4 + 2], logits[n * 4 + 3]), pack_bf16(logits[n * 4 + 4], logits[n * 4 + 5]),
-                                pack_bf16(logits[n * 4 + 6], logits[n * 4 + 7]));
-            }
-          }
-        }
+        softmax.exponentiate(logits, Logits::scale(args));
+        store_probabilities<kRows>(logits, probs_address, warp, lane);
         if (token0 + kTokenTile > piece.kv_len) {
           for (int c = 0; c < kLatentChunks; ++c) zero_chunk_tail<128>(ring.chunk(slot_of(1 + c)), piece.kv_len - token0, in_group);
         }
@@ -251,18 +184,17 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
         for (int c = 0; c < kLatentChunks; ++c) wgmma_pin(out[c]);
       }
+      if (group == 1 && tiles % 2 == 1) {  // as many as the other warpgroup met in its last tile
+        named_barrier_sync(group_barrier, 128);
+        named_barrier_sync(group_barrier, 128);
+      }
       count += tiles * kChunks;
 
       // Join the two warpgroups: sums over lanes and warps, then one common reference.
+      softmax.publish_sums(group_warp_values + warp * kRows, lane);
+      if (warp == 0 && lane < 4) {
 #pragma unroll
-      for (int i = 0; i < kColumnBlocks * 2; ++i) {
-#pragma unroll
-        for (int d = 4; d < 32; d *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
-        if (lane < 4) {
-          const int row = (i / 2) * 8 + lane * 2 + i % 2;
-          group_warp_values[warp * kRows + row] = sum[i];
-          if (warp == 0) row_values[group * kRows + row] = maximum[i];
-        }
+        for (int i = 0; i < kColumnBlocks * 2; ++i) row_values[group * kRows + softmax.row_of(i, lane)] = softmax.maximum[i];
       }
       named_barrier_sync(kConsumerBarrier, kConsumers);
       float factor[kColumnBlocks * 2];
@@ -271,14 +203,14 @@ __global__ void __launch_bounds__(384, 1)
         const int row = (i / 2) * 8 + (lane % 4) * 2 + i % 2;
         const float top = fmaxf(row_values[row], row_values[kRows + row]);
         const float reference = top == -INFINITY ? 0.0f : top;
-        factor[i] = exp2_approx(maximum[i] - reference);
+        factor[i] = exp2_approx(softmax.maximum[i] - reference);
         float total[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int g = 0; g < 2; ++g)
 #pragma unroll
           for (int w = 0; w < 4; ++w) total[g] += warp_values[(g * 4 + w) * kRows + row];
-        maximum[i] = top;
-        sum[i] = total[0] * exp2_approx(row_values[row] - reference) + total[1] * exp2_approx(row_values[kRows + row] - reference);
+        softmax.maximum[i] = top;
+        softmax.sum[i] = total[0] * exp2_approx(row_values[row] - reference) + total[1] * exp2_approx(row_values[kRows + row] - reference);
       }
 
       // Chunk by chunk one warpgroup hands its part to the other, which writes the result. Straight-line code that runs once a piece:
@@ -287,7 +219,7 @@ __global__ void __launch_bounds__(384, 1)
       const bool is_split = piece.participants > 1;
       if (!is_split) {
 #pragma unroll
-        for (int i = 0; i < kColumnBlocks * 2; ++i) factor[i] *= sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
+        for (int i = 0; i < kColumnBlocks * 2; ++i) factor[i] *= softmax.sum[i] > 0.0f ? __fdividef(1.0f, softmax.sum[i]) : 0.0f;
       }
       const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + row0;
       const int part = schedule.partial_index(piece, piece.participant);
@@ -329,9 +261,9 @@ __global__ void __launch_bounds__(384, 1)
           const int row = (i / 2) * 8 + lane * 2 + i % 2;
           if (row >= rows) continue;
           if (is_split) {
-            args.partial_sum[part * kRows + row] = make_float2(maximum[i], sum[i]);
+            args.partial_sum[part * kRows + row] = make_float2(softmax.maximum[i], softmax.sum[i]);
           } else if (args.lse) {
-            args.lse[out_row0 + row] = sum[i] > 0.0f ? (maximum[i] + log2f(sum[i])) * 0.6931471805599453f : -INFINITY;
+            args.lse[out_row0 + row] = softmax.sum[i] > 0.0f ? (softmax.maximum[i] + log2f(softmax.sum[i])) * 0.6931471805599453f : -INFINITY;
           }
         }
       }

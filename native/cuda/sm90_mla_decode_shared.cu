@@ -238,6 +238,8 @@ __global__ void __launch_bounds__(384, 1)
         for (int k = 0; k < 4; ++k) ldmatrix_x4(fragment_address(probs_tile[tile], warp, lane, k), probs[k]);
       };
 
+      // Barriers of one warpgroup alone: compute-sanitizer's racecheck orders what two warps did by how many barriers each had met (arriving does
+      // not count), so that a reader must have met more than the writer, and both equally many in the end. They lie where the warpgroup waits anyway.
       const int pairs = (tiles + 1) / 2;
       for (int pair = 0; pair < pairs; ++pair) {
         const int a = 2 * pair, b = a + 1;
@@ -257,6 +259,7 @@ __global__ void __launch_bounds__(384, 1)
           named_barrier_arrive(kProbsReady, kConsumers);
           if (moved) scale_rows(out, factor);
           multiply_half(own, 0, a);
+          named_barrier_sync(group_barrier, 128);
           if (has_b) {
             named_barrier_sync(kProbsReady + 1, kConsumers);
             load_probs(other, 1);
@@ -270,6 +273,7 @@ __global__ void __launch_bounds__(384, 1)
             wgmma_pin(out);
             release_half(1);
           } else {
+            named_barrier_sync(group_barrier, 128);
             wgmma_wait<0>();
             wgmma_pin(out);
             release_half(0);
@@ -279,6 +283,7 @@ __global__ void __launch_bounds__(384, 1)
           if (has_b) {
             multiply_logits(std::integral_constant<int, 1>{}, logits, uses[1] + pair);
             mask(logits, b);
+            named_barrier_sync(group_barrier, 128);
             named_barrier_sync(kReferenceReady, kConsumers);
             const bool moved = adopt_references(0, adopted);
             const bool moved_on = softmax.update(logits, Logits::scale(args), factor);
@@ -301,6 +306,7 @@ __global__ void __launch_bounds__(384, 1)
             wgmma_pin(out);
             release_half(1);
           } else {
+            named_barrier_sync(group_barrier, 128);
             named_barrier_sync(kReferenceReady, kConsumers);
             if (adopt_references(0, adopted)) scale_rows(out, adopted);
             named_barrier_sync(kProbsReady, kConsumers);

@@ -252,6 +252,11 @@ __global__ void __launch_bounds__(384, 1)
           release(t);
         }
       }
+      if constexpr (!kSplitRows) {
+        // As many barriers as the other warpgroup met that cleared the first tile or the last, see tops_ready in the narrow kernel.
+        if (!Logits::kPlain && piece.tile_begin == 0 && tiles > 0 && group == 1) named_barrier_sync(group_barrier, 128);
+        if (piece.kv_len < piece.tile_end * kTokenTile && tiles % 2 == group) named_barrier_sync(group_barrier, 128);
+      }
       stage_count += tiles;
 
       float sums[2] = {softmax.row_sum(0), softmax.row_sum(1)};

@@ -43,6 +43,18 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int phase) {
       : "memory");
 }
 
+// A barrier of the threads that it was initialised with, each of which keeps the phase.
+struct PhasedBarrier {
+  uint32_t barrier;
+  int phase = 0;
+
+  __device__ __forceinline__ void arrive_and_wait() {
+    mbarrier_arrive(barrier);
+    mbarrier_wait(barrier, phase);
+    phase ^= 1;
+  }
+};
+
 // ---------------------------------------------------------------- TMA
 
 __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap& map) {
