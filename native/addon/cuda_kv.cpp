@@ -121,7 +121,7 @@ class CudaArena : public Napi::ObjectWrap<CudaArena> {
       const int rank = int(to_integer(info[0], "rank", 0, region.layout.ranks - 1));
       const int layer = int(to_integer(info[1], "layer", 0, region.layout.layers - 1));
       const int page = int(to_integer(info[2], "page", 0, region.pages - 1));
-      Napi::Uint8Array bytes = Napi::Uint8Array::New(info.Env(), region.layout.page_bytes());
+      Napi::Uint8Array bytes = Napi::Uint8Array::New(info.Env(), region.layout.page_bytes(layer));
       open()->read_page(region.layout.memories() == 1 ? 0 : rank, layer, page, reinterpret_cast<std::byte*>(bytes.Data()));
       return bytes;
     });

@@ -73,7 +73,7 @@ class ArenaHandle : public Napi::ObjectWrap<ArenaHandle> {
     return guarded(info.Env(), [&] {
       const std::shared_ptr<KvMemory> memory = open();
       std::byte* at = page_address(memory->region(), to_integer(info[0], "rank"), to_integer(info[1], "layer"), to_integer(info[2], "page"));
-      const size_t size = memory->region().layout.page_bytes();
+      const size_t size = memory->region().layout.page_bytes(int(layer));
       // The view holds the mapping, so it stays valid after close().
       auto* keep = new std::shared_ptr<KvMemory>(memory);
       const auto buffer = Napi::ArrayBuffer::New(

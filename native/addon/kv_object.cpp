@@ -56,9 +56,29 @@ KvLayout parse_kv_layout(Napi::Value value) {
   layout.layers = int_field(object, "layers");
   layout.latent = int_field(object, "latent");
   layout.rope = int_field(object, "rope");
-  layout.shared = int_field(object, "shared");
+  layout.shared = parse_shared_widths(object.Get("shared"));
   layout.page_tokens = int_field(object, "pageTokens");
   return layout;
+}
+
+SharedWidths parse_shared_widths(const Napi::Value& value) {
+  const auto width_of = [](const Napi::Value& width) {
+    const double number = width.IsNumber() ? width.As<Napi::Number>().DoubleValue() : NAN;
+    if (std::floor(number) == number && number >= 0 && number <= 1e9) return static_cast<int>(number);
+    throw Error("REQUEST_INVALID", "shared is neither a whole number nor one for each layer");
+  };
+  if (!value.IsArray()) return width_of(value);
+  std::vector<int> by_layer;
+  const Napi::Array array = value.As<Napi::Array>();
+  for (uint32_t layer = 0; layer < array.Length(); ++layer) by_layer.push_back(width_of(array.Get(layer)));
+  return SharedWidths(std::move(by_layer));
+}
+
+Napi::Value shared_widths_to_js(Napi::Env env, const SharedWidths& shared) {
+  if (shared.is_uniform()) return Napi::Number::New(env, shared[0]);
+  Napi::Array array = Napi::Array::New(env);
+  for (const int width : shared.by_layer()) array.Set(array.Length(), width);
+  return array;
 }
 
 Napi::Object kv_layout_to_js(Napi::Env env, const KvLayout& layout) {
@@ -70,14 +90,14 @@ Napi::Object kv_layout_to_js(Napi::Env env, const KvLayout& layout) {
   object.Set("layers", layout.layers);
   object.Set("latent", layout.latent);
   object.Set("rope", layout.rope);
-  object.Set("shared", layout.shared);
+  object.Set("shared", shared_widths_to_js(env, layout.shared));
   object.Set("dtype", kDTypes[static_cast<int>(layout.dtype)]);
   object.Set("pageTokens", layout.page_tokens);
   return object;
 }
 
 double kv_token_bytes(const KvLayout& layout) {
-  const double held = double(layout.row_bytes() * size_t(layout.layers));
+  const double held = double(layout.token_bytes());
   const bool is_partitioned = layout.form == KvForm::dcp || layout.form == KvForm::dp;
   return is_partitioned ? held / layout.ranks : held;
 }

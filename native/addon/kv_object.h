@@ -10,6 +10,10 @@ namespace tpla::addon {
 KvLayout parse_kv_layout(Napi::Value value);
 Napi::Object kv_layout_to_js(Napi::Env env, const KvLayout& layout);
 
+// A number, or an array of one for each layer. Throws REQUEST_INVALID.
+SharedWidths parse_shared_widths(const Napi::Value& value);
+Napi::Value shared_widths_to_js(Napi::Env env, const SharedWidths& shared);
+
 // Bytes of KV that one token takes on a rank, over all layers; where ranks hold different tokens, on average.
 double kv_token_bytes(const KvLayout& layout);
 

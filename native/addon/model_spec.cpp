@@ -1,6 +1,7 @@
 #include "addon/model_spec.h"
 
 #include "addon/arguments.h"
+#include "addon/kv_object.h"
 
 namespace tpla::addon {
 
@@ -74,12 +75,17 @@ RopeSpec rope_from_js(const Napi::Value& value) {
   return rope;
 }
 
-TplaSpec tpla_from_js(const Napi::Value& value, int latent) {
+TplaSpec tpla_from_js(const Napi::Value& value, int layers, int latent) {
   const Fields f(value, "spec.tpla");
   TplaSpec tpla;
   tpla.groups = f.size("groups", 1, latent);
-  tpla.shared = f.size("shared", 0, latent);
-  if ((latent - tpla.shared) % tpla.groups != 0) refuse(f.path("groups"), "a divisor of kvLoraRank - shared = " + std::to_string(latent - tpla.shared));
+  tpla.shared = parse_shared_widths(f.get("shared"));
+  if (!tpla.shared.is_uniform() && int(tpla.shared.by_layer().size()) != layers) refuse(f.path("shared"), "a width, or one for each of " + std::to_string(layers) + " layers");
+  for (int layer = 0; layer < layers; ++layer) {
+    const int shared = tpla.shared[layer];
+    if (shared < 0 || shared > latent) refuse(f.path("shared"), "widths from 0 to " + std::to_string(latent));
+    if ((latent - shared) % tpla.groups != 0) refuse(f.path("groups"), "a divisor of kvLoraRank - shared = " + std::to_string(latent - shared));
+  }
   const std::string norm = f.text("norm");
   if (norm != "exact" && norm != "sliced") refuse(f.path("norm"), "exact or sliced");
   tpla.sliced_norm = norm == "sliced";
@@ -122,7 +128,7 @@ ModelSpec spec_from_js(const Napi::Value& value) {
     spec.weight_block_rows = int(to_integer(block.Get(0u), "spec.weightBlock[0]", 1, kLargestSize));
     spec.weight_block_cols = int(to_integer(block.Get(1u), "spec.weightBlock[1]", 1, kLargestSize));
   }
-  if (!absent(f.get("tpla"))) spec.tpla = tpla_from_js(f.get("tpla"), spec.kv_lora_rank);
+  if (!absent(f.get("tpla"))) spec.tpla = tpla_from_js(f.get("tpla"), spec.layers, spec.kv_lora_rank);
   return spec;
 }
 

@@ -87,12 +87,11 @@ class CpuProblem {
         visible_stride_(visible_stride(shape.variants, shape.kv_lens)),
         visible_(visible_blocks(shape.variants, visible_stride_)),
         logits_(rule(), queries_of(shape)),
-        tables_(draw_page_tables(shape.kv_lens, shape.page_tokens, sets, stream_seed(seed, 0))) {
-    const size_t bytes = layout_.page_bytes() * size_t(tables_.pages);
+        tables_(draw_page_tables(shape.kv_lens, shape.page_tokens, sets, stream_seed(seed, 0))),
+        region_(layout_, tables_.pages) {
+    const size_t bytes = layout_.page_bytes(0) * size_t(tables_.pages);
     if (bytes > kMostBytes) throw Error("OUT_OF_MEMORY", "this shape takes " + std::to_string(bytes >> 20) + " MiB of KV; on the CPU it may take " + std::to_string(kMostBytes >> 20));
     pages_.assign(bytes, std::byte{0xff});
-    region_.layout = layout_;
-    region_.pages = tables_.pages;
     region_.base[0] = pages_.data();
     draw_tokens(stream_seed(seed, 1));
     draw_queries(seed);
@@ -137,7 +136,7 @@ class CpuProblem {
     std::vector<float> widened(size_t(tables_.pages) * size_t(shape_.page_tokens) * size_t(width));
     for (int page = 0; page < tables_.pages; ++page) {
       for (int t = 0; t < shape_.page_tokens; ++t) {
-        decode_row(layout_, region_.row(0, 0, page, t), widened.data() + (int64_t(page) * shape_.page_tokens + t) * width);
+        decode_row(layout_.row(0), region_.row(0, 0, page, t), widened.data() + (int64_t(page) * shape_.page_tokens + t) * width);
       }
     }
     const auto row = [&](int sequence, int t, int) {
@@ -195,7 +194,7 @@ class CpuProblem {
           const int page = table(set, int(s))[t / shape_.page_tokens];
           const uint64_t first = (uint64_t(page) * uint64_t(shape_.page_tokens) + uint64_t(t % shape_.page_tokens)) * values.size();
           for (size_t c = 0; c < values.size(); ++c) values[c] = random_normal(seed, first + c);
-          encode_row(layout_, values.data(), values.data() + shape_.latent, region_.row(0, 0, page, t % shape_.page_tokens));
+          encode_row(layout_.row(0), values.data(), values.data() + shape_.latent, region_.row(0, 0, page, t % shape_.page_tokens));
         }
       }
     }
@@ -248,7 +247,7 @@ class CpuProblem {
 };
 
 int sets_that_outgrow_the_cache(const DecodeShape& shape) {
-  const size_t bytes = std::max<size_t>(1, layout_of(shape).page_bytes() * size_t(pages_needed(shape.kv_lens, shape.page_tokens)));
+  const size_t bytes = std::max<size_t>(1, layout_of(shape).page_bytes(0) * size_t(pages_needed(shape.kv_lens, shape.page_tokens)));
   const size_t wanted = std::clamp<size_t>((2 * cache_bytes() + bytes - 1) / bytes, 1, kMostBuffers);
   return int(std::min(wanted, std::max<size_t>(1, kMostBytes / 2 / bytes)));
 }

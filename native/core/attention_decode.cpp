@@ -90,7 +90,7 @@ class AttentionBase : public DecodeAttention {
     return {normed, compressed + latent, width, compressed};
   }
 
-  // Stores the KV of written_ rows; `latent` has `ld` columns, of which the first layout.width() are stored.
+  // Stores the KV of written_ rows; `latent` has `ld` columns, of which the first as many as the layer's row has are stored.
   void store(int layer, const float* latent, int64_t ld, const float* rope, int64_t ld_rope) {
     if (slots_.empty()) return;
     if (int64_t(slots_.size()) == rows()) return backend_.write_kv(kv_, memory(), layer, slots_, latent, ld, rope, ld_rope);
@@ -99,10 +99,12 @@ class AttentionBase : public DecodeAttention {
     }
   }
 
+  // Latent columns of the layer on this rank.
+  int64_t latent_columns(int layer) const { return kv_.layout.row(layer).width(); }
+
   // q_latent[heads][rows][width] = q_nope · W_UK, for as many heads as the parts have.
-  void absorb(const std::vector<AttentionShard::Part>& parts, const float* q_nope, float* q_latent) {
+  void absorb(const std::vector<AttentionShard::Part>& parts, const float* q_nope, int64_t width, float* q_latent) {
     const int64_t n = rows();
-    const int64_t width = kv_.layout.width();
     std::vector<Linear> batch;
     for (const AttentionShard::Part& part : parts) {
       for (size_t h = 0; h < part.w_uk.size(); ++h) {
@@ -114,9 +116,8 @@ class AttentionBase : public DecodeAttention {
   }
 
   // values[heads][rows][v] = Σ_parts value_scale · latent · W_UVᵀ; `latents` [heads][rows][width] is overwritten where a scale is not 1.
-  void expand(const std::vector<AttentionShard::Part>& parts, float* latents, float* values) {
+  void expand(const std::vector<AttentionShard::Part>& parts, float* latents, int64_t width, float* values) {
     const int64_t n = rows();
-    const int64_t width = kv_.layout.width();
     bool first = true;
     for (const AttentionShard::Part& part : parts) {
       std::vector<Linear> batch;
@@ -209,9 +210,9 @@ class MlaAttention : public AttentionBase {
     float* latents = take(heads_.size(), spec_.kv_lora_rank);
     float* values = take(heads_.size(), spec_.v_head_dim);
     queries(w, shard.q_b, hidden, q_nope, q_rope);
-    absorb(shard.parts, q_nope, q_latent);
+    absorb(shard.parts, q_nope, spec_.kv_lora_rank, q_latent);
     backend_.attend(attention(layer, heads_.size(), q_latent, q_rope, latents, nullptr));
-    expand(shard.parts, latents, values);
+    expand(shard.parts, latents, spec_.kv_lora_rank, values);
     project(shard.o, values, partial, spec_.hidden_size);
   }
 
@@ -230,10 +231,11 @@ class TplaAttention : public AttentionBase {
  public:
   TplaAttention(const Model& model, const KvRegion& kv, Backend& backend, Communicator& group, bool exact_softmax)
       : AttentionBase(model, kv, backend, group, share_of(model.spec().heads, group.rank(), group.size())), exact_softmax_(exact_softmax) {
-    const KvLayout& layout = kv.layout;
     const Share all{0, spec_.heads};
-    const int64_t begin = layout.slice_begin(group.rank());
-    for (const LayerWeights& w : model.layers()) {
+    for (int layer = 0; layer < spec_.layers; ++layer) {
+      const LayerWeights& w = model.layers()[size_t(layer)];
+      const RowLayout layout = kv.layout.row(layer);
+      const int64_t begin = layout.slice_begin(group.rank());
       AttentionShard shard = own_heads(w);
       if (layout.ranks > 1 && !w.rank_w_uk.empty()) {
         shard.parts.push_back(own_matrices(w, group.rank()));
@@ -244,9 +246,12 @@ class TplaAttention : public AttentionBase {
       shards_.push_back(std::move(shard));
     }
     // The norm is sliced only where ranks really hold slices.
-    sliced_norm_ = layout.ranks > 1 && spec_.tpla && spec_.tpla->sliced_norm;
+    sliced_norm_ = kv.layout.ranks > 1 && spec_.tpla && spec_.tpla->sliced_norm;
     if (sliced_norm_) {
-      for (const LayerWeights& w : model.layers()) {
+      for (int layer = 0; layer < spec_.layers; ++layer) {
+        const LayerWeights& w = model.layers()[size_t(layer)];
+        const RowLayout layout = kv.layout.row(layer);
+        const int64_t begin = layout.slice_begin(group.rank());
         std::vector<float> gamma(w.kv_a_norm.begin(), w.kv_a_norm.begin() + layout.shared);
         gamma.insert(gamma.end(), w.kv_a_norm.begin() + begin, w.kv_a_norm.begin() + begin + layout.slice());
         own_gamma_.push_back(std::move(gamma));
@@ -263,21 +268,21 @@ class TplaAttention : public AttentionBase {
     const int64_t n = rows();
     float* q_nope = take(spec_.heads, spec_.qk_nope_head_dim);
     float* q_rope = take(spec_.heads, spec_.qk_rope_head_dim);
-    float* q_latent = take(spec_.heads, kv_.layout.width());
-    float* latents = take(spec_.heads, kv_.layout.width());
+    float* q_latent = take(spec_.heads, latent_columns(layer));
+    float* latents = take(spec_.heads, latent_columns(layer));
     float* values = take(spec_.heads, spec_.v_head_dim);
     float* own_nope = q_nope + int64_t(heads_.begin) * n * spec_.qk_nope_head_dim;
     float* own_rope = q_rope + int64_t(heads_.begin) * n * spec_.qk_rope_head_dim;
     queries(w, shard.q_b, hidden, own_nope, own_rope);
     group_.all_gather(own_nope, q_nope, head_offsets(spec_.heads, group_.size(), n * spec_.qk_nope_head_dim));
     group_.all_gather(own_rope, q_rope, head_offsets(spec_.heads, group_.size(), n * spec_.qk_rope_head_dim));
-    absorb(shard.parts, q_nope, q_latent);
+    absorb(shard.parts, q_nope, latent_columns(layer), q_latent);
     if (exact_softmax_) {
       attend_exactly(layer, q_latent, q_rope, latents);
     } else {
       backend_.attend(attention(layer, spec_.heads, q_latent, q_rope, latents, nullptr));
     }
-    expand(shard.parts, latents, values);
+    expand(shard.parts, latents, latent_columns(layer), values);
     float* own_values = take(heads_.size(), spec_.v_head_dim);
     group_.reduce_scatter(values, own_values, head_offsets(spec_.heads, group_.size(), n * spec_.v_head_dim));
     project(shard.o, own_values, partial, spec_.hidden_size);
@@ -300,13 +305,13 @@ class TplaAttention : public AttentionBase {
   }
 
   void store_own_columns(int layer, const NewTokens& fresh) {
-    const KvLayout& layout = kv_.layout;
+    const RowLayout layout = kv_.layout.row(layer);
     const int64_t width = layout.width();
     const float* from = sliced_norm_ ? fresh.raw : fresh.latent;
     const int64_t ld = sliced_norm_ ? fresh.ld_rope : spec_.kv_lora_rank;
     float* own = take(1, width);
     if (layout.shared > 0) backend_.copy_rows(from, ld, rows(), layout.shared, own, width);
-    backend_.copy_rows(from + layout.slice_begin(group_.rank()), ld, rows(), layout.slice(), own + layout.shared, width);
+    if (layout.slice() > 0) backend_.copy_rows(from + layout.slice_begin(group_.rank()), ld, rows(), layout.slice(), own + layout.shared, width);
     if (sliced_norm_) {
       // RMS(c) is estimated from the rank's own columns.
       backend_.rms_norm(own, width, rows(), width, own_gamma_[size_t(layer)].data(), kLatentNormEps, own, width);
@@ -317,7 +322,7 @@ class TplaAttention : public AttentionBase {
 
   // One softmax for all ranks: each contributes the logits of columns that only it holds, the first rank also shared columns and rope.
   void attend_exactly(int layer, float* q_latent, const float* q_rope, float* latents) {
-    const KvLayout& layout = kv_.layout;
+    const RowLayout layout = kv_.layout.row(layer);
     const bool first = group_.rank() == 0;
     if (!first && layout.shared > 0) backend_.scale(q_latent, layout.width(), int64_t(spec_.heads) * rows(), layout.shared, 0.0f);
     const LatentAttention a = attention(layer, spec_.heads, q_latent, first ? q_rope : nullptr, latents, nullptr);
@@ -365,7 +370,7 @@ class DcpAttention : public AttentionBase {
     float* own_latent = q_latent + int64_t(heads_.begin) * n * latent;
     float* own_rope = q_rope + int64_t(heads_.begin) * n * spec_.qk_rope_head_dim;
     queries(w, shard.q_b, hidden, own_nope, own_rope);
-    absorb(shard.parts, own_nope, own_latent);
+    absorb(shard.parts, own_nope, latent, own_latent);
     group_.all_gather(own_latent, q_latent, head_offsets(spec_.heads, group_.size(), n * latent));
     group_.all_gather(own_rope, q_rope, head_offsets(spec_.heads, group_.size(), n * spec_.qk_rope_head_dim));
 
@@ -380,7 +385,7 @@ class DcpAttention : public AttentionBase {
     float* own = take(heads_.size(), latent);
     float* values = take(heads_.size(), spec_.v_head_dim);
     group_.reduce_scatter(latents, own, head_offsets(spec_.heads, group_.size(), n * latent));
-    expand(shard.parts, own, values);
+    expand(shard.parts, own, latent, values);
     project(shard.o, values, partial, spec_.hidden_size);
   }
 
@@ -439,9 +444,9 @@ class DpAttention : public AttentionBase {
     float* latents = take(spec_.heads, spec_.kv_lora_rank);
     float* values = take(spec_.heads, spec_.v_head_dim);
     queries(w, shard.q_b, in, q_nope, q_rope);
-    absorb(shard.parts, q_nope, q_latent);
+    absorb(shard.parts, q_nope, spec_.kv_lora_rank, q_latent);
     backend_.attend(attention(layer, spec_.heads, q_latent, q_rope, latents, nullptr));
-    expand(shard.parts, latents, values);
+    expand(shard.parts, latents, spec_.kv_lora_rank, values);
     backend_.zero(out, n * width);
     project(shard.o, values, out, width);
     for (int64_t i = 0; i < n; ++i) backend_.copy_rows(out + i * width, width, 1, width, partial + own_items_[size_t(i)] * width, width);

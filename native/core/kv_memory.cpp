@@ -19,6 +19,21 @@ void check_range(const char* field, int value, int least, int most) {
                                      std::to_string(most));
 }
 
+void check_row(const RowLayout& row) {
+  if (row.form == KvForm::tpla) {
+    check_range("shared", row.shared, 0, row.latent);
+    if ((row.latent - row.shared) % row.ranks != 0) {
+      throw Error("REQUEST_INVALID", "KV layout: " + std::to_string(row.latent - row.shared) + " latent columns (latent - shared) do not divide over " +
+                                         std::to_string(row.ranks) + " ranks");
+    }
+  } else if (row.shared != 0) {
+    throw Error("REQUEST_INVALID", "KV layout: shared is " + std::to_string(row.shared) + ", but only the tpla form has a shared subspace");
+  }
+  if (row.bytes() % 4 != 0) {
+    throw Error("REQUEST_INVALID", "KV layout: a token takes " + std::to_string(row.bytes()) + " bytes per layer, expected a multiple of 4");
+  }
+}
+
 }  // namespace
 
 void check_kv_layout(const KvLayout& layout, int pages) {
@@ -31,18 +46,12 @@ void check_kv_layout(const KvLayout& layout, int pages) {
   if (layout.page_tokens % 16 != 0) {
     throw Error("REQUEST_INVALID", "KV layout: pageTokens is " + std::to_string(layout.page_tokens) + ", expected a multiple of 16");
   }
-  if (layout.form == KvForm::tpla) {
-    check_range("shared", layout.shared, 0, layout.latent - 1);
-    if ((layout.latent - layout.shared) % layout.ranks != 0) {
-      throw Error("REQUEST_INVALID", "KV layout: " + std::to_string(layout.latent - layout.shared) + " latent columns (latent - shared) do not divide over " +
-                                         std::to_string(layout.ranks) + " ranks");
-    }
-  } else if (layout.shared != 0) {
-    throw Error("REQUEST_INVALID", "KV layout: shared is " + std::to_string(layout.shared) + ", but only the tpla form has a shared subspace");
+  const std::vector<int>& by_layer = layout.shared.by_layer();
+  if (!by_layer.empty() && int(by_layer.size()) != layout.layers) {
+    throw Error("REQUEST_INVALID", "KV layout: shared has " + std::to_string(by_layer.size()) + " widths for " + std::to_string(layout.layers) + " layers");
   }
-  if (layout.row_bytes() % 4 != 0) {
-    throw Error("REQUEST_INVALID", "KV layout: a token takes " + std::to_string(layout.row_bytes()) + " bytes per layer, expected a multiple of 4");
-  }
+  check_row(layout.row(0));
+  for (size_t layer = 1; layer < by_layer.size(); layer++) check_row(layout.row(int(layer)));
 }
 
 std::shared_ptr<KvMemory> KvMemory::create(const KvLayout& layout, int pages, const std::string& name) {
@@ -62,9 +71,7 @@ std::shared_ptr<KvMemory> KvMemory::map(const KvLayout& layout, int pages, const
   return std::shared_ptr<KvMemory>(new KvMemory(layout, pages, std::move(memories)));
 }
 
-KvMemory::KvMemory(const KvLayout& layout, int pages, std::vector<SharedMemory> memories) : memories_(std::move(memories)) {
-  region_.layout = layout;
-  region_.pages = pages;
+KvMemory::KvMemory(const KvLayout& layout, int pages, std::vector<SharedMemory> memories) : memories_(std::move(memories)), region_(layout, pages) {
   for (size_t m = 0; m < memories_.size(); m++) region_.base[m] = memories_[m].data();
 }
 

@@ -51,7 +51,7 @@ void decode_fp8(const std::byte* row, int width, float* latent) {
 
 }  // namespace
 
-void encode_row(const KvLayout& layout, const float* latent, const float* rope, std::byte* row) {
+void encode_row(const RowLayout& layout, const float* latent, const float* rope, std::byte* row) {
   const int width = layout.width();
   switch (layout.dtype) {
     case KvDType::f32:
@@ -69,7 +69,7 @@ void encode_row(const KvLayout& layout, const float* latent, const float* rope, 
   }
 }
 
-void decode_row(const KvLayout& layout, const std::byte* row, float* out) {
+void decode_row(const RowLayout& layout, const std::byte* row, float* out) {
   const int width = layout.width();
   switch (layout.dtype) {
     case KvDType::f32:

@@ -95,9 +95,12 @@ LayerWeights Model::layer(int index) {
   w.kv_a_norm = vector(attention + "kv_a_layernorm.weight", s.kv_lora_rank);
   w.kv_b = matrix(attention + "kv_b_proj.weight", int64_t(s.heads) * (s.qk_nope_head_dim + s.v_head_dim), s.kv_lora_rank);
   w.o = matrix(attention + "o_proj.weight", s.hidden_size, int64_t(s.heads) * s.v_head_dim);
-  if (s.tpla && s.tpla->transform) w.transform = matrix(attention + "tpla.transform.weight", s.kv_lora_rank, s.kv_lora_rank);
-  if (s.tpla && s.tpla->rank_weights) {
-    const int width = s.tpla->shared + (s.kv_lora_rank - s.tpla->shared) / s.tpla->groups;
+  // A layer that every rank holds whole is as published.
+  const bool is_sliced = s.tpla && s.tpla->shared[index] < s.kv_lora_rank;
+  if (is_sliced && s.tpla->transform) w.transform = matrix(attention + "tpla.transform.weight", s.kv_lora_rank, s.kv_lora_rank);
+  if (is_sliced && s.tpla->rank_weights) {
+    const int shared = s.tpla->shared[index];
+    const int width = shared + (s.kv_lora_rank - shared) / s.tpla->groups;
     for (int rank = 0; rank < s.tpla->groups; ++rank) {
       const std::string prefix = attention + "tpla.rank" + std::to_string(rank) + ".";
       w.rank_w_uk.push_back(stacked(prefix + "w_uk", s.heads, s.qk_nope_head_dim, width));

@@ -3,6 +3,8 @@
 #include <string>
 #include <vector>
 
+#include "core/kv_layout.h"
+
 namespace tpla {
 
 // ModelSpec of src/model/spec.ts, field by field; see there for meanings.
@@ -41,7 +43,7 @@ struct RopeSpec {
 
 struct TplaSpec {
   int groups = 1;
-  int shared = 0;
+  SharedWidths shared;
   bool sliced_norm = false;
   // [layer][rank]: what RMS(own columns) is multiplied by to estimate RMS of the whole latent.
   std::vector<std::vector<float>> norm_scale;

@@ -159,15 +159,16 @@ void CpuBackend::merge_groups(const float* from, int64_t rows, int groups, int64
 void CpuBackend::write_kv(const KvRegion& kv, int memory, int layer, std::span<const KvSlot> slots, const float* latent, int64_t ld, const float* rope,
                           int64_t ld_rope) {
   const int64_t rows = int64_t(slots.size());
-  team_.run_ranges(rows, rows_per_range(rows, int64_t(kv.layout.width()) * 4), [&](int64_t begin, int64_t end, int) {
+  const RowLayout layout = kv.layout.row(layer);
+  team_.run_ranges(rows, rows_per_range(rows, int64_t(layout.width()) * 4), [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       const KvSlot slot = slots[size_t(i)];
-      encode_row(kv.layout, latent + i * ld, rope + i * ld_rope, kv.row(memory, layer, slot.page, slot.offset));
+      encode_row(layout, latent + i * ld, rope + i * ld_rope, kv.row(memory, layer, slot.page, slot.offset));
     }
   });
 }
 
-void CpuBackend::widen_row(const KvLayout& layout, const std::byte* row, float* out) const {
+void CpuBackend::widen_row(const RowLayout& layout, const std::byte* row, float* out) const {
   const int width = layout.width();
   switch (layout.dtype) {
     case KvDType::f32: std::memcpy(out, row, size_t(width + layout.rope) * sizeof(float)); return;
@@ -185,7 +186,8 @@ void CpuBackend::widen_row(const KvLayout& layout, const std::byte* row, float* 
 
 void CpuBackend::widen_rows(const KvRegion& kv, int memory, int layer, const int32_t* pages, int64_t token0, int64_t token1, float* out, int64_t ld) const {
   const int64_t page_tokens = kv.layout.page_tokens;
-  for (int64_t t = token0; t < token1; ++t, out += ld) widen_row(kv.layout, kv.row(memory, layer, pages[t / page_tokens], int(t % page_tokens)), out);
+  const RowLayout layout = kv.layout.row(layer);
+  for (int64_t t = token0; t < token1; ++t, out += ld) widen_row(layout, kv.row(memory, layer, pages[t / page_tokens], int(t % page_tokens)), out);
 }
 
 void CpuBackend::scale_by_lse(float* out, int64_t rows, int64_t width, const float* lse_all, int ranks, int rank) {

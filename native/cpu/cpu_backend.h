@@ -91,7 +91,7 @@ class CpuBackend : public Backend {
   void moe_ffn_tile(const MoeFfn& ffn);
 
   // Row of the arena in fp32, [width + rope].
-  void widen_row(const KvLayout& layout, const std::byte* row, float* out) const;
+  void widen_row(const RowLayout& layout, const std::byte* row, float* out) const;
   void widen_rows(const KvRegion& kv, int memory, int layer, const int32_t* pages, int64_t token0, int64_t token1, float* out, int64_t ld) const;
 
   int64_t panels(int64_t columns) const { return (columns + kernels_.panel - 1) / kernels_.panel; }

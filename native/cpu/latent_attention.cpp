@@ -19,7 +19,7 @@ constexpr int64_t kSmallestSplit = 128;
 void CpuBackend::attend(const LatentAttention& a) {
   const Scope scope(*this);
   const int64_t n = int64_t(a.sequences.size());
-  const int width = a.kv->layout.width();
+  const int width = a.kv->layout.row(a.layer).width();
   const int head_blocks = (a.heads + kHeadBlock - 1) / kHeadBlock;
   struct Task {
     int64_t sequence;
@@ -86,7 +86,7 @@ void CpuBackend::attend(const LatentAttention& a) {
 // Unnormalised: out[head] = Σ_t exp(logit_t - max) row_t, sum[head] = Σ_t exp(logit_t - max).
 void CpuBackend::latent_attention_task(const LatentAttention& a, int64_t sequence, int head0, int head1, int64_t token0, int64_t token1, float* out,
                                        int64_t ldo, float* max, float* sum, int thread) {
-  const KvLayout& layout = a.kv->layout;
+  const RowLayout layout = a.kv->layout.row(a.layer);
   const int64_t n = int64_t(a.sequences.size());
   const int64_t width = layout.width();
   const int64_t row = width + layout.rope;
@@ -133,7 +133,7 @@ void CpuBackend::latent_attention_task(const LatentAttention& a, int64_t sequenc
 // ---------------------------------------------------------------- logits that several ranks hold in part
 
 void CpuBackend::latent_logits(const LatentAttention& a, int64_t sequence, float* logits) {
-  const KvLayout& layout = a.kv->layout;
+  const RowLayout layout = a.kv->layout.row(a.layer);
   const KvSequence& s = a.sequences[size_t(sequence)];
   const int64_t n = int64_t(a.sequences.size());
   const int64_t width = layout.width();
@@ -152,7 +152,7 @@ void CpuBackend::latent_logits(const LatentAttention& a, int64_t sequence, float
 }
 
 void CpuBackend::latent_values(const LatentAttention& a, int64_t sequence, float* logits) {
-  const KvLayout& layout = a.kv->layout;
+  const RowLayout layout = a.kv->layout.row(a.layer);
   const KvSequence& s = a.sequences[size_t(sequence)];
   const int64_t n = int64_t(a.sequences.size());
   const int64_t width = layout.width();

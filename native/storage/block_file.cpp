@@ -89,7 +89,7 @@ struct BlockFile::Buffers {
 };
 
 BlockFile::BlockFile(const BlockFileOptions& options, Engine engine)
-    : layout_(options.layout), payload_bytes_(layout_.page_bytes() * size_t(layout_.layers)), stride_(kIoAlignment + aligned(payload_bytes_)), engine_(engine),
+    : layout_(options.layout), payload_bytes_(layout_.token_bytes() * size_t(layout_.page_tokens)), stride_(kIoAlignment + aligned(payload_bytes_)), engine_(engine),
       depth_(options.depth) {
   if (layout_.form != KvForm::mla || layout_.memories() != 1) throw Error("REQUEST_INVALID", "a block file holds canonical blocks (mla, one rank)");
   const uint64_t slots = options.bytes < kIoAlignment ? 0 : (options.bytes - kIoAlignment) / stride_;
@@ -200,7 +200,7 @@ void BlockFile::write(int slot, const KvRegion& region, int page, const BlockRec
   if (record.id.size() != kIdBytes) throw Error("REQUEST_INVALID", "a block id has " + std::to_string(kIdBytes) + " characters");
   erase(slot);
   Buffers& use = buffers();
-  for (int layer = 0; layer < layout_.layers; layer++) std::memcpy(use.payload.get() + layout_.page_bytes() * layer, region.page(0, layer, page), layout_.page_bytes());
+  for (int layer = 0; layer < layout_.layers; layer++) std::memcpy(use.payload.get() + layout_.page_bytes(layer) * layer, region.page(0, layer, page), layout_.page_bytes(layer));
   use.io->write(file_.get(), use.payload.get(), aligned(payload_bytes_), offset_of(slot) + kIoAlignment);
   SlotHeader header{};
   header.magic = kSlotMagic;
@@ -225,7 +225,7 @@ bool BlockFile::read(int slot, const KvRegion& region, int page, const BlockReco
     return false;
   }
   if (!use.io->read(file_.get(), use.payload.get(), aligned(payload_bytes_), offset_of(slot) + kIoAlignment)) return false;
-  for (int layer = 0; layer < layout_.layers; layer++) std::memcpy(region.page(0, layer, page), use.payload.get() + layout_.page_bytes() * layer, layout_.page_bytes());
+  for (int layer = 0; layer < layout_.layers; layer++) std::memcpy(region.page(0, layer, page), use.payload.get() + layout_.page_bytes(layer) * layer, layout_.page_bytes(layer));
   PageTables table;
   table.tables.emplace_back(record.index + 1, 0);
   table.tables[0].back() = page;

@@ -60,7 +60,7 @@ void fill_pattern(const KvRegion& region, const PageTables& pages, Range tokens,
         continue;
       }
       for (int i = 0; i < columns; i++) values[i] = bf16_to_float(bits[i]);
-      encode_row(layout, values.data(), values.data() + layout.latent, row);
+      encode_row(layout.row(layer), values.data(), values.data() + layout.latent, row);
     }
   });
 }

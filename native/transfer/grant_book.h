@@ -58,7 +58,7 @@ class GrantBook {
 
   // Whether a piece that came over the wire lies in the region and in what was granted.
   bool covers(const Grant& grant, const Piece& piece) const;
-  size_t bytes_of(const Piece& piece) const { return size_t(piece.end - piece.begin) * region_->layout.row_bytes(); }
+  size_t bytes_of(const Piece& piece) const { return size_t(piece.end - piece.begin) * region_->layout.row_bytes(int(piece.layer)); }
   // Where a covered piece belongs, and in which of the region's memories that is.
   std::byte* place(const Grant& grant, const Piece& piece) const;
   int memory_of(const Grant& grant, const Piece& piece) const;

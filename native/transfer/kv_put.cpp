@@ -54,8 +54,9 @@ std::vector<Run> runs_of(const KvPut& put) {
 }
 
 void check_row(const KvLayout& layout) {
-  if (layout.row_bytes() > kMaxRowWords * 4) {
-    refuse("a token takes " + std::to_string(layout.row_bytes()) + " bytes per layer, at most " + std::to_string(kMaxRowWords * 4) + " are supported");
+  const size_t widest = layout.widest_row_bytes();
+  if (widest > kMaxRowWords * 4) {
+    refuse("a token takes " + std::to_string(widest) + " bytes per layer, at most " + std::to_string(kMaxRowWords * 4) + " are supported");
   }
 }
 
@@ -130,7 +131,7 @@ KvPutResult kv_put(const KvPut& put) {
 
   const size_t copies = copies_per_page(put.dst->layout);
   KvPutResult result;
-  result.bytes = result.wire_bytes = put.dst->layout.row_bytes() * put.layers.size() * put.tokens.size() * copies;
+  result.bytes = result.wire_bytes = put.dst->layout.token_bytes(put.layers.begin, put.layers.end) * put.tokens.size() * copies;
   result.checksums.assign(pages_of(put.dst->layout, put.tokens).size() * copies, 0);
 
   const RowMover mover(*put.src, put.dst->layout, result.bytes >= kStreamBytes);
@@ -168,16 +169,16 @@ std::vector<uint64_t> kv_checksum(const KvRegion& region, const PageTables& page
   const KvLayout& layout = region.layout;
   const Range touched = pages_of(layout, tokens);
   const int copies = copies_per_page(layout);
-  const size_t row_words = layout.row_bytes() / 4;
   std::vector<uint64_t> checksums(size_t(touched.size()) * copies, 0);
   const RowKernels& kernels = row_kernels();
-  const size_t bytes = layout.row_bytes() * layers.size() * tokens.size() * copies;
+  const size_t bytes = layout.token_bytes(layers.begin, layers.end) * tokens.size() * copies;
   parallel_for(checksums.size() * layers.size(), threads_for(bytes), [&](size_t unit) {
     const int copy = static_cast<int>(unit % copies);
     const int page = static_cast<int>(unit / copies % touched.size());
     const int layer = layers.begin + static_cast<int>(unit / copies / touched.size());
     const PagePlace place = place_of(layout, pages, touched.begin + page);
     const int first = (touched.begin + page) * layout.page_tokens;
+    const size_t row_words = layout.row_bytes(layer) / 4;
     uint64_t sum = 0;
     for (int token = std::max(tokens.begin, first); token < std::min(tokens.end, first + layout.page_tokens); token++) {
       const std::byte* row = region.row(layout.form == KvForm::tpla ? copy : place.memory, layer, place.page, token - first);
@@ -196,7 +197,7 @@ void kv_copy_page(const KvRegion& region, int from, int to, int rank) {
   const bool is_on_one_rank = layout.form == KvForm::dp || layout.form == KvForm::dcp;
   if (is_on_one_rank && (rank < 0 || rank >= layout.ranks)) refuse("rank " + std::to_string(rank) + " of " + std::to_string(layout.ranks));
   for (int memory = is_on_one_rank ? rank : 0; memory < (is_on_one_rank ? rank + 1 : layout.memories()); memory++) {
-    for (int layer = 0; layer < layout.layers; layer++) std::memmove(region.page(memory, layer, to), region.page(memory, layer, from), layout.page_bytes());
+    for (int layer = 0; layer < layout.layers; layer++) std::memmove(region.page(memory, layer, to), region.page(memory, layer, from), layout.page_bytes(layer));
   }
 }
 

@@ -208,7 +208,7 @@ void StreamReceiver::Core::read_frames(int socket, const GrantBook::Client& clie
 bool StreamReceiver::Core::check_frame(const FrameHeader& frame, const Grant& grant) const {
   const KvLayout& layout = book.region().layout;
   if (frame.magic != kMagic || (frame.put & kRefusedBit) != 0 || frame.layer >= uint32_t(layout.layers)) return false;
-  if (frame.begin >= frame.end || size_t(frame.end - frame.begin) * layout.row_bytes() * copies > kMaxFrameBytes) return false;
+  if (frame.begin >= frame.end || size_t(frame.end - frame.begin) * layout.row_bytes(int(frame.layer)) * copies > kMaxFrameBytes) return false;
   // An old epoch's tokens are read past; this one's must be granted.
   return frame.epoch != grant.epoch || (frame.begin >= uint32_t(grant.tokens.begin) && frame.end <= uint32_t(grant.tokens.end));
 }
@@ -230,7 +230,7 @@ std::vector<iovec> StreamReceiver::Core::places_of(const FrameHeader& frame, con
 // False when the connection ended. The gate is passed for each read by itself: revoking never waits for the network.
 bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, const Grant& grant, const GrantBook::Client& client, bool& refused) const {
   thread_local std::vector<char> scrap(64 * 1024);
-  size_t left = size_t(frame.end - frame.begin) * book.region().layout.row_bytes() * copies;
+  size_t left = size_t(frame.end - frame.begin) * book.region().layout.row_bytes(int(frame.layer)) * copies;
   std::vector<iovec> places = refused ? std::vector<iovec>{} : places_of(frame, grant);
   size_t next = 0;
   while (left > 0) {
@@ -416,7 +416,7 @@ void StreamSender::put(LinkPut put, Done done) {
   check_compatible(put.src->layout, core_->dst);
   check_pages("source", *put.src, put.src_pages, put.layers, put.tokens);
   const KvLayout& dst = core_->dst;
-  const size_t token_bytes = dst.row_bytes() * core_->copies;
+  const size_t token_bytes = dst.widest_row_bytes() * core_->copies;
   if (token_bytes > kMaxFrameBytes) throw Error("REQUEST_INVALID", "a token takes " + std::to_string(token_bytes) + " bytes per layer, more than a frame");
   auto job = std::make_shared<Core::Job>(std::move(put), dst, std::move(done));
   const Range tokens = job->put.tokens;
@@ -427,7 +427,7 @@ void StreamSender::put(LinkPut put, Done done) {
     begin = end;
   }
   job->frames = job->ranges.size() * job->put.layers.size();
-  job->result.bytes = token_bytes * tokens.size() * job->put.layers.size();
+  job->result.bytes = dst.token_bytes(job->put.layers.begin, job->put.layers.end) * core_->copies * tokens.size();
   job->result.wire_bytes = job->result.bytes + job->frames * (sizeof(FrameHeader) + sizeof(uint64_t));
   job->result.checksums.assign(size_t(pages_of(dst, tokens).size()) * core_->copies, 0);
   {
@@ -501,7 +501,7 @@ bool StreamSender::Core::await_release(Connection& connection, Buffer& buffer) {
 void StreamSender::Core::make_frame(Job& job, size_t index, std::vector<std::byte>& bytes) {
   const int layer = job.put.layers.begin + static_cast<int>(index / job.ranges.size());
   const Range tokens = job.ranges[index % job.ranges.size()];
-  const size_t row_bytes = dst.row_bytes();
+  const size_t row_bytes = dst.row_bytes(layer);
   bytes.resize(sizeof(FrameHeader) + row_bytes * tokens.size() * copies);
   const FrameHeader header{kMagic, uint32_t(job.put.slot), job.put.epoch, uint32_t(layer), uint32_t(tokens.begin), uint32_t(tokens.end), job.id};
   std::memcpy(bytes.data(), &header, sizeof(header));

@@ -9,7 +9,8 @@ namespace tpla {
 
 namespace {
 
-size_t token_bytes(const KvLayout& layout) { return layout.row_bytes() * copies_per_page(layout); }
+// Of the widest layer, over all copies.
+size_t widest_token(const KvLayout& layout) { return layout.widest_row_bytes() * copies_per_page(layout); }
 
 // Before anything is derived from them.
 LinkPut checked(LinkPut put, const KvLayout& dst) {
@@ -21,19 +22,19 @@ LinkPut checked(LinkPut put, const KvLayout& dst) {
 }  // namespace
 
 size_t PutJob::unit_capacity(const KvLayout& dst) {
-  const size_t token = token_bytes(dst);
+  const size_t token = widest_token(dst);
   if (token > kMaxUnitBytes) throw Error("REQUEST_INVALID", "a token takes " + std::to_string(token) + " bytes per layer, a link carries at most " + std::to_string(kMaxUnitBytes));
   return std::max(kUnitBytes, token);
 }
 
 PutJob::PutJob(LinkPut put, const KvLayout& dst, LinkSender::Done done)
-    : put_(checked(std::move(put), dst)), dst_(dst), mover_(*put_.src, dst, false), token_bytes_(token_bytes(dst)), done_(std::move(done)) {
-  const int most = static_cast<int>(unit_capacity(dst) / token_bytes_);
+    : put_(checked(std::move(put), dst)), dst_(dst), mover_(*put_.src, dst, false), done_(std::move(done)) {
+  const int most = static_cast<int>(unit_capacity(dst) / widest_token(dst));
   for (int begin = put_.tokens.begin; begin < put_.tokens.end; begin += most) {
     ranges_.push_back({begin, std::min(put_.tokens.end, begin + most)});
     pieces_ += size_t(pages_of(dst, ranges_.back()).size()) * copies_per_page(dst) * put_.layers.size();
   }
-  result_.bytes = token_bytes_ * put_.tokens.size() * put_.layers.size();
+  result_.bytes = dst.token_bytes(put_.layers.begin, put_.layers.end) * copies_per_page(dst) * put_.tokens.size();
   result_.checksums.assign(size_t(pages_of(dst, put_.tokens).size()) * copies_per_page(dst), 0);
 }
 
@@ -57,8 +58,9 @@ void PutJob::make(const Unit& unit, std::byte* to) {
   const KvLayout& src = put_.src->layout;
   const int copies = copies_per_page(dst_);
   const int first_page = pages_of(dst_, put_.tokens).begin;
+  const size_t row_bytes = dst_.row_bytes(unit.layer);
   std::byte* rows[kMaxCopies];
-  for (int copy = 0; copy < copies; copy++) rows[copy] = to + dst_.row_bytes() * unit.tokens.size() * copy;
+  for (int copy = 0; copy < copies; copy++) rows[copy] = to + row_bytes * unit.tokens.size() * copy;
   for (int token = unit.tokens.begin; token < unit.tokens.end;) {
     const int end = std::min({unit.tokens.end, (token / src.page_tokens + 1) * src.page_tokens, (token / dst_.page_tokens + 1) * dst_.page_tokens});
     uint64_t sums[kMaxCopies] = {};
@@ -66,7 +68,7 @@ void PutJob::make(const Unit& unit, std::byte* to) {
     for (int copy = 0; copy < copies; copy++) {
       const size_t entry = size_t(token / dst_.page_tokens - first_page) * copies + copy;
       std::atomic_ref(result_.checksums[entry]).fetch_add(sums[copy], std::memory_order_relaxed);
-      rows[copy] += dst_.row_bytes() * (end - token);
+      rows[copy] += row_bytes * (end - token);
     }
     token = end;
   }

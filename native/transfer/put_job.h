@@ -6,6 +6,7 @@
 
 #include "transfer/grant_book.h"
 #include "transfer/kv_link.h"
+#include "transfer/reshard.h"
 #include "transfer/row_mover.h"
 
 namespace tpla {
@@ -33,7 +34,7 @@ class PutJob {
   const LinkPut& what() const { return put_; }
   size_t units() const { return ranges_.size() * put_.layers.size(); }
   Unit unit(size_t index) const;
-  size_t bytes_of(const Unit& unit) const { return token_bytes_ * unit.tokens.size(); }
+  size_t bytes_of(const Unit& unit) const { return dst_.row_bytes(unit.layer) * copies_per_page(dst_) * unit.tokens.size(); }
   // The unit cut where pages of the receiver end, in the order in which its rows stand.
   std::vector<Piece> pieces_of(const Unit& unit) const;
   // Makes the unit's rows and adds their checksums to the result.
@@ -52,7 +53,6 @@ class PutJob {
   const LinkPut put_;
   const KvLayout dst_;
   const RowMover mover_;
-  const size_t token_bytes_;
   const LinkSender::Done done_;
   std::vector<Range> ranges_;
   size_t pieces_ = 0;

@@ -14,19 +14,19 @@ struct Columns {
 };
 
 // Canonical latent columns of a destination rank, in the order of its row.
-std::vector<Columns> columns_of(const KvLayout& layout, int rank) {
+std::vector<Columns> columns_of(const RowLayout& layout, int rank) {
   if (layout.form != KvForm::tpla) return {{0, layout.latent}};
   std::vector<Columns> ranges;
   if (layout.shared > 0) ranges.push_back({0, layout.shared});
-  ranges.push_back({layout.slice_begin(rank), layout.slice_begin(rank) + layout.slice()});
+  if (layout.slice() > 0) ranges.push_back({layout.slice_begin(rank), layout.slice_begin(rank) + layout.slice()});
   return ranges;
 }
 
 // The source rank asked for what every rank holds: spreads reads where there are several.
-int replica_for(const KvLayout& src, int copy) { return src.form == KvForm::tpla ? copy % src.ranks : src.form == KvForm::mla ? 0 : kHolder; }
+int replica_for(const RowLayout& src, int copy) { return src.form == KvForm::tpla ? copy % src.ranks : src.form == KvForm::mla ? 0 : kHolder; }
 
 // Appends the pieces of canonical columns `range`, which land from `dst_column` on.
-void append_pieces(const KvLayout& src, int copy, Columns range, int dst_column, std::vector<LatentPiece>& pieces) {
+void append_pieces(const RowLayout& src, int copy, Columns range, int dst_column, std::vector<LatentPiece>& pieces) {
   const auto append = [&](LatentPiece piece) {
     if (!pieces.empty()) {
       LatentPiece& last = pieces.back();
@@ -72,10 +72,10 @@ void append_segment(ByteSegment segment, std::vector<ByteSegment>& segments) {
   segments.push_back(segment);
 }
 
-std::vector<ByteSegment> segments_of(const KvLayout& src, const KvLayout& dst, const RowPlan& plan) {
+std::vector<ByteSegment> segments_of(const RowLayout& src, const RowLayout& dst, const RowPlan& plan) {
   std::vector<ByteSegment> segments;
   const bool is_whole_row = plan.pieces.size() == 1 && plan.pieces[0].src_memory == plan.rope_memory && src.width() == dst.width();
-  if (is_whole_row) return {{plan.rope_memory, 0, 0, dst.row_bytes()}};
+  if (is_whole_row) return {{plan.rope_memory, 0, 0, dst.bytes()}};
   const size_t value_bytes = src.dtype == KvDType::f32 ? 4 : src.dtype == KvDType::bf16 ? 2 : 1;
   for (const LatentPiece& piece : plan.pieces) {
     append_segment({piece.src_memory, piece.src_column * value_bytes, piece.dst_column * value_bytes, piece.columns * value_bytes}, segments);
@@ -102,7 +102,7 @@ bool tiles_row_in_words(const std::vector<ByteSegment>& segments, size_t row_byt
   return covered == row_bytes;
 }
 
-RowPlan plan_copy(const KvLayout& src, const KvLayout& dst, int copy) {
+RowPlan plan_copy(const RowLayout& src, const RowLayout& dst, int copy) {
   RowPlan plan;
   plan.rope_memory = replica_for(src, copy);
   int dst_column = 0;
@@ -116,19 +116,31 @@ RowPlan plan_copy(const KvLayout& src, const KvLayout& dst, int copy) {
   });
   if (!keeps_values) return plan;
   plan.segments = segments_of(src, dst, plan);
-  plan.is_copy = tiles_row_in_words(plan.segments, dst.row_bytes());
+  plan.is_copy = tiles_row_in_words(plan.segments, dst.bytes());
   return plan;
 }
 
 }  // namespace
 
-std::vector<RowPlan> plan_reshard(const KvLayout& src, const KvLayout& dst) {
+std::vector<RowGroup> group_layers(const KvLayout& src, const KvLayout& dst) {
+  std::vector<RowGroup> groups;
+  for (int layer = 0; layer < src.layers; layer++) {
+    const RowLayout from = src.row(layer);
+    const RowLayout to = dst.row(layer);
+    const auto found = std::find_if(groups.begin(), groups.end(), [&](const RowGroup& group) { return group.src == from && group.dst == to; });
+    if (found == groups.end()) groups.push_back({from, to, {layer}});
+    else found->layers.push_back(layer);
+  }
+  return groups;
+}
+
+std::vector<RowPlan> plan_reshard(const RowLayout& src, const RowLayout& dst) {
   std::vector<RowPlan> plans;
   for (int copy = 0; copy < copies_per_page(dst); copy++) plans.push_back(plan_copy(src, dst, copy));
   return plans;
 }
 
-size_t rope_offset(const KvLayout& layout) {
+size_t rope_offset(const RowLayout& layout) {
   switch (layout.dtype) {
     case KvDType::f32: return size_t(layout.width()) * 4;
     case KvDType::bf16: return size_t(layout.width()) * 2;
@@ -136,7 +148,5 @@ size_t rope_offset(const KvLayout& layout) {
   }
   return 0;
 }
-
-int copies_per_page(const KvLayout& layout) { return layout.form == KvForm::tpla ? layout.ranks : 1; }
 
 }  // namespace tpla

@@ -35,15 +35,25 @@ struct RowPlan {
   int rope_memory = kHolder;
 };
 
-// One plan per copy of a logical page at the destination: tpla has one a rank, the other forms have one. Both layouts are checked and
-// agree in layers, latent and rope.
-std::vector<RowPlan> plan_reshard(const KvLayout& src, const KvLayout& dst);
+// Layers whose rows are made alike: on each side they have one layout.
+struct RowGroup {
+  RowLayout src;
+  RowLayout dst;
+  std::vector<int> layers;  // ascending
+};
+
+// In the order of their first layers. Both layouts are checked and agree in layers, latent and rope.
+std::vector<RowGroup> group_layers(const KvLayout& src, const KvLayout& dst);
+
+// One plan per copy of a logical page at the destination: tpla has one a rank, the other forms have one.
+std::vector<RowPlan> plan_reshard(const RowLayout& src, const RowLayout& dst);
 
 // Copies of a logical page that a worker of this layout keeps: what a checksum is given for.
-int copies_per_page(const KvLayout& layout);
+inline int copies_per_page(const RowLayout& row) { return row.form == KvForm::tpla ? row.ranks : 1; }
+inline int copies_per_page(const KvLayout& layout) { return copies_per_page(layout.row(0)); }
 inline constexpr int kMaxCopies = sizeof(KvRegion::base) / sizeof(KvRegion::base[0]);
 
 // First byte of the rope key in a row.
-size_t rope_offset(const KvLayout& layout);
+size_t rope_offset(const RowLayout& layout);
 
 }  // namespace tpla

@@ -56,25 +56,33 @@ void encode_latent(const RowKernels& kernels, KvDType dtype, int width, const fl
 
 }  // namespace
 
+RowMover::Making::Making(const RowGroup& group)
+    : src(group.src), dst(group.dst), src_bytes(src.bytes()), dst_bytes(dst.bytes()), plans(plan_reshard(src, dst)),
+      is_copy(std::all_of(plans.begin(), plans.end(), [](const RowPlan& plan) { return plan.is_copy; })),
+      rows_ahead(static_cast<int>((kRowsAheadBytes + src_bytes - 1) / src_bytes)) {}
+
 RowMover::RowMover(const KvRegion& src, const KvLayout& dst, bool streams)
-    : region_(src), src_(src.layout), dst_(dst), plans_(plan_reshard(src.layout, dst)),
-      is_copy_(std::all_of(plans_.begin(), plans_.end(), [](const RowPlan& plan) { return plan.is_copy; })),
-      rows_ahead_(static_cast<int>((kRowsAheadBytes + src_.row_bytes() - 1) / src_.row_bytes())), kernels_(row_kernels()),
-      write_(streams ? kernels_.stream : kernels_.copy) {}
+    : region_(src), copies_(copies_per_page(dst)), making_of_layer_(size_t(dst.layers)), kernels_(row_kernels()), write_(streams ? kernels_.stream : kernels_.copy) {
+  for (const RowGroup& group : group_layers(src.layout, dst)) {
+    for (const int layer : group.layers) making_of_layer_[size_t(layer)] = static_cast<uint16_t>(makings_.size());
+    makings_.emplace_back(group);
+  }
+}
 
 void RowMover::move(const Rows& rows, std::byte* const* to, uint64_t* sums, const Rows* next) const {
-  if (is_copy_) return copy_rows(rows, next, to, sums);
+  const Making& making = making_of(rows.layer);
+  if (making.is_copy) return copy_rows(making, rows, next, to, sums);
   for (int token = rows.tokens.begin; token < rows.tokens.end; token++) {
-    const size_t offset = size_t(token - rows.tokens.begin) * dst_.row_bytes();
-    for (int copy = 0; copy < copies(); copy++) sums[copy] += row_value(convert_row(plans_[copy], rows, token, to[copy] + offset), copy, rows.layer, token);
+    const size_t offset = size_t(token - rows.tokens.begin) * making.dst_bytes;
+    for (int copy = 0; copy < copies_; copy++) sums[copy] += row_value(convert_row(making, making.plans[size_t(copy)], rows, token, to[copy] + offset), copy, rows.layer, token);
   }
 }
 
 const std::byte* RowMover::first_row(const Rows& rows, int memory) const {
-  return region_.row(memory == kHolder ? rows.from.memory : memory, rows.layer, rows.from.page, rows.tokens.begin % src_.page_tokens);
+  return region_.row(memory == kHolder ? rows.from.memory : memory, rows.layer, rows.from.page, rows.tokens.begin % region_.layout.page_tokens);
 }
 
-void RowMover::copy_rows(const Rows& rows, const Rows* next, std::byte* const* to, uint64_t* sums) const {
+void RowMover::copy_rows(const Making& making, const Rows& rows, const Rows* next, std::byte* const* to, uint64_t* sums) const {
   // Where a segment of the first row is, and of the first row to come.
   struct Track {
     const ByteSegment* segment;
@@ -84,18 +92,18 @@ void RowMover::copy_rows(const Rows& rows, const Rows* next, std::byte* const* t
   };
   thread_local std::vector<Track> tracks;
   tracks.clear();
-  for (int copy = 0; copy < copies(); copy++) {
-    for (const ByteSegment& segment : plans_[copy].segments) {
+  for (int copy = 0; copy < copies_; copy++) {
+    for (const ByteSegment& segment : making.plans[size_t(copy)].segments) {
       const std::byte* at = first_row(rows, segment.src_memory) + segment.src_offset;
       tracks.push_back({&segment, copy, at, next == nullptr ? at : first_row(*next, segment.src_memory) + segment.src_offset});
     }
   }
   const int count = rows.tokens.size();
   const int coming = next == nullptr ? 0 : next->tokens.size();
-  const size_t src_bytes = src_.row_bytes();
-  const size_t dst_bytes = dst_.row_bytes();
+  const size_t src_bytes = making.src_bytes;
+  const size_t dst_bytes = making.dst_bytes;
   for (int row = 0; row < count; row++) {
-    const int ahead = row + rows_ahead_;
+    const int ahead = row + making.rows_ahead;
     // Copies inside: what they share of a source row is read while it is in the nearest cache.
     for (auto track = tracks.begin(); track != tracks.end();) {
       const int copy = track->copy;
@@ -110,33 +118,36 @@ void RowMover::copy_rows(const Rows& rows, const Rows* next, std::byte* const* t
   }
 }
 
-uint64_t RowMover::convert_row(const RowPlan& plan, const Rows& rows, int token, std::byte* to) const {
+uint64_t RowMover::convert_row(const Making& making, const RowPlan& plan, const Rows& rows, int token, std::byte* to) const {
   thread_local std::vector<float> values;
   thread_local std::vector<std::byte> row;
-  values.resize(size_t(dst_.width()) + dst_.rope);
-  row.resize(dst_.row_bytes());
-  const size_t offset = size_t(token - rows.tokens.begin) * src_.row_bytes();
+  const RowLayout& src = making.src;
+  const RowLayout& dst = making.dst;
+  values.resize(size_t(dst.width()) + dst.rope);
+  row.resize(making.dst_bytes);
+  const size_t offset = size_t(token - rows.tokens.begin) * making.src_bytes;
   for (const LatentPiece& piece : plan.pieces) {
-    decode_latent(kernels_, src_.dtype, src_.width(), first_row(rows, piece.src_memory) + offset, {piece.src_column, piece.src_column + piece.columns},
+    decode_latent(kernels_, src.dtype, src.width(), first_row(rows, piece.src_memory) + offset, {piece.src_column, piece.src_column + piece.columns},
                   values.data() + piece.dst_column);
   }
-  encode_latent(kernels_, dst_.dtype, dst_.width(), values.data(), row.data());
-  convert_rope(first_row(rows, plan.rope_memory) + offset + rope_offset(src_), row.data() + rope_offset(dst_), values.data());
+  encode_latent(kernels_, dst.dtype, dst.width(), values.data(), row.data());
+  convert_rope(making, first_row(rows, plan.rope_memory) + offset + rope_offset(src), row.data() + rope_offset(dst), values.data());
   return write_(to, row.data(), row.size() / 4, 0, row.data());
 }
 
 // The rope key is fp32 with fp32 latents and bf16 else.
-void RowMover::convert_rope(const std::byte* from, std::byte* to, float* values) const {
-  const bool from_f32 = src_.dtype == KvDType::f32;
-  const bool to_f32 = dst_.dtype == KvDType::f32;
+void RowMover::convert_rope(const Making& making, const std::byte* from, std::byte* to, float* values) const {
+  const int rope = making.src.rope;
+  const bool from_f32 = making.src.dtype == KvDType::f32;
+  const bool to_f32 = making.dst.dtype == KvDType::f32;
   if (from_f32 == to_f32) {
-    std::memcpy(to, from, size_t(src_.rope) * (from_f32 ? 4 : 2));
+    std::memcpy(to, from, size_t(rope) * (from_f32 ? 4 : 2));
   } else if (to_f32) {
-    kernels_.bf16_to_f32(from, src_.rope, values);
-    std::memcpy(to, values, size_t(src_.rope) * 4);
+    kernels_.bf16_to_f32(from, rope, values);
+    std::memcpy(to, values, size_t(rope) * 4);
   } else {
-    std::memcpy(values, from, size_t(src_.rope) * 4);
-    kernels_.f32_to_bf16(values, src_.rope, to);
+    std::memcpy(values, from, size_t(rope) * 4);
+    kernels_.f32_to_bf16(values, rope, to);
   }
 }
 

@@ -18,7 +18,7 @@ class RowMover {
   RowMover(const KvRegion& src, const KvLayout& dst, bool streams);
 
   // Copies of a row at the destination.
-  int copies() const { return static_cast<int>(plans_.size()); }
+  int copies() const { return copies_; }
 
   // Rows that stand together in one page of the source.
   struct Rows {
@@ -33,17 +33,28 @@ class RowMover {
   void fence() const { kernels_.fence(); }
 
  private:
+  // How rows of some layers are made.
+  struct Making {
+    explicit Making(const RowGroup& group);
+    RowLayout src;
+    RowLayout dst;
+    size_t src_bytes;
+    size_t dst_bytes;
+    std::vector<RowPlan> plans;
+    bool is_copy;
+    int rows_ahead;
+  };
+
+  const Making& making_of(int layer) const { return makings_[making_of_layer_[size_t(layer)]]; }
   const std::byte* first_row(const Rows& rows, int memory) const;
-  void copy_rows(const Rows& rows, const Rows* next, std::byte* const* to, uint64_t* sums) const;
-  uint64_t convert_row(const RowPlan& plan, const Rows& rows, int token, std::byte* to) const;
-  void convert_rope(const std::byte* from, std::byte* to, float* values) const;
+  void copy_rows(const Making& making, const Rows& rows, const Rows* next, std::byte* const* to, uint64_t* sums) const;
+  uint64_t convert_row(const Making& making, const RowPlan& plan, const Rows& rows, int token, std::byte* to) const;
+  void convert_rope(const Making& making, const std::byte* from, std::byte* to, float* values) const;
 
   const KvRegion& region_;
-  const KvLayout src_;
-  const KvLayout dst_;
-  const std::vector<RowPlan> plans_;
-  const bool is_copy_;
-  const int rows_ahead_;
+  const int copies_;
+  std::vector<Making> makings_;
+  std::vector<uint16_t> making_of_layer_;
   const RowKernels& kernels_;
   uint64_t (*const write_)(std::byte*, const std::byte*, size_t, size_t, const std::byte*);
 };
