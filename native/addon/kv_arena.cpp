@@ -72,7 +72,8 @@ class ArenaHandle : public Napi::ObjectWrap<ArenaHandle> {
   Napi::Value page(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&] {
       const std::shared_ptr<KvMemory> memory = open();
-      std::byte* at = page_address(memory->region(), to_integer(info[0], "rank"), to_integer(info[1], "layer"), to_integer(info[2], "page"));
+      const int64_t layer = to_integer(info[1], "layer");
+      std::byte* at = page_address(memory->region(), to_integer(info[0], "rank"), layer, to_integer(info[2], "page"));
       const size_t size = memory->region().layout.page_bytes(int(layer));
       // The view holds the mapping, so it stays valid after close().
       auto* keep = new std::shared_ptr<KvMemory>(memory);

@@ -57,6 +57,10 @@ KvLayout parse_kv_layout(Napi::Value value) {
   layout.latent = int_field(object, "latent");
   layout.rope = int_field(object, "rope");
   layout.shared = parse_shared_widths(object.Get("shared"));
+  const size_t widths = layout.shared.by_layer().size();
+  if (widths != 0 && widths != size_t(layout.layers)) {
+    throw Error("REQUEST_INVALID", "KV layout: shared has " + std::to_string(widths) + " widths for " + std::to_string(layout.layers) + " layers");
+  }
   layout.page_tokens = int_field(object, "pageTokens");
   return layout;
 }

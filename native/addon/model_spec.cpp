@@ -91,9 +91,9 @@ TplaSpec tpla_from_js(const Napi::Value& value, int layers, int latent) {
   tpla.sliced_norm = norm == "sliced";
   tpla.transform = f.flag("transform");
   tpla.rank_weights = f.flag("rankWeights");
-  const Napi::Array layers = to_array(f.get("normScale"), f.path("normScale"));
-  for (uint32_t l = 0; l < layers.Length(); ++l) {
-    const Napi::Array ranks = to_array(layers.Get(l), f.path("normScale[]"));
+  const Napi::Array scale_rows = to_array(f.get("normScale"), f.path("normScale"));
+  for (uint32_t l = 0; l < scale_rows.Length(); ++l) {
+    const Napi::Array ranks = to_array(scale_rows.Get(l), f.path("normScale[]"));
     std::vector<float> scales;
     for (uint32_t r = 0; r < ranks.Length(); ++r) scales.push_back(float(to_number(ranks.Get(r), f.path("normScale[][]"))));
     tpla.norm_scale.push_back(std::move(scales));

@@ -38,7 +38,9 @@ struct RowLayout {
   int shared = 0;
   KvDType dtype = KvDType::bf16;
 
-  bool operator==(const RowLayout&) const = default;
+  bool operator==(const RowLayout& other) const {
+    return form == other.form && ranks == other.ranks && latent == other.latent && rope == other.rope && shared == other.shared && dtype == other.dtype;
+  }
 
   int slice() const { return form == KvForm::tpla ? (latent - shared) / ranks : latent; }
   // Latent columns one rank holds.
@@ -67,8 +69,6 @@ class SharedWidths {
     every_ = by_layer_.empty() ? 0 : by_layer_[0];
     by_layer_.clear();
   }
-
-  bool operator==(const SharedWidths&) const = default;
 
   bool is_uniform() const { return by_layer_.empty(); }
   // Of each layer; empty where all are the same.

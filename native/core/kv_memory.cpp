@@ -47,9 +47,6 @@ void check_kv_layout(const KvLayout& layout, int pages) {
     throw Error("REQUEST_INVALID", "KV layout: pageTokens is " + std::to_string(layout.page_tokens) + ", expected a multiple of 16");
   }
   const std::vector<int>& by_layer = layout.shared.by_layer();
-  if (!by_layer.empty() && int(by_layer.size()) != layout.layers) {
-    throw Error("REQUEST_INVALID", "KV layout: shared has " + std::to_string(by_layer.size()) + " widths for " + std::to_string(layout.layers) + " layers");
-  }
   check_row(layout.row(0));
   for (size_t layer = 1; layer < by_layer.size(); layer++) check_row(layout.row(int(layer)));
 }

@@ -156,9 +156,7 @@ std::vector<uint64_t> run(const KvRoute& route, int device, const KvLayout& src,
 }  // namespace
 
 DeviceKv::DeviceKv(const KvLayout& layout, int pages, std::vector<DeviceMemory> memories, DeviceMemory::Sharing sharing)
-    : memories_(std::move(memories)), sharing_(sharing) {
-  region_.layout = layout;
-  region_.pages = pages;
+    : region_(layout, pages), memories_(std::move(memories)), sharing_(sharing) {
   region_.device = memories_[0].device();
   for (size_t m = 0; m < memories_.size(); m++) region_.base[m] = memories_[m].data();
 }
@@ -214,7 +212,7 @@ std::vector<DeviceMemory::IpcHandle> DeviceKv::ipc_handles() const {
 
 void DeviceKv::read_page(int memory, int layer, int page, std::byte* to) const {
   const OnDevice on(memories_[memory].device());
-  check(cudaMemcpy(to, region_.page(memory, layer, page), region_.layout.page_bytes(), cudaMemcpyDeviceToHost), "cudaMemcpy");
+  check(cudaMemcpy(to, region_.page(memory, layer, page), region_.layout.page_bytes(layer), cudaMemcpyDeviceToHost), "cudaMemcpy");
 }
 
 PinnedKv::PinnedKv(std::shared_ptr<const KvRegion> host, int device) : host_(std::move(host)), region_(*host_) {
@@ -238,7 +236,7 @@ KvPutResult device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<cons
   const GatedWrite write(put.pass);
   KvPutResult result;
   result.checksums = run(*route, device, src->layout, dst->layout, put.layers, put.tokens, put.src_pages, put.dst_pages);
-  result.bytes = result.wire_bytes = dst->layout.row_bytes() * put.layers.size() * put.tokens.size() * copies_per_page(dst->layout);
+  result.bytes = result.wire_bytes = dst->layout.token_bytes(put.layers.begin, put.layers.end) * put.tokens.size() * copies_per_page(dst->layout);
   return result;
 }
 

@@ -63,8 +63,7 @@ struct RowShape {
 
 struct Side {
   std::byte* base[64];
-  uint64_t page_stride;   // bytes of a page of one layer
-  uint64_t layer_stride;  // bytes of all pages of one layer
+  uint64_t page_stride;  // bytes of a page of one layer
   uint32_t row_bytes;
   uint32_t page_tokens;
   uint32_t ranks;
@@ -72,11 +71,19 @@ struct Side {
   KvDType dtype;
 };
 
-// Of one route, in device memory.
+// Where a layer begins in the memories of either side.
+struct alignas(8) LayerPlace {
+  uint64_t src;
+  uint64_t dst;
+  uint32_t layer;
+};
+
+// Of the layers of one route whose rows are made alike, in device memory.
 struct Plan {
   Side src;
   Side dst;
   RowShape rows;
+  const LayerPlace* layers;
   const uint64_t* keys;     // [words]
   const Source* sources;    // [copies][chunks]
 };
@@ -85,7 +92,7 @@ template <int kTables>
 struct Launch {
   const Plan* plan;
   uint64_t* checksums;
-  uint32_t first_layer;
+  uint32_t first_place;  // of the plan's layers
   uint32_t layers;
   uint32_t begin;
   uint32_t end;
@@ -105,12 +112,12 @@ struct Place {
 };
 
 template <int kTables>
-__device__ Place place_of(const Side& side, const Launch<kTables>& launch, uint32_t table, uint32_t first_page, uint32_t rank, uint32_t layer, uint32_t token) {
+__device__ Place place_of(const Side& side, const Launch<kTables>& launch, uint32_t table, uint32_t first_page, uint32_t rank, uint64_t layer, uint32_t token) {
   const uint32_t page = token / side.page_tokens;
   Place place;
   place.memory = side.form == KvForm::dcp ? page % side.ranks : side.form == KvForm::dp ? rank : 0;
   const uint32_t id = launch.tables[table + page - first_page];
-  place.offset = layer * side.layer_stride + id * side.page_stride + uint64_t(token - page * side.page_tokens) * side.row_bytes;
+  place.offset = layer + id * side.page_stride + uint64_t(token - page * side.page_tokens) * side.row_bytes;
   return place;
 }
 
@@ -141,16 +148,17 @@ __device__ uint64_t hash(const uint64_t* keys, uint32_t v) { return term(keys[0]
 
 // Work of one warp: the rows of a unit for one copy.
 struct Unit {
-  uint32_t layer;
+  LayerPlace at;
   uint32_t begin;
   uint32_t end;
 };
 
 template <int kTables>
-__device__ Unit unit_of(const Launch<kTables>& launch, uint32_t index, uint32_t units_per_layer) {
+__device__ Unit unit_of(const Launch<kTables>& launch, const LayerPlace* places, uint32_t index, uint32_t units_per_layer) {
   const uint32_t layer = index / units_per_layer;
   const uint32_t start = (launch.begin / kUnitTokens + index - layer * units_per_layer) * kUnitTokens;
-  return {launch.first_layer + layer, max(launch.begin, start), min(launch.end, start + kUnitTokens)};
+  const LayerPlace* const at = places + layer;
+  return {{__ldg(&at->src), __ldg(&at->dst), __ldg(&at->layer)}, max(launch.begin, start), min(launch.end, start + kUnitTokens)};
 }
 
 struct Shared {
@@ -276,6 +284,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ La
   const uint32_t copy = blockIdx.y;
   const uint32_t hashed_copy = checksum_copy(plan.dst, copy);
   const uint32_t src_row_bytes = plan.src.row_bytes;
+  const LayerPlace* const places = plan.layers + launch.first_place;
   const Shared shared = load_shared(plan, shape, copy, kStores);
   const int lane = threadIdx.x % 32;
   const Lanes lanes(lane);
@@ -283,9 +292,9 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ La
   const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
 
   for (uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32; index < launch.layers * units_per_layer; index += gridDim.x * kWarps) {
-    const Unit unit = unit_of(launch, index, units_per_layer);
-    const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.layer, unit.begin);
-    const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.layer, unit.begin);
+    const Unit unit = unit_of(launch, places, index, units_per_layer);
+    const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.at.src, unit.begin);
+    const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.at.dst, unit.begin);
     const uint64_t src_rows = unit_address(plan.src, from);
     std::byte* const dst_rows = dst_base(plan.dst, copy, to);
     const uint32_t rows = unit.end - unit.begin;
@@ -318,7 +327,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ La
           }
         }
         row_hash = add_over_lanes(row_hash, Lanes::kPerRow);
-        if (is_live && lanes.chunk == 0) sum += row_value(row_hash, hashed_copy, unit.layer, unit.begin + batch + row);
+        if (is_live && lanes.chunk == 0) sum += row_value(row_hash, hashed_copy, unit.at.layer, unit.begin + batch + row);
       }
       if (kStores) outbox.send(built, dst_rows + batch * shape.row_bytes, count * shape.row_bytes);
     }
@@ -478,15 +487,16 @@ __global__ void __launch_bounds__(kThreads, 2) convert_rows(const __grid_constan
   const uint32_t copy = blockIdx.y;
   const uint32_t hashed_copy = checksum_copy(plan.dst, copy);
   const uint32_t src_row_bytes = plan.src.row_bytes;
+  const LayerPlace* const places = plan.layers + launch.first_place;
   const Shared shared = load_shared(plan, shape, copy, true);
   const int lane = threadIdx.x % 32;
   Outbox outbox(shared.batches, shape.batch_stride, lane);
   const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
 
   for (uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32; index < launch.layers * units_per_layer; index += gridDim.x * kWarps) {
-    const Unit unit = unit_of(launch, index, units_per_layer);
-    const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.layer, unit.begin);
-    const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.layer, unit.begin);
+    const Unit unit = unit_of(launch, places, index, units_per_layer);
+    const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.at.src, unit.begin);
+    const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.at.dst, unit.begin);
     const uint64_t src_rows = unit_address(plan.src, from);
     std::byte* const dst_rows = dst_base(plan.dst, copy, to);
     const uint32_t rows = unit.end - unit.begin;
@@ -515,9 +525,9 @@ __global__ void __launch_bounds__(kThreads, 2) convert_rows(const __grid_constan
       __syncwarp();
       outbox.send(built, dst_rows + batch * shape.row_bytes, count * shape.row_bytes);
       const uint32_t token = unit.begin + batch;
-      if (shape.row_bytes % 16 == 0) sum += hash_batch<16>(built, count, shape.row_bytes, shared.keys, hashed_copy, unit.layer, token, lane);
-      else if (shape.row_bytes % 8 == 0) sum += hash_batch<8>(built, count, shape.row_bytes, shared.keys, hashed_copy, unit.layer, token, lane);
-      else sum += hash_batch<4>(built, count, shape.row_bytes, shared.keys, hashed_copy, unit.layer, token, lane);
+      if (shape.row_bytes % 16 == 0) sum += hash_batch<16>(built, count, shape.row_bytes, shared.keys, hashed_copy, unit.at.layer, token, lane);
+      else if (shape.row_bytes % 8 == 0) sum += hash_batch<8>(built, count, shape.row_bytes, shared.keys, hashed_copy, unit.at.layer, token, lane);
+      else sum += hash_batch<4>(built, count, shape.row_bytes, shared.keys, hashed_copy, unit.at.layer, token, lane);
     }
     add_checksum(launch, plan.dst, unit, copy, add_over_lanes(sum, 32), lane);
   }
@@ -545,14 +555,13 @@ class OnDevice {
   int before_ = 0;
 };
 
-int bases_of(const KvLayout& layout, int replicas) { return layout.form == KvForm::mla ? replicas : layout.ranks; }
+int bases_of(const RowLayout& layout, int replicas) { return layout.form == KvForm::mla ? replicas : layout.ranks; }
 
-Side side_of(const KvRegion& region, int replicas) {
+Side side_of(const KvRegion& region, const RowLayout& row, int replicas) {
   Side side{};
-  std::copy_n(region.base, bases_of(region.layout, replicas), side.base);
-  side.page_stride = region.layout.page_bytes();
-  side.layer_stride = side.page_stride * region.pages;
-  side.row_bytes = static_cast<uint32_t>(region.layout.row_bytes());
+  std::copy_n(region.base, bases_of(row, replicas), side.base);
+  side.page_stride = row.bytes() * region.layout.page_tokens;
+  side.row_bytes = static_cast<uint32_t>(row.bytes());
   side.page_tokens = region.layout.page_tokens;
   side.ranks = region.layout.ranks;
   side.form = region.layout.form;
@@ -585,7 +594,7 @@ std::vector<Source> chunk_sources(const RowPlan& plan, uint32_t chunks, int chun
   return sources;
 }
 
-std::vector<Source> octet_sources(const RowPlan& plan, const KvLayout& src, uint32_t latent_octets, uint32_t rope_octets) {
+std::vector<Source> octet_sources(const RowPlan& plan, const RowLayout& src, uint32_t latent_octets, uint32_t rope_octets) {
   std::vector<Source> sources(latent_octets + rope_octets);
   const int value_bytes = src.dtype == KvDType::f32 ? 4 : src.dtype == KvDType::bf16 ? 2 : 1;
   for (const LatentPiece& piece : plan.pieces) {
@@ -602,6 +611,19 @@ std::vector<Source> octet_sources(const RowPlan& plan, const KvLayout& src, uint
   return sources;
 }
 
+// Rows as they are, each copy where it is.
+std::vector<RowPlan> plan_reading(const RowLayout& layout) {
+  std::vector<RowPlan> plans;
+  for (int copy = 0; copy < copies_per_page(layout); copy++) {
+    RowPlan plan;
+    plan.is_copy = true;
+    const int memory = layout.form == KvForm::tpla ? copy : layout.form == KvForm::mla ? 0 : kHolder;
+    plan.segments = {{memory, 0, 0, layout.bytes()}};
+    plans.push_back(plan);
+  }
+  return plans;
+}
+
 template <class T>
 T* upload(const std::vector<T>& host) {
   T* device = nullptr;
@@ -612,6 +634,42 @@ T* upload(const std::vector<T>& host) {
 
 }  // namespace
 
+// Layers whose rows are made alike: one plan, one launch a put.
+struct KvRoute::Group {
+  Group(const State& route, const KvRegion& from, const KvRegion& to, RowGroup rows);
+  ~Group() {
+    const OnDevice on(device);
+    cudaFree(plan);
+    cudaFree(layers);
+    cudaFree(keys);
+    cudaFree(sources);
+  }
+  Group(const Group&) = delete;
+
+  void plan_chunks(Plan& host, const std::vector<RowPlan>& plans, int replicas);
+  void plan_octets(Plan& host, const std::vector<RowPlan>& plans, int replicas);
+  template <int kTables>
+  const void* kernel() const;
+  // Of the layers in a range, those of this group: the first in its list, and how many.
+  Range places(Range range) const;
+  template <int kTables>
+  void launch(Launch<kTables>& parameters, int blocks, CUstream_st* stream) const;
+
+  const RowGroup rows;
+  const int device;
+  const int multiprocessors;
+  const int copies;  // with replicas
+  const bool is_checksum;
+  bool is_copy = true;
+  int chunk_bytes = 16;  // where no value changes
+  int load_bytes = 16;   // of an octet's parts, where values convert
+  size_t shared_bytes = 0;
+  Plan* plan = nullptr;
+  LayerPlace* layers = nullptr;
+  uint64_t* keys = nullptr;
+  Source* sources = nullptr;
+};
+
 struct KvRoute::State {
   int device = 0;
   int multiprocessors = 0;
@@ -619,72 +677,64 @@ struct KvRoute::State {
   KvLayout dst;
   int copies = 1;    // hashed
   int replicas = 1;  // of an mla page, written
-  int chunk_bytes = 16;  // where no value changes
-  int load_bytes = 16;   // of an octet's parts, where values convert
-  bool is_copy = true;
   bool is_checksum = false;
-  size_t shared_bytes = 0;
-  Plan* plan = nullptr;
-  uint64_t* keys = nullptr;
-  Source* sources = nullptr;
+  std::vector<std::unique_ptr<Group>> groups;
 
-  ~State() {
-    const OnDevice on(device);
-    cudaFree(plan);
-    cudaFree(keys);
-    cudaFree(sources);
-  }
-
-  void build(const KvRegion& from, const KvRegion& to, const std::vector<RowPlan>& rows);
-  void plan_chunks(Plan& host, const std::vector<RowPlan>& rows);
-  void plan_octets(Plan& host, const std::vector<RowPlan>& rows);
-  template <int kTables>
-  const void* kernel() const;
-  template <int kTables>
-  void launch(Launch<kTables>& parameters, int blocks, CUstream_st* stream) const;
+  void build(const KvRegion& from, const KvRegion& to);
 };
 
-void KvRoute::State::build(const KvRegion& from, const KvRegion& to, const std::vector<RowPlan>& rows) {
+void KvRoute::State::build(const KvRegion& from, const KvRegion& to) {
   const OnDevice on(device);
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   src = from.layout;
   dst = to.layout;
-  copies = static_cast<int>(rows.size());
-  is_copy = std::all_of(rows.begin(), rows.end(), [](const RowPlan& row) { return row.is_copy; });
-  const size_t longest = std::max(src.row_bytes(), dst.row_bytes());
+  copies = copies_per_page(dst);
+  for (RowGroup& rows : group_layers(src, dst)) groups.push_back(std::make_unique<Group>(*this, from, to, std::move(rows)));
+}
+
+KvRoute::Group::Group(const State& route, const KvRegion& from, const KvRegion& to, RowGroup of)
+    : rows(std::move(of)), device(route.device), multiprocessors(route.multiprocessors), copies(route.copies * route.replicas), is_checksum(route.is_checksum) {
+  const RowLayout& src = rows.src;
+  const RowLayout& dst = rows.dst;
+  const std::vector<RowPlan> plans = is_checksum ? plan_reading(dst) : plan_reshard(src, dst);
+  is_copy = std::all_of(plans.begin(), plans.end(), [](const RowPlan& row) { return row.is_copy; });
+  const size_t longest = std::max(src.bytes(), dst.bytes());
   if (longest > kMaxRowBytes) refuse("a row takes " + std::to_string(longest) + " bytes, at most " + std::to_string(kMaxRowBytes) + " are supported");
 
   Plan host{};
-  host.src = side_of(from, 1);
-  host.dst = side_of(to, replicas);
+  host.src = side_of(from, src, 1);
+  host.dst = side_of(to, dst, route.replicas);
   host.rows.row_bytes = host.dst.row_bytes;
   host.rows.words = host.dst.row_bytes / 4;
   if (src.dtype == dst.dtype && src.dtype != KvDType::fp8 && !is_copy) refuse("columns are cut within 32-bit words; this one needs the CPU path");
-  if (is_copy) plan_chunks(host, rows);
-  else plan_octets(host, rows);
+  if (is_copy) plan_chunks(host, plans, route.replicas);
+  else plan_octets(host, plans, route.replicas);
   host.rows.batch_rows = kUnitTokens;
-  while (host.rows.batch_rows > 1 && host.rows.batch_rows * dst.row_bytes() > kBatchBytes) host.rows.batch_rows /= 2;
-  host.rows.batch_stride = static_cast<uint32_t>((host.rows.batch_rows * dst.row_bytes() + 127) / 128 * 128);
+  while (host.rows.batch_rows > 1 && host.rows.batch_rows * dst.bytes() > kBatchBytes) host.rows.batch_rows /= 2;
+  host.rows.batch_stride = static_cast<uint32_t>((host.rows.batch_rows * dst.bytes() + 127) / 128 * 128);
 
   std::vector<Source> table;
-  for (const RowPlan& row : rows) {
+  for (const RowPlan& row : plans) {
     const std::vector<Source> one = is_copy ? chunk_sources(row, host.rows.chunks, chunk_bytes) : octet_sources(row, src, host.rows.latent_octets, host.rows.chunks - host.rows.latent_octets);
-    for (int replica = 0; replica < replicas; replica++) table.insert(table.end(), one.begin(), one.end());
+    for (int replica = 0; replica < route.replicas; replica++) table.insert(table.end(), one.begin(), one.end());
   }
   std::vector<uint64_t> key_table(host.rows.words);
   for (uint32_t word = 0; word < host.rows.words; word++) key_table[word] = checksum_key(word);
+  std::vector<LayerPlace> places;
+  for (const int layer : rows.layers) places.push_back({from.layer_offset(layer), to.layer_offset(layer), static_cast<uint32_t>(layer)});
   shared_bytes = (is_checksum ? 0 : kWarps * 2 * host.rows.batch_stride) + key_table.size() * sizeof(uint64_t) + host.rows.chunks * sizeof(Origin);
+  host.layers = layers = upload(places);
   host.keys = keys = upload(key_table);
   host.sources = sources = upload(table);
   plan = upload(std::vector<Plan>{host});
 }
 
-void KvRoute::State::plan_chunks(Plan& host, const std::vector<RowPlan>& rows) {
+void KvRoute::Group::plan_chunks(Plan& host, const std::vector<RowPlan>& plans, int replicas) {
   Alignment alignment;
-  alignment.take(host.src, bases_of(src, 1));
-  alignment.take(host.dst, bases_of(dst, replicas));
-  for (const RowPlan& row : rows) {
-    for (const ByteSegment& segment : row.segments) {
+  alignment.take(host.src, bases_of(rows.src, 1));
+  alignment.take(host.dst, bases_of(rows.dst, replicas));
+  for (const RowPlan& plan : plans) {
+    for (const ByteSegment& segment : plan.segments) {
       for (const size_t offset : {segment.src_offset, segment.dst_offset, segment.bytes}) alignment.take(offset);
     }
   }
@@ -693,9 +743,11 @@ void KvRoute::State::plan_chunks(Plan& host, const std::vector<RowPlan>& rows) {
   host.rows.chunks = host.rows.words * 4 / chunk_bytes;
 }
 
-void KvRoute::State::plan_octets(Plan& host, const std::vector<RowPlan>& rows) {
-  for (const RowPlan& row : rows) {
-    for (const LatentPiece& piece : row.pieces) {
+void KvRoute::Group::plan_octets(Plan& host, const std::vector<RowPlan>& plans, int replicas) {
+  const RowLayout& src = rows.src;
+  const RowLayout& dst = rows.dst;
+  for (const RowPlan& plan : plans) {
+    for (const LatentPiece& piece : plan.pieces) {
       for (const int columns : {piece.src_column, piece.dst_column, piece.columns, src.rope}) {
         if (columns % kOctet == 0) continue;
         refuse("a conversion takes latent widths, slices, shared columns and rope in multiples of " + std::to_string(kOctet) + "; this one needs the CPU path");
@@ -716,6 +768,11 @@ void KvRoute::State::plan_octets(Plan& host, const std::vector<RowPlan>& rows) {
   host.rows.rope_offset = static_cast<uint32_t>(rope_offset(dst));
 }
 
+Range KvRoute::Group::places(Range range) const {
+  const auto at = [this](int layer) { return static_cast<int>(std::lower_bound(rows.layers.begin(), rows.layers.end(), layer) - rows.layers.begin()); };
+  return {at(range.begin), at(range.end)};
+}
+
 template <int kTables, KvDType kFrom, KvDType kTo>
 const void* convert_kernel(int load_bytes) {
   return load_bytes == 16 ? reinterpret_cast<const void*>(&convert_rows<16, kFrom, kTo, kTables>) : reinterpret_cast<const void*>(&convert_rows<4, kFrom, kTo, kTables>);
@@ -731,23 +788,24 @@ const void* copy_kernel(int chunk_bytes) {
 }
 
 template <int kTables>
-const void* KvRoute::State::kernel() const {
+const void* KvRoute::Group::kernel() const {
   if (is_checksum) return copy_kernel<kTables, false>(chunk_bytes);
   if (is_copy) return copy_kernel<kTables, true>(chunk_bytes);
   constexpr KvDType f32 = KvDType::f32, bf16 = KvDType::bf16, fp8 = KvDType::fp8;
-  if (src.dtype == f32) return dst.dtype == bf16 ? convert_kernel<kTables, f32, bf16>(load_bytes) : convert_kernel<kTables, f32, fp8>(load_bytes);
-  if (src.dtype == bf16) return dst.dtype == f32 ? convert_kernel<kTables, bf16, f32>(load_bytes) : convert_kernel<kTables, bf16, fp8>(load_bytes);
-  if (dst.dtype == f32) return convert_kernel<kTables, fp8, f32>(load_bytes);
-  return dst.dtype == bf16 ? convert_kernel<kTables, fp8, bf16>(load_bytes) : convert_kernel<kTables, fp8, fp8>(load_bytes);
+  const KvDType from = rows.src.dtype, to = rows.dst.dtype;
+  if (from == f32) return to == bf16 ? convert_kernel<kTables, f32, bf16>(load_bytes) : convert_kernel<kTables, f32, fp8>(load_bytes);
+  if (from == bf16) return to == f32 ? convert_kernel<kTables, bf16, f32>(load_bytes) : convert_kernel<kTables, bf16, fp8>(load_bytes);
+  if (to == f32) return convert_kernel<kTables, fp8, f32>(load_bytes);
+  return to == bf16 ? convert_kernel<kTables, fp8, bf16>(load_bytes) : convert_kernel<kTables, fp8, fp8>(load_bytes);
 }
 
 template <int kTables>
-void KvRoute::State::launch(Launch<kTables>& parameters, int blocks, CUstream_st* stream) const {
+void KvRoute::Group::launch(Launch<kTables>& parameters, int blocks, CUstream_st* stream) const {
   void* arguments[] = {&parameters};
   const uint32_t units = parameters.layers * ((parameters.end + kUnitTokens - 1) / kUnitTokens - parameters.begin / kUnitTokens);
   // Measured on H200: copies fill the link with one block a multiprocessor, conversions and hashing take two.
   const int wanted = blocks > 0 ? blocks : multiprocessors * (is_copy && !is_checksum ? 1 : 2);
-  const dim3 grid(std::min<uint32_t>(wanted, (units + kWarps - 1) / kWarps), copies * replicas);
+  const dim3 grid(std::min<uint32_t>(wanted, (units + kWarps - 1) / kWarps), copies);
   const void* function = kernel<kTables>();
   if (shared_bytes > 48 * 1024) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), "cudaFuncSetAttribute");
   check(cudaLaunchKernel(function, grid, dim3(kThreads), arguments, shared_bytes, stream), "launching a KV transfer");
@@ -761,22 +819,14 @@ KvRoute::KvRoute(int device, const KvRegion& src, const KvRegion& dst, int repli
   if (replicas != 1 && dst.layout.form != KvForm::mla) refuse("only mla keeps replicas of a page");
   state_->device = device;
   state_->replicas = replicas;
-  state_->build(src, dst, plan_reshard(src.layout, dst.layout));
+  state_->build(src, dst);
 }
 
 KvRoute KvRoute::checksum(int device, const KvRegion& region) {
   auto state = std::make_unique<State>();
   state->device = device;
   state->is_checksum = true;
-  std::vector<RowPlan> rows;
-  for (int copy = 0; copy < copies_per_page(region.layout); copy++) {
-    RowPlan row;
-    row.is_copy = true;
-    const int memory = region.layout.form == KvForm::tpla ? copy : region.layout.form == KvForm::mla ? 0 : kHolder;
-    row.segments = {{memory, 0, 0, region.layout.row_bytes()}};
-    rows.push_back(row);
-  }
-  state->build(region, region, rows);
+  state->build(region, region);
   return KvRoute(std::move(state));
 }
 
@@ -789,10 +839,7 @@ void KvRoute::put(Range layers, Range tokens, const PageTables& src_pages, const
   const int entries = from.size() + to.size();
   if (entries > kMaxPages) refuse(std::to_string(entries) + " pages in one launch, at most " + std::to_string(kMaxPages) + " fit; put fewer tokens at a time");
   const auto fill = [&](auto& parameters) {
-    parameters.plan = state_->plan;
     parameters.checksums = checksums;
-    parameters.first_layer = layers.begin;
-    parameters.layers = layers.size();
     parameters.begin = tokens.begin;
     parameters.end = tokens.end;
     parameters.first_src_page = from.begin;
@@ -805,7 +852,14 @@ void KvRoute::put(Range layers, Range tokens, const PageTables& src_pages, const
     for (int page = from.begin; page < from.end; page++) *id++ = place_of(state_->src, src_pages, page).page;
     for (int page = to.begin; page < to.end; page++) *id++ = place_of(state_->dst, dst_pages, page).page;
     check(cudaMemsetAsync(checksums, 0, size_t(to.size()) * state_->copies * sizeof(uint64_t), stream), "cudaMemsetAsync");
-    state_->launch(parameters, blocks, stream);
+    for (const auto& group : state_->groups) {
+      const Range places = group->places(layers);
+      if (places.size() == 0) continue;
+      parameters.plan = group->plan;
+      parameters.first_place = places.begin;
+      parameters.layers = places.size();
+      group->launch(parameters, blocks, stream);
+    }
   };
   if (entries <= kSmallTables) {
     Launch<kSmallTables> parameters;

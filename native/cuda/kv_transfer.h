@@ -1,4 +1,5 @@
-// The hand-off on GPUs: gather pages, reshard, convert and put into memory of any GPU or host that this one reaches, in one launch.
+// The hand-off on GPUs: gather pages, reshard, convert and put into memory of any GPU or host that this one reaches, in one launch (with a
+// shared subspace that differs between layers, one for each width among them).
 #pragma once
 
 #include <cstddef>
@@ -13,7 +14,7 @@ struct CUstream_st;
 namespace tpla::cuda {
 
 // From one region to another, seen from one GPU. Base pointers are addresses that this GPU can use: its own memory, a peer's over NVLink or
-// PCIe, or registered host memory. The plan lives in device memory, so that a put costs one launch.
+// PCIe, or registered host memory. Plans live in device memory, so that a put costs launches alone.
 //
 // Bytes and checksums are those of the CPU path (transfer/kv_put.h), but for NaN payloads in conversions. Rows are taken in 16-byte chunks
 // where every offset allows, else in 8 or 4; conversions take widths, slices and rope in multiples of 8 values.
@@ -36,6 +37,7 @@ class KvRoute {
   int copies() const;
 
  private:
+  struct Group;
   struct State;
   explicit KvRoute(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;

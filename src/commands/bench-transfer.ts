@@ -44,7 +44,7 @@ without a hand-off decode has the prompt.`;
     tokens: Flags.string({ default: '7500', description: 'tokens of the prompt; list' }),
     path: Flags.string({ default: 'shm', description: 'how bytes move, see above; list, or all that this machine has' }),
     direction: Flags.string({ default: 'push', description: 'push: prefill writes; pull: decode reads; list' }),
-    view: Flags.string({ default: 'mla', description: "decode's layout: mla, tplaN, tplaN+SHARED, dcpN, dpN; list" }),
+    view: Flags.string({ default: 'mla', description: "decode's layout: mla, tplaN, tplaN+SHARED, tplaN+SHARED/SHARED (layers by turns), dcpN, dpN; list" }),
     'page-tokens': Flags.string({ default: '64', description: "tokens of prefill's pages: with the row they make the piece; list" }),
     'target-page-tokens': Flags.string({ description: "tokens of decode's pages; list; default as prefill's" }),
     dtype: Flags.string({ default: 'bf16', description: "prefill's KV: f32, bf16, fp8; list" }),

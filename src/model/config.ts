@@ -1,6 +1,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { TplaError } from '../errors.js';
+import { sharedProblem, sharedWidths, type SharedWidths } from './shared_widths.js';
 import type { ModelSpec, MoeSpec, RopeSpec, TplaSpec, YarnSpec } from './spec.js';
 
 /** `config.json` as read, and in the engine's terms. */
@@ -228,12 +229,11 @@ function readTpla(fields: Fields, shape: { layers: number; kvLoraRank: number })
   const section = fields.object('tpla');
   if (section === null) return null;
   const groups = section.integer('groups');
-  const shared = section.integer('shared', 0, 0);
+  const shared = readShared(section);
   const norm = String(section.raw.norm ?? 'exact');
   if (norm !== 'exact' && norm !== 'sliced') fields.invalid(`tpla.norm is "${norm}"; expected exact or sliced`);
-  if (shared >= shape.kvLoraRank || (shape.kvLoraRank - shared) % groups !== 0) {
-    fields.invalid(`tpla: kv_lora_rank ${shape.kvLoraRank} less the shared ${shared} is not divisible by ${groups} groups`);
-  }
+  const misfit = sharedProblem(shared, { layers: shape.layers, latent: shape.kvLoraRank, groups });
+  if (misfit !== null) fields.invalid(`tpla.shared: ${misfit}`);
   const normScale = (section.raw.norm_scale ?? []) as number[][];
   const scales = Array.isArray(normScale) && normScale.every((row) => Array.isArray(row) && row.length === groups && row.every((x) => typeof x === 'number' && x > 0));
   if (!scales || (norm === 'sliced' && normScale.length !== shape.layers)) {
@@ -250,6 +250,15 @@ function readTpla(fields: Fields, shape: { layers: number; kvLoraRank: number })
     rankWeights: section.boolean('rank_weights', false),
     fingerprint: String(fingerprint),
   };
+}
+
+/** A number, or one for each layer. */
+function readShared(section: Fields): SharedWidths {
+  const { shared } = section.raw;
+  if (!Array.isArray(shared)) return section.integer('shared', 0, 0);
+  if (shared.every((width) => Number.isSafeInteger(width) && width >= 0)) return sharedWidths(shared as number[]);
+  section.invalid(`tpla.shared is ${JSON.stringify(shared)}; expected a width, or one for each layer`);
+  return 0;
 }
 
 // ---------------------------------------------------------------- reading fields

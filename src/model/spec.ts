@@ -1,3 +1,5 @@
+import type { SharedWidths } from './shared_widths.js';
+
 /**
  * A model in the terms the engine computes with: `config.json` normalised, every default resolved.
  * The same object crosses into the addon, which reads the fields by these names.
@@ -69,8 +71,8 @@ export interface YarnSpec {
  */
 export interface TplaSpec {
   groups: number;
-  /** Width s of the replicated subspace; (kvLoraRank - shared) is divisible by groups. */
-  shared: number;
+  /** Width s of the replicated subspace; (kvLoraRank - s) is divisible by groups. A layer of which all is replicated is as published. */
+  shared: SharedWidths;
   norm: 'exact' | 'sliced';
   /** Per layer and rank, sqrt(alpha_i / g) of the sliced norm; empty with the exact norm. */
   normScale: number[][];

@@ -1,4 +1,5 @@
 import { isMoeLayer } from './config.js';
+import { rankColumns, sharedIn } from './shared_widths.js';
 import type { ModelSpec } from './spec.js';
 
 /** One tensor that a checkpoint of a given shape has to hold. */
@@ -15,7 +16,7 @@ export function* expectedTensors(spec: ModelSpec): Generator<ExpectedTensor> {
   for (let layer = 0; layer < spec.layers; layer++) {
     const at = `model.layers.${layer}.`;
     yield plain(`${at}input_layernorm.weight`, [spec.hiddenSize]);
-    yield* attentionTensors(spec, `${at}self_attn.`);
+    yield* attentionTensors(spec, layer, `${at}self_attn.`);
     yield plain(`${at}post_attention_layernorm.weight`, [spec.hiddenSize]);
     yield* isMoeLayer(spec, layer) ? moeTensors(spec, `${at}mlp.`) : mlpTensors(`${at}mlp.`, spec.hiddenSize, spec.intermediateSize);
   }
@@ -23,7 +24,7 @@ export function* expectedTensors(spec: ModelSpec): Generator<ExpectedTensor> {
   if (!spec.tiedEmbeddings) yield plain('lm_head.weight', [spec.vocabSize, spec.hiddenSize]);
 }
 
-function* attentionTensors(spec: ModelSpec, at: string): Generator<ExpectedTensor> {
+function* attentionTensors(spec: ModelSpec, layer: number, at: string): Generator<ExpectedTensor> {
   const { hiddenSize, heads, kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim, qLoraRank, tpla } = spec;
   const queries = heads * (qkNopeHeadDim + qkRopeHeadDim);
   if (qLoraRank === null) {
@@ -37,9 +38,12 @@ function* attentionTensors(spec: ModelSpec, at: string): Generator<ExpectedTenso
   yield plain(`${at}kv_a_layernorm.weight`, [kvLoraRank]);
   yield matrix(`${at}kv_b_proj.weight`, heads * (qkNopeHeadDim + vHeadDim), kvLoraRank);
   yield matrix(`${at}o_proj.weight`, hiddenSize, heads * vHeadDim);
-  if (tpla?.transform) yield plain(`${at}tpla.transform.weight`, [kvLoraRank, kvLoraRank]);
-  if (tpla?.rankWeights) {
-    const width = tpla.shared + (kvLoraRank - tpla.shared) / tpla.groups;
+  if (tpla === null) return;
+  const shared = sharedIn(tpla.shared, layer);
+  if (shared === kvLoraRank) return;
+  if (tpla.transform) yield plain(`${at}tpla.transform.weight`, [kvLoraRank, kvLoraRank]);
+  if (tpla.rankWeights) {
+    const width = rankColumns(kvLoraRank, shared, tpla.groups);
     for (let rank = 0; rank < tpla.groups; rank++) {
       yield plain(`${at}tpla.rank${rank}.w_uk`, [heads, qkNopeHeadDim, width]);
       yield plain(`${at}tpla.rank${rank}.w_uv`, [heads, vHeadDim, width]);

@@ -2,6 +2,7 @@
  * What the addon exports, as TypeScript sees it. Every asynchronous call computes off the event loop.
  * Errors carry a `code` of `src/errors.ts`.
  */
+import type { SharedWidths } from '../model/shared_widths.js';
 import type { ModelSpec } from '../model/spec.js';
 import type { AttentionModule } from './attention.js';
 import type { ReparamModule } from './reparam.js';
@@ -77,7 +78,7 @@ export interface KvLayout {
   latent: number;
   rope: number;
   /** tpla only: width replicated on all ranks. */
-  shared: number;
+  shared: SharedWidths;
   dtype: KvDType;
   /** Tokens per page, a multiple of 16. */
   pageTokens: number;

@@ -1,6 +1,7 @@
 /** What a worker loads before it can serve: checkpoint, KV arena, engine. */
 import { TplaError } from '../errors.js';
 import { loadCheckpoint } from '../model/checkpoint.js';
+import { sharedProblem } from '../model/shared_widths.js';
 import type { ModelIdentity, ModelSpec } from '../model/spec.js';
 import type { Engine, KvArena, KvLayout, NativeModule } from '../native/types.js';
 
@@ -43,9 +44,8 @@ export function kvLayout(spec: ModelSpec, { attention: { form, ranks }, kv }: Pi
   if (form === 'tpla' && spec.tpla && ranks !== 1 && ranks !== spec.tpla.groups) {
     throw new TplaError('CONFIG_INVALID', `the checkpoint was reparameterised for ${spec.tpla.groups} groups, attention.ranks is ${ranks}; set it to ${spec.tpla.groups}, or run reparam again`, { param: 'attention.ranks' });
   }
-  if (form === 'tpla' && (spec.kvLoraRank - shared) % ranks !== 0) {
-    throw new TplaError('CONFIG_INVALID', `a latent of ${spec.kvLoraRank - shared} values cannot be cut into ${ranks} equal slices; choose attention.ranks so that it divides it`, { param: 'attention.ranks' });
-  }
+  const misfit = form === 'tpla' ? sharedProblem(shared, { layers: spec.layers, latent: spec.kvLoraRank, groups: ranks }) : null;
+  if (misfit !== null) throw new TplaError('CONFIG_INVALID', `attention.ranks is ${ranks}: ${misfit}; choose a divisor`, { param: 'attention.ranks' });
   return { form, ranks, layers: spec.layers, latent: spec.kvLoraRank, rope: spec.qkRopeHeadDim, shared, dtype: kv.dtype, pageTokens: kv.page_tokens };
 }
 

@@ -1,5 +1,6 @@
 import { createHash } from 'node:crypto';
 import { TplaError } from '../errors.js';
+import { describeShared } from '../model/shared_widths.js';
 import type { KvLayout } from '../native/types.js';
 import type { Handshake } from './types.js';
 
@@ -36,5 +37,5 @@ export function checkHandshake(prefill: Handshake, decode: Handshake): void {
 
 /** `mla bf16, 1 rank, 64-token pages`: how a layout reads in a log line. */
 export function describeLayout({ form, ranks, dtype, pageTokens, shared }: KvLayout): string {
-  return `${form} ${dtype}, ${ranks} rank${ranks === 1 ? '' : 's'}${shared > 0 ? `, ${shared} shared columns` : ''}, ${pageTokens}-token pages`;
+  return `${form} ${dtype}, ${ranks} rank${ranks === 1 ? '' : 's'}${shared === 0 ? '' : `, ${describeShared(shared)} shared columns`}, ${pageTokens}-token pages`;
 }

@@ -19,6 +19,7 @@
  *   alive                            ◀─▶      alive
  */
 import { TplaError, ERRORS, type ErrorCode } from '../errors.js';
+import { sharedWidths, type SharedWidths } from '../model/shared_widths.js';
 import type { KvDType, KvForm, KvLayout, SampledToken } from '../native/types.js';
 import { PATHS, type Handshake, type PrefillStats, type TransferPath } from './types.js';
 
@@ -66,6 +67,7 @@ const MAX_TOKENS = 2 ** 31 - 2 ** 15;
 const MAX_CHOICES = 1024;
 const MAX_TOP = 1024;
 const MAX_RANKS = 64;
+const MAX_LAYERS = 4096;
 
 // ---------------------------------------------------------------- encoding
 
@@ -205,15 +207,19 @@ function readLayout(fields: Fields): KvLayout {
   const layout: KvLayout = {
     form: fields.oneOf('form', FORMS),
     ranks: fields.integer('ranks', 1, MAX_RANKS),
-    layers: fields.integer('layers', 1, 4096),
+    layers: fields.integer('layers', 1, MAX_LAYERS),
     latent: fields.integer('latent', 1, 65536),
     rope: fields.integer('rope', 0, 65536),
-    shared: fields.integer('shared', 0, 65536),
+    shared: readShared(fields),
     dtype: fields.oneOf('dtype', DTYPES),
     pageTokens: fields.integer('pageTokens', 16, 16384),
   };
   fields.end();
   return layout;
+}
+
+function readShared(fields: Fields): SharedWidths {
+  return fields.isList('shared') ? sharedWidths(fields.integers('shared', MAX_LAYERS, 65536)) : fields.integer('shared', 0, 65536);
 }
 
 const readSlots = (fields: Fields) => fields.integer('gateSlots', 1, 2 ** 16);
@@ -313,6 +319,10 @@ class Fields {
     const value = this.#take(field);
     if (!isInteger(value, least, most)) throw this.#wrong(field, `a whole number from ${least} to ${most}`);
     return value;
+  }
+
+  isList(field: string): boolean {
+    return Array.isArray(this.#object[field]);
   }
 
   integers(field: string, mostEntries: number, most: number): number[] {

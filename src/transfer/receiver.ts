@@ -5,6 +5,7 @@ import type { Clock } from '../clock.js';
 import { TplaError, toTplaError, type ErrorCode } from '../errors.js';
 import { formatAddress, parseAddress, type Address } from '../http/address.js';
 import { removeStaleSocket } from '../http/server.js';
+import { copiesOf, tokenBytes } from '../kv/layout.js';
 import { native } from '../native/loader.js';
 import type { Channel, ChannelServer, KvArena, KvLayout } from '../native/types.js';
 import { isOnGpu } from './cuda_path.js';
@@ -448,7 +449,6 @@ class Session {
 const text = ([begin, end]: [number, number]) => `[${begin}, ${end})`;
 
 /** Bytes the arena keeps for a rectangle, over all copies. */
-function bytesOf(arena: KvArena, layers: [number, number], tokens: [number, number]): number {
-  const perToken = arena.bytesPerTokenPerRank * (arena.layout.form === 'mla' ? 1 : arena.layout.ranks);
-  return perToken / arena.layout.layers * (layers[1] - layers[0]) * (tokens[1] - tokens[0]);
+function bytesOf({ layout }: KvArena, layers: [number, number], tokens: [number, number]): number {
+  return tokenBytes(layout, layers) * copiesOf(layout) * (tokens[1] - tokens[0]);
 }

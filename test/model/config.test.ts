@@ -119,7 +119,14 @@ test('the class name stands in for a missing model_type', () => {
 test('what reparam adds', () => {
   const tpla = { groups: 2, shared: 8, norm: 'exact', transform: true, rank_weights: true, fingerprint: 'abc' };
   assert.equal(parseModelConfig({ ...TINY_V3, tpla }, 'config.json').spec.tpla, { groups: 2, shared: 8, norm: 'exact', normScale: [], transform: true, rankWeights: true, fingerprint: 'abc' });
-  assert.match(refusal({ ...TINY_V3, tpla: { ...tpla, shared: 7 } }).message, 'kv_lora_rank 32 less the shared 7 is not divisible by 2 groups');
+  const widths = (shared: unknown) => parseModelConfig({ ...TINY_V3, tpla: { ...tpla, shared } }, 'config.json').spec.tpla!.shared;
+  assert.equal(widths([0, 32, 8]), [0, 32, 8]);
+  assert.is(widths([8, 8, 8]), 8, 'equal widths read as one');
+  assert.match(refusal({ ...TINY_V3, tpla: { ...tpla, shared: [0, 8] } }).message, 'tpla.shared: 2 shared widths for 3 layers');
+  assert.match(refusal({ ...TINY_V3, tpla: { ...tpla, shared: [0, 8, 7] } }).message, 'less the shared 7 is not divisible by 2 groups');
+  assert.match(refusal({ ...TINY_V3, tpla: { ...tpla, shared: [0, 8, '8'] } }).message, 'expected a width, or one for each layer');
+  assert.match(refusal({ ...TINY_V3, tpla: { ...tpla, shared: 34 } }).message, 'less the shared 34');
+  assert.match(refusal({ ...TINY_V3, tpla: { ...tpla, shared: 7 } }).message, 'a latent of 32 less the shared 7 is not divisible by 2 groups');
   assert.match(refusal({ ...TINY_V3, tpla: { ...tpla, norm: 'sliced' } }).message, 'tpla.norm_scale: expected 3 rows of 2 positive numbers');
 });
 

@@ -269,7 +269,7 @@ test('batches of decode larger than the streaming kernels take give the same row
 test('tpla with slices equals its own definition, shared subspace included', async () => {
   const loaded = load();
   const tokens = prompt(40, 320, 5);
-  for (const [ranks, shared] of [[2, 0], [2, 8], [4, 16]] as const) {
+  for (const [ranks, shared] of [[2, 0], [2, 8], [4, 16], [2, [0, 32, 8]]] as const) {
     const attention: ReferenceAttention = { form: 'tpla', ranks, shared };
     const model = reference(loaded);
     const expected = [...tokens].map((token) => model.step(token, attention));
@@ -283,6 +283,7 @@ const REPARAMETERISED: [string, object][] = [
   ['transform', { groups: 2, shared: 0, transform: true }],
   ['matrices per rank, shared subspace', { groups: 2, shared: 8, rank_weights: true }],
   ['transform and matrices per rank', { groups: 4, shared: 16, transform: true, rank_weights: true }],
+  ['matrices per rank, a width for every layer, one of them whole', { groups: 2, shared: [8, 32, 0], transform: true, rank_weights: true }],
   ['sliced norm', { groups: 2, shared: 8, norm: 'sliced', norm_scale: [[0.9, 1.1], [1.05, 0.97], [1.2, 0.8]] }],
 ];
 
@@ -315,7 +316,7 @@ test('tpla with the softmax gathered equals mla: the slicing itself is right', a
     const model = reference(loaded);
     return [...tokens].map((token) => model.step(token));
   });
-  for (const [ranks, shared] of [[2, 0], [2, 8], [4, 0]] as const) {
+  for (const [ranks, shared] of [[2, 0], [2, 8], [4, 0], [2, [16, 0, 32]]] as const) {
     const arena = arenaFor(loaded.spec, { form: 'tpla', ranks, shared });
     const rows = await withEngine(loaded, arena, { exactSoftmax: true }, (engine) => decodeAll(engine, arena.layout, sequences, 320));
     rows.forEach((sequence, s) => sequence.forEach((row, i) => assert.ok(distance(row, expected[s]![i]!) < 2e-5, `g=${ranks} s=${shared} row ${i}`)));

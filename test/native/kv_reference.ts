@@ -1,21 +1,24 @@
 /** KV pages in plain TypeScript, written from the contract in native/core/kv_layout.h: what the addon is tested against. */
 import type { KvArena, KvLayout } from '../../src/native/types.js';
 
-export const width = (layout: KvLayout) => (layout.form === 'tpla' ? layout.shared + (layout.latent - layout.shared) / layout.ranks : layout.latent);
+const sharedOf = ({ shared }: KvLayout, layer: number) => (typeof shared === 'number' ? shared : shared[layer]!);
+const sliceOf = (layout: KvLayout, layer: number) => (layout.latent - sharedOf(layout, layer)) / layout.ranks;
+export const width = (layout: KvLayout, layer = 0) => (layout.form === 'tpla' ? sharedOf(layout, layer) + sliceOf(layout, layer) : layout.latent);
 export const copies = (layout: KvLayout) => (layout.form === 'tpla' ? layout.ranks : 1);
 
-export function rowBytes(layout: KvLayout): number {
-  const w = width(layout);
+export function rowBytes(layout: KvLayout, layer = 0): number {
+  const w = width(layout, layer);
   if (layout.dtype === 'f32') return (w + layout.rope) * 4;
   if (layout.dtype === 'bf16') return (w + layout.rope) * 2;
   return Math.ceil(w / 4) * 4 + Math.ceil(w / 128) * 4 + layout.rope * 2;
 }
 
 /** Canonical columns in the row of a rank. */
-export function columns(layout: KvLayout, rank: number): number[] {
+export function columns(layout: KvLayout, rank: number, layer = 0): number[] {
   if (layout.form !== 'tpla') return Array.from({ length: layout.latent }, (_, c) => c);
-  const slice = (layout.latent - layout.shared) / layout.ranks;
-  return [...Array.from({ length: layout.shared }, (_, c) => c), ...Array.from({ length: slice }, (_, c) => layout.shared + rank * slice + c)];
+  const shared = sharedOf(layout, layer);
+  const slice = sliceOf(layout, layer);
+  return [...Array.from({ length: shared }, (_, c) => c), ...Array.from({ length: slice }, (_, c) => shared + rank * slice + c)];
 }
 
 const f32 = new Float32Array(1);
@@ -69,8 +72,8 @@ export function scaleOf(values: number[]): number {
 
 export interface Row { latent: number[]; rope: number[] }
 
-export function encodeRow(layout: KvLayout, row: Row): Uint8Array {
-  const bytes = new Uint8Array(rowBytes(layout));
+export function encodeRow(layout: KvLayout, row: Row, layer = 0): Uint8Array {
+  const bytes = new Uint8Array(rowBytes(layout, layer));
   const view = new DataView(bytes.buffer);
   if (layout.dtype === 'f32') [...row.latent, ...row.rope].forEach((value, i) => view.setFloat32(i * 4, value, true));
   if (layout.dtype === 'bf16') [...row.latent, ...row.rope].forEach((value, i) => view.setUint16(i * 2, toBf16(value), true));
@@ -88,9 +91,9 @@ export function encodeRow(layout: KvLayout, row: Row): Uint8Array {
   return bytes;
 }
 
-export function decodeRow(layout: KvLayout, bytes: Uint8Array): Row {
+export function decodeRow(layout: KvLayout, bytes: Uint8Array, layer = 0): Row {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const w = width(layout);
+  const w = width(layout, layer);
   const indices = Array.from({ length: w + layout.rope }, (_, i) => i);
   const split = (values: number[]): Row => ({ latent: values.slice(0, w), rope: values.slice(w) });
   if (layout.dtype === 'f32') return split(indices.map((i) => view.getFloat32(i * 4, true)));
@@ -132,7 +135,7 @@ export function rowAt(arena: KvArena, sequence: Sequence, layer: number, token: 
     id = sequence.pages[rank]![Math.floor(page / layout.ranks)]!;
   }
   if (layout.form === 'dp') rank = sequence.rank;
-  const bytes = rowBytes(layout);
+  const bytes = rowBytes(layout, layer);
   return arena.page(rank, layer, id).subarray((token % layout.pageTokens) * bytes, (token % layout.pageTokens + 1) * bytes);
 }
 

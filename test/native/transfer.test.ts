@@ -34,8 +34,8 @@ function filledStore(of: KvLayout, tokens: number, seed: number): Store {
       const latent = Array.from({ length: of.latent }, value);
       const rope = Array.from({ length: of.rope }, value);
       for (let copy = 0; copy < copies(of); copy++) {
-        const row = { latent: columns(of, copy).map((c) => latent[c]!), rope };
-        rowAt(store.arena, store.sequence, layer, token, copy).set(encodeRow(of, row));
+        const row = { latent: columns(of, copy, layer).map((c) => latent[c]!), rope };
+        rowAt(store.arena, store.sequence, layer, token, copy).set(encodeRow(of, row, layer));
       }
     }
   }
@@ -52,11 +52,11 @@ function expectedRow(src: Store, dst: Store, layer: number, token: number, copy:
   const canonical = new Array<number>(src.arena.layout.latent);
   let rope: number[] = [];
   for (let s = copies(src.arena.layout) - 1; s >= 0; s--) {
-    const row = decodeRow(src.arena.layout, rowAt(src.arena, src.sequence, layer, token, s));
-    columns(src.arena.layout, s).forEach((c, i) => { canonical[c] = row.latent[i]!; });
+    const row = decodeRow(src.arena.layout, rowAt(src.arena, src.sequence, layer, token, s), layer);
+    columns(src.arena.layout, s, layer).forEach((c, i) => { canonical[c] = row.latent[i]!; });
     rope = row.rope;
   }
-  return encodeRow(dst.arena.layout, { latent: columns(dst.arena.layout, copy).map((c) => canonical[c]!), rope });
+  return encodeRow(dst.arena.layout, { latent: columns(dst.arena.layout, copy, layer).map((c) => canonical[c]!), rope }, layer);
 }
 
 async function checkPut(src: Store, dst: Store, what: string): Promise<void> {
@@ -71,7 +71,7 @@ async function checkPut(src: Store, dst: Store, what: string): Promise<void> {
         const found = rowAt(dst.arena, dst.sequence, layer, token, copy);
         // A scale group that stays whole is copied with its scale, where encoding anew may find a smaller one for the same values.
         const isSame = src.arena.layout.dtype === 'fp8' && to.dtype === 'fp8'
-          ? JSON.stringify(decodeRow(to, expected)) === JSON.stringify(decodeRow(to, found))
+          ? JSON.stringify(decodeRow(to, expected, layer)) === JSON.stringify(decodeRow(to, found, layer))
           : Buffer.compare(expected, found) === 0;
         if (!isSame) {
           assert.unreachable(`${what}: layer ${layer} token ${token} copy ${copy}\nexpected ${Buffer.from(expected).toString('hex')}\nfound    ${Buffer.from(found).toString('hex')}`);
@@ -85,7 +85,8 @@ async function checkPut(src: Store, dst: Store, what: string): Promise<void> {
   assert.is(result.bytes, decodeBytes(dst, src.tokens), `${what}: bytes`);
 }
 
-const decodeBytes = (dst: Store, tokens: number) => rowAt(dst.arena, dst.sequence, 0, 0, 0).length * tokens * LAYERS * copies(dst.arena.layout);
+const decodeBytes = (dst: Store, tokens: number) => sumOver(LAYERS, (layer) => rowAt(dst.arena, dst.sequence, layer, 0, 0).length) * tokens * copies(dst.arena.layout);
+const sumOver = (count: number, value: (index: number) => number) => Array.from({ length: count }, (_, index) => value(index)).reduce((a, b) => a + b, 0);
 
 const FORMS: [string, KvLayout][] = [
   ['mla', layout('mla', 1)],
@@ -94,6 +95,8 @@ const FORMS: [string, KvLayout][] = [
   ['tpla g=2 with shared 64', layout('tpla', 2, { shared: 64, pageTokens: 48 })],
   ['tpla g=4', layout('tpla', 4, { pageTokens: 32 })],
   ['tpla g=8 with shared 32', layout('tpla', 8, { shared: 32 })],
+  ['tpla g=2 with shared 0 and 64', layout('tpla', 2, { shared: [0, 64], pageTokens: 32 })],
+  ['tpla g=4 with shared 32 and the first layer whole', layout('tpla', 4, { shared: [256, 32] })],
   ['dcp over 2', layout('dcp', 2, { pageTokens: 32 })],
   ['dcp over 3', layout('dcp', 3)],
   ['dp over 2', layout('dp', 2, { pageTokens: 64 })],
@@ -124,6 +127,8 @@ test('every dtype reaches every other, in step with the reference encoder', asyn
         ['tpla g=4 to mla', layout('tpla', 4), layout('mla', 1)],
         ['tpla g=2 shared 128 to tpla g=4 shared 32', layout('tpla', 2, { shared: 128 }), layout('tpla', 4, { shared: 32 })],
         ['tpla g=2 to dcp', layout('tpla', 2), layout('dcp', 2)],
+        ['mla to tpla g=2 shared 0 and 64', layout('mla', 1), layout('tpla', 2, { shared: [0, 64] })],
+        ['tpla g=2 shared 256 and 128 to tpla g=4 shared 0 and 64', layout('tpla', 2, { shared: [256, 128] }), layout('tpla', 4, { shared: [0, 64] })],
         ['odd widths', layout('mla', 1, { latent: 150 }), layout('tpla', 2, { latent: 150, shared: 50 })],
       ] as const) {
         const src = filledStore({ ...source, dtype: from }, 40, seed++);
@@ -134,6 +139,30 @@ test('every dtype reaches every other, in step with the reference encoder', asyn
       }
     }
   }
+});
+
+test('widths drawn at random for every layer: any form, dtype and page size, whole and back', async () => {
+  const random = xorshift(61);
+  const among = <T>(choices: readonly T[]) => choices[random() % choices.length]!;
+  for (let draw = 0; draw < 40; draw++) {
+    const ranks = among([2, 4, 8]);
+    const shared = Array.from({ length: LAYERS }, () => (random() % (256 / (4 * ranks) + 1)) * 4 * ranks);
+    const canonical = filledStore(layout('mla', 1, { dtype: among(['f32', 'bf16']), pageTokens: among([16, 32, 64]) }), 40, 900 + draw);
+    const sliced = emptyStore(layout('tpla', ranks, { shared, dtype: among(['f32', 'bf16', 'fp8']), pageTokens: among([16, 48, 64]) }), 40, 1000 + draw);
+    const back = emptyStore(layout('mla', 1, { dtype: sliced.arena.layout.dtype }), 40, 1100 + draw);
+    const what = `g=${ranks} shared ${shared.join('/')} ${canonical.arena.layout.dtype} to ${sliced.arena.layout.dtype}`;
+    assert.is(sliced.arena.bytesPerTokenPerRank, sumOver(LAYERS, (layer) => rowAt(sliced.arena, sliced.sequence, layer, 0, 0).length), what);
+    await checkPut(canonical, sliced, what);
+    if (sliced.arena.layout.dtype !== 'fp8') await checkPut(sliced, back, `${what} and back`);
+    [canonical, sliced, back].forEach(({ arena }) => arena.close());
+  }
+});
+
+test('a copied page is whole in every layer, whatever its width', () => {
+  const { arena } = filledStore(layout('tpla', 2, { shared: [256, 32] }), 70, 45);
+  kvCopyPage(arena, 1, 2);
+  for (let rank = 0; rank < 2; rank++) for (let layer = 0; layer < LAYERS; layer++) assert.equal(arena.page(rank, layer, 2), arena.page(rank, layer, 1));
+  arena.close();
 });
 
 test('infinities, NaN, zeros and subnormals convert as the contract says', async () => {
@@ -391,7 +420,8 @@ test('layouts no arena could have are refused by field', () => {
   for (const [change, reason] of [
     [{ ranks: 0 }, /ranks/], [{ ranks: 65 }, /ranks/], [{ layers: 0 }, /layers/], [{ latent: 0 }, /latent/], [{ pageTokens: 20 }, /pageTokens/],
     [{ pageTokens: 1e9 }, /pageTokens/], [{ dtype: 'fp4' }, /dtype/], [{ form: 'gqa' }, /form/], [{ latent: 1.5 }, /latent/],
-    [{ form: 'tpla', ranks: 3, latent: 100 }, /divide/], [{ shared: 5 }, /shared/], [{ form: 'tpla', shared: 256, ranks: 2 }, /shared/],
+    [{ form: 'tpla', ranks: 3, latent: 100 }, /divide/], [{ shared: 5 }, /shared/], [{ form: 'tpla', shared: 257, ranks: 2 }, /shared/], [{ form: 'tpla', shared: [0, 64, 0], ranks: 2 }, /3 widths for 2 layers/],
+    [{ form: 'tpla', shared: [0, 63], ranks: 2 }, /divide/], [{ form: 'tpla', shared: [0, -2], ranks: 2 }, /shared/], [{ shared: [0, 64] }, /only the tpla form/],
     [{ latent: 255, rope: 16 }, /multiple of 4/],
   ] as [object, RegExp][]) {
     assert.throws(() => mapKvRegion({ ...layout('mla', 1), ...change } as KvLayout, 4, []), reason, JSON.stringify(change));

@@ -3,6 +3,7 @@ import { pino } from 'pino';
 import type { Clock } from '../../src/clock.js';
 import { systemClock } from '../../src/clock.js';
 import { native } from '../../src/native/loader.js';
+import { sharedIn } from '../../src/model/shared_widths.js';
 import type { KvArena, KvLayout, SampledToken } from '../../src/native/types.js';
 import type { Handshake, PrefillStats } from '../../src/transfer/types.js';
 
@@ -38,19 +39,20 @@ export function fillCanonical(arena: KvArena, pages: Int32Array, tokens: [number
   }
 }
 
-/** First difference between what decode holds (bf16; mla, or tpla without shared columns) and fillCanonical's values; null when there is none. */
+/** First difference between what decode holds (bf16; mla or tpla) and fillCanonical's values; null when there is none. */
 export function findDifference(arena: KvArena, pages: Int32Array, tokens: [number, number], salt: number): string | null {
   const { layout } = arena;
   const ranks = layout.form === 'tpla' ? layout.ranks : 1;
-  const slice = layout.latent / ranks;
-  const width = slice + layout.rope;
   for (let rank = 0; rank < ranks; rank++) {
     for (let layer = 0; layer < layout.layers; layer++) {
+      const shared = sharedIn(layout.shared, layer);
+      const slice = (layout.latent - shared) / ranks;
+      const width = shared + slice + layout.rope;
       for (let token = tokens[0]; token < tokens[1]; token++) {
         const page = arena.page(rank, layer, pages[Math.floor(token / layout.pageTokens)]!);
         const row = new Uint16Array(page.buffer, page.byteOffset + (token % layout.pageTokens) * width * 2, width);
         for (let column = 0; column < width; column++) {
-          const canonical = column < slice ? rank * slice + column : layout.latent + column - slice;
+          const canonical = column < shared ? column : column < shared + slice ? rank * slice + column : layout.latent + column - shared - slice;
           if (row[column] !== value(layer, token, canonical, salt)) return `rank ${rank}, layer ${layer}, token ${token}, column ${column}`;
         }
       }

@@ -22,6 +22,7 @@ export interface Ends {
 /** Decode layouts that a prompt lands in. */
 export const VIEWS: [string, Partial<KvLayout>][] = [
   ['tpla', { form: 'tpla', ranks: 2, pageTokens: 32 }],
+  ['tpla, a width for every layer', { form: 'tpla', ranks: 2, pageTokens: 32, shared: [16, 64, 0] }],
   ['mla', {}],
   ['fp8', { dtype: 'fp8', pageTokens: 32 }],
   ['dcp', { form: 'dcp', ranks: 2, pageTokens: 32 }],

@@ -1,8 +1,9 @@
 import type { ModelSpec } from '../../src/model/spec.js';
+import { sharedIn, type SharedWidths } from '../../src/model/shared_widths.js';
 import type { Weights } from '../../src/native/types.js';
 
 /** How the reference attends: exactly, or as `ranks` TPLA ranks that each see their columns of the latent. */
-export type ReferenceAttention = { form: 'mla' } | { form: 'tpla'; ranks: number; shared: number };
+export type ReferenceAttention = { form: 'mla' } | { form: 'tpla'; ranks: number; shared: SharedWidths };
 
 interface Matrix {
   data: Float64Array;
@@ -58,7 +59,7 @@ export class ReferenceModel {
     const raw = kv.slice(0, kvLoraRank);
     const gamma = this.vector(`${at}kv_a_layernorm.weight`);
     let latent = rmsNorm(raw, gamma, 1e-6);
-    if (spec.tpla?.transform) latent = multiply(this.matrix(`${at}tpla.transform.weight`, kvLoraRank, kvLoraRank), latent);
+    if (spec.tpla?.transform && sharedIn(spec.tpla.shared, layer) < kvLoraRank) latent = multiply(this.matrix(`${at}tpla.transform.weight`, kvLoraRank, kvLoraRank), latent);
     const cache = this.caches[layer]!;
     cache.latent.push(latent);
     cache.rope.push(this.rotate(kv.slice(kvLoraRank), position));
@@ -87,8 +88,9 @@ export class ReferenceModel {
   }
 
   /** Every rank: its own softmax over its own columns; the ranks' values add up, the shared columns counted once. */
-  private slicedHead(layer: number, head: number, cache: LayerCache, query: Float64Array, queryRope: Float64Array, wUk: Matrix, wUv: Matrix, { ranks, shared }: { ranks: number; shared: number }): Float64Array {
+  private slicedHead(layer: number, head: number, cache: LayerCache, query: Float64Array, queryRope: Float64Array, wUk: Matrix, wUv: Matrix, { ranks, shared: widths }: { ranks: number; shared: SharedWidths }): Float64Array {
     const { spec } = this;
+    const shared = sharedIn(widths, layer);
     const columns = (rank: number): number[] => {
       const slice = (spec.kvLoraRank - shared) / ranks;
       return [...Array(shared).keys(), ...Array.from({ length: slice }, (_, i) => shared + rank * slice + i)];
@@ -99,7 +101,7 @@ export class ReferenceModel {
       let uk = pickColumns(wUk, own);
       let uv = pickColumns(wUv, own);
       for (let i = 0; i < uv.rows; i++) for (let j = 0; j < shared; j++) uv.data[i * uv.cols + j]! /= ranks;
-      if (spec.tpla?.rankWeights && ranks > 1) {
+      if (spec.tpla?.rankWeights && ranks > 1 && shared < spec.kvLoraRank) {
         const at = `model.layers.${layer}.self_attn.tpla.rank${rank}.`;
         uk = rowsOf(this.matrix(`${at}w_uk`, spec.heads * uk.rows, own.length), head * uk.rows, uk.rows);
         uv = rowsOf(this.matrix(`${at}w_uv`, spec.heads * uv.rows, own.length), head * uv.rows, uv.rows);
@@ -117,7 +119,8 @@ export class ReferenceModel {
   private ownColumns(layer: number, raw: Float64Array, gamma: Float64Array, attention: ReferenceAttention): (Float64Array | null)[] {
     const { spec } = this;
     if (attention.form !== 'tpla' || attention.ranks === 1 || spec.tpla?.norm !== 'sliced') return Array<null>(64).fill(null);
-    const { ranks, shared } = attention;
+    const { ranks } = attention;
+    const shared = sharedIn(attention.shared, layer);
     const slice = (spec.kvLoraRank - shared) / ranks;
     return Array.from({ length: ranks }, (_, rank) => {
       const columns = [...Array(shared).keys(), ...Array.from({ length: slice }, (_unused, i) => shared + rank * slice + i)];

@@ -22,6 +22,7 @@ const MESSAGES: Message[] = [
   { type: 'lend', path: 'cuda-ipc', pages: 9, handles: ['ab', 'cd'] },
   { type: 'ready', session: 'abc', layers: [0, 3], tokens: [16, 32], pages: Int32Array.from([4, 0, -1]) },
   { type: 'taken', session: 'abc', layers: [0, 3], tokens: [16, 32], bytes: 4096 },
+  { type: 'hello', handshake: handshake(smallLayout({ form: 'tpla', ranks: 2, shared: [0, 64, 16] })) },
 ];
 
 test('every message survives the wire', () => {

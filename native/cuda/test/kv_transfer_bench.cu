@@ -177,6 +177,7 @@ __global__ void fill_words(uint32_t* words, size_t count, uint32_t seed, bool bf
 // ---------------------------------------------------------------- decode
 
 struct Landing {
+  explicit Landing(const Case& c) : region(c.dst, pages_needed(c.dst, c.tokens)) {}
   KvRegion region;
   std::vector<DeviceMemory> device;
   std::vector<SharedMemory> host;
@@ -193,9 +194,7 @@ void run_decode(int socket, int device, const std::vector<Case>& cases) {
   CUDA(cudaMallocHost(&read_back, kMaxSums * sizeof(uint64_t)));
   std::vector<uint64_t> expected(kMaxSums);
   for (const Case& c : cases) {
-    Landing landing;
-    landing.region.layout = c.dst;
-    landing.region.pages = pages_needed(c.dst, c.tokens);
+    Landing landing(c);
     const size_t bytes = c.dst.rank_bytes(landing.region.pages);
     Record offer;
     offer.verb = 1;
@@ -260,7 +259,7 @@ void run_decode(int socket, int device, const std::vector<Case>& cases) {
         CUDA(cudaEventElapsedTime(&ms, begin, end));
         times.push_back(ms * 1e3);
       }
-      const double total = double(c.dst.row_bytes()) * kLayers * c.tokens * copies_per_page(c.dst);
+      const double total = double(c.dst.token_bytes()) * c.tokens * copies_per_page(c.dst);
       std::printf("verify %s,%.0f,%.1f,,%.1f,,\n", c.name, total, total / median(times) / 1e3, median(times));
       std::fflush(stdout);
     }
@@ -318,9 +317,7 @@ void run_prefill(int socket, int device, const std::vector<Case>& cases) {
   for (const Case& c : cases) {
     Record offer;
     read_all(socket, &offer, sizeof(offer));
-    KvRegion dst;
-    dst.layout = c.dst;
-    dst.pages = pages_needed(c.dst, c.tokens);
+    KvRegion dst(c.dst, pages_needed(c.dst, c.tokens));
     std::vector<DeviceMemory> mapped;
     std::vector<SharedMemory> host;
     std::vector<std::unique_ptr<cuda::RegisteredHost>> registered;
@@ -345,9 +342,7 @@ void run_prefill(int socket, int device, const std::vector<Case>& cases) {
     }
     const double opened_us = now_us() - open_at;
 
-    KvRegion src;
-    src.layout = c.src;
-    src.pages = pages_needed(c.src, c.tokens);
+    KvRegion src(c.src, pages_needed(c.src, c.tokens));
     const size_t src_bytes = c.src.rank_bytes(src.pages);
     std::byte* source = nullptr;
     CUDA(cudaMalloc(&source, src_bytes));
@@ -360,7 +355,7 @@ void run_prefill(int socket, int device, const std::vector<Case>& cases) {
     const KvRoute route(device, src, dst);
     const int copies = route.copies();
     const int count = pages_of(c.dst, {0, c.tokens}).size() * copies;
-    const double bytes = double(c.dst.row_bytes()) * kLayers * c.tokens * copies;
+    const double bytes = double(c.dst.token_bytes()) * c.tokens * copies;
 
     // What a single plain copy of as many bytes does on the same pair, in this run.
     const size_t copied = std::min<size_t>(std::min(src_bytes, offer.bytes), size_t(bytes));
@@ -434,7 +429,7 @@ void run_prefill(int socket, int device, const std::vector<Case>& cases) {
     }
     if (std::strcmp(c.name, "bf16 18432-byte pieces") == 0) {
       // Today's way: one copy call a piece.
-      const size_t piece = c.src.page_bytes();
+      const size_t piece = c.src.page_bytes(0);
       const double us = timer.median_us(2, [&] {
         for (int layer = 0; layer < kLayers; layer++) {
           for (int page = 0; page < c.tokens / 16; page++) {

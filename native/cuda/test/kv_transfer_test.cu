@@ -24,7 +24,7 @@ constexpr int kLayers = 3;
 int failures = 0;
 std::mt19937 random_bits(7);
 
-KvLayout layout(KvForm form, int ranks, KvDType dtype, int page_tokens, int latent = 512, int rope = 64, int shared = 0) {
+KvLayout layout(KvForm form, int ranks, KvDType dtype, int page_tokens, int latent = 512, int rope = 64, SharedWidths shared = 0) {
   KvLayout l;
   l.form = form;
   l.ranks = ranks;
@@ -37,6 +37,8 @@ KvLayout layout(KvForm form, int ranks, KvDType dtype, int page_tokens, int late
   return l;
 }
 
+SharedWidths mixed(std::vector<int> widths) { return SharedWidths(std::move(widths)); }
+
 // One region twice: on the host, and with the same bytes on a GPU.
 struct Store {
   std::vector<std::vector<std::byte>> host;
@@ -45,11 +47,9 @@ struct Store {
   KvRegion on_device;
   PageTables pages;
 
-  Store(const KvLayout& l, int tokens) {
+  Store(const KvLayout& l, int tokens) : on_host(l, (tokens + l.page_tokens - 1) / l.page_tokens + 3), on_device(l, on_host.pages) {
     const int needed = (tokens + l.page_tokens - 1) / l.page_tokens;
-    const int total = needed + 3;
-    on_host.layout = on_device.layout = l;
-    on_host.pages = on_device.pages = total;
+    const int total = on_host.pages;
     for (int m = 0; m < l.memories(); m++) {
       host.emplace_back(l.rank_bytes(total), std::byte{0xa5});
       std::byte* data = nullptr;
@@ -81,8 +81,10 @@ struct Store {
       if (copy != host[m]) {
         size_t at = 0;
         while (copy[at] == host[m][at]) at++;
-        std::printf("  memory %zu differs at byte %zu (row %zu byte %zu): %02x, expected %02x\n", m, at, at / on_host.layout.row_bytes(), at % on_host.layout.row_bytes(),
-                    unsigned(copy[at]), unsigned(host[m][at]));
+        int layer = 0;
+        while (layer + 1 < on_host.layout.layers && on_host.layer_offset(layer + 1) <= at) layer++;
+        const size_t inside = at - on_host.layer_offset(layer), row = on_host.layout.row_bytes(layer);
+        std::printf("  memory %zu differs at byte %zu (layer %d row %zu byte %zu): %02x, expected %02x\n", m, at, layer, inside / row, inside % row, unsigned(copy[at]), unsigned(host[m][at]));
         return false;
       }
     }
@@ -90,13 +92,15 @@ struct Store {
   }
   // What a model could have left there, in every copy.
   void fill(int tokens) {
-    const KvLayout& l = on_host.layout;
-    std::vector<float> latent(l.latent), rope(l.rope), own(l.width());
-    for (int layer = 0; layer < l.layers; layer++) {
+    const KvLayout& layout = on_host.layout;
+    std::vector<float> latent(layout.latent), rope(layout.rope), own;
+    for (int layer = 0; layer < layout.layers; layer++) {
+      const RowLayout l = layout.row(layer);
+      own.resize(l.width());
       for (int token = 0; token < tokens; token++) {
         for (float& v : latent) v = value();
         for (float& v : rope) v = value();
-        const PagePlace place = place_of(l, pages, token / l.page_tokens);
+        const PagePlace place = place_of(layout, pages, token / layout.page_tokens);
         for (int copy = 0; copy < copies_per_page(l); copy++) {
           int at = 0;
           if (l.form == KvForm::tpla) {
@@ -105,7 +109,7 @@ struct Store {
           } else {
             own = latent;
           }
-          encode_row(l, own.data(), rope.data(), on_host.row(l.form == KvForm::tpla ? copy : place.memory, layer, place.page, token % l.page_tokens));
+          encode_row(l, own.data(), rope.data(), on_host.row(l.form == KvForm::tpla ? copy : place.memory, layer, place.page, token % layout.page_tokens));
         }
       }
     }
@@ -123,7 +127,7 @@ struct Store {
 void check_case(const KvLayout& from, const KvLayout& to, Range layers, Range tokens, int total, int blocks) {
   const std::string what = std::to_string(int(from.form)) + "x" + std::to_string(from.ranks) + " dtype " + std::to_string(int(from.dtype)) + " page " + std::to_string(from.page_tokens) +
                            " -> " + std::to_string(int(to.form)) + "x" + std::to_string(to.ranks) + " dtype " + std::to_string(int(to.dtype)) + " page " + std::to_string(to.page_tokens) +
-                           " latent " + std::to_string(to.latent) + " shared " + std::to_string(to.shared);
+                           " latent " + std::to_string(to.latent) + " shared " + std::to_string(to.shared[0]) + (to.shared.is_uniform() ? "" : "...");
   Store src(from, total);
   Store dst(to, total);
   src.fill(total);
@@ -212,8 +216,23 @@ int main(int argc, char** argv) {
       run(layout(KvForm::dcp, 2, a, 16), layout(KvForm::dp, 2, b, 64), {0, kLayers}, {0, 150}, 150);
       run(layout(KvForm::dp, 2, a, 16), layout(KvForm::tpla, 8, b, 128), {0, kLayers}, {0, 150}, 150);
       run(layout(KvForm::mla, 1, a, 64, 128, 32), layout(KvForm::tpla, 2, b, 64, 128, 32, 32), {0, kLayers}, {0, 100}, 100);
+      run(layout(KvForm::mla, 1, a, 16), layout(KvForm::tpla, 2, b, 64, 512, 64, mixed({0, 128, 64})), {0, kLayers}, {0, 150}, 150);
+      run(layout(KvForm::tpla, 2, a, 64, 512, 64, mixed({512, 0, 128})), layout(KvForm::mla, 1, b, 16), {1, 3}, {5, 133}, 150);
+      run(layout(KvForm::tpla, 2, a, 64, 512, 64, mixed({64, 0, 64})), layout(KvForm::tpla, 2, b, 32, 512, 64, mixed({64, 512, 0})), {0, kLayers}, {0, 150}, 150);
       run(layout(KvForm::mla, 1, a, 64, 200, 40), layout(KvForm::mla, 1, b, 32, 200, 40), {0, kLayers}, {0, 100}, 100);
     }
+  }
+  // Layers whose rows have widths drawn at random, among them all and none of the latent.
+  for (int draw = 0; draw < (quick ? 1 : 24); draw++) {
+    const int groups = 1 << (1 + random_bits() % 3);
+    const auto widths = [&] {
+      std::vector<int> shared;
+      for (int layer = 0; layer < kLayers; layer++) shared.push_back(int(random_bits() % (512 / (8 * groups) + 1)) * 8 * groups);
+      return mixed(shared);
+    };
+    const KvDType a = dtypes[random_bits() % 3], b = dtypes[random_bits() % 3];
+    run(layout(KvForm::mla, 1, a, 64), layout(KvForm::tpla, groups, b, 64, 512, 64, widths()), {0, kLayers}, {0, 100}, 100);
+    run(layout(KvForm::tpla, groups, a, 64, 512, 64, widths()), layout(KvForm::tpla, groups, b, 16, 512, 64, widths()), {0, kLayers}, {3, 100}, 100);
   }
   if (!quick) {
     run(layout(KvForm::mla, 1, KvDType::bf16, 16, 64, 16), layout(KvForm::tpla, 2, KvDType::bf16, 64, 64, 16), {0, kLayers}, {0, 30000}, 30000);

@@ -187,7 +187,7 @@ void KvMessageSender::Core::send_unit(const std::shared_ptr<PutJob>& job, uint64
     head.copy = piece.copy;
     head.begin = piece.begin;
     head.end = piece.end;
-    const size_t bytes = dst.row_bytes() * (piece.end - piece.begin);
+    const size_t bytes = dst.row_bytes(static_cast<int>(piece.layer)) * (piece.end - piece.begin);
     messenger->send(endpoint, head, at, bytes, registered->get(), [self = shared_from_this(), chunk](const std::string& failure) {
       if (--chunk->pieces == 0) self->return_chunk(chunk);
       if (!failure.empty()) self->fail(std::string(self->messenger->name()) + " cannot send: " + failure);

@@ -1,6 +1,8 @@
 /** What a benchmark moves: the KV of one sequence, from prefill's canonical pages into decode's layout. */
 import { TplaError } from '../../errors.js';
 import type { KvDType, KvForm, KvLayout } from '../../native/types.js';
+import { copiesOf, rowBytes, tokenBytes } from '../../kv/layout.js';
+import { sharedWidths, type SharedWidths } from '../../model/shared_widths.js';
 import { DIRECTIONS, type HandoffDirection } from '../../transfer/types.js';
 
 /** KV shape of published models: what a token leaves behind. */
@@ -57,7 +59,7 @@ export function expand(sweep: Sweep): BenchCase[] {
           cases.push({
             path, direction, tokens, view, push: { layers: Math.min(layers, sweep.shape.layers), tokens: Math.min(perPush, tokens) },
             source: canonical(sweep.shape, parseDType(dtype), pageTokens),
-            target: { ...sweep.shape, ...parseView(view), dtype: parseDType(targetDType), pageTokens: targetPageTokens },
+            target: { ...sweep.shape, ...parseView(view, sweep.shape.layers), dtype: parseDType(targetDType), pageTokens: targetPageTokens },
           });
         }
       }
@@ -72,14 +74,16 @@ export function canonical(shape: KvShape, dtype: KvDType, pageTokens: number): K
   return { ...shape, form: 'mla', ranks: 1, shared: 0, dtype, pageTokens };
 }
 
-/** `mla`, `tpla2`, `tpla2+64` (64 shared columns), `dcp4`, `dp2`. */
-export function parseView(text: string): { form: KvForm; ranks: number; shared: number } {
-  const match = /^(mla|tpla|dcp|dp)(\d{1,2})?(?:\+(\d{1,4}))?$/.exec(text);
+/** `mla`, `tpla2`, `tpla2+64` (64 shared columns), `tpla2+0/64` (none and 64 by turns, layer after layer), `dcp4`, `dp2`. */
+export function parseView(text: string, layers: number): { form: KvForm; ranks: number; shared: SharedWidths } {
+  const match = /^(mla|tpla|dcp|dp)(\d{1,2})?(?:\+(\d{1,4}(?:\/\d{1,4})*))?$/.exec(text);
   const form = match?.[1] as KvForm | undefined;
   if (form === undefined || (match![3] !== undefined && form !== 'tpla')) {
-    throw new TplaError('USAGE', `view "${text}" is none of mla, tplaN, tplaN+SHARED, dcpN, dpN`);
+    throw new TplaError('USAGE', `view "${text}" is none of mla, tplaN, tplaN+SHARED, tplaN+SHARED/SHARED, dcpN, dpN`);
   }
-  return { form, ranks: Number(match![2] ?? (form === 'mla' ? 1 : 2)), shared: Number(match![3] ?? 0) };
+  const turns = (match![3] ?? '0').split('/').map(Number);
+  const shared = sharedWidths(Array.from({ length: layers }, (_, layer) => turns[layer % turns.length]!));
+  return { form, ranks: Number(match![2] ?? (form === 'mla' ? 1 : 2)), shared };
 }
 
 function parseDirection(text: string): HandoffDirection {
@@ -92,28 +96,20 @@ function parseDType(text: string): KvDType {
   return text;
 }
 
-/** Bytes of one token of one layer on one rank. */
-export function rowBytes({ form, ranks, latent, rope, shared, dtype }: KvLayout): number {
-  const width = form === 'tpla' ? shared + (latent - shared) / ranks : latent;
-  if (dtype === 'f32') return (width + rope) * 4;
-  if (dtype === 'bf16') return (width + rope) * 2;
-  return Math.ceil(width / 4) * 4 + Math.ceil(width / 128) * 4 + rope * 2;
-}
-
 /** What stands together on both sides: tokens of the smaller page, one layer. */
 export function pieces({ source, target, tokens }: BenchCase): { bytes: number; count: number } {
   const pageTokens = Math.min(source.pageTokens, target.pageTokens);
-  return { bytes: pageTokens * rowBytes(source), count: Math.ceil(tokens / pageTokens) * source.layers };
+  return { bytes: pageTokens * rowBytes(source, 0), count: Math.ceil(tokens / pageTokens) * source.layers };
 }
 
 /** Bytes of a sequence in decode's pages, over all ranks that keep a part of their own. */
 export function bytesLanded({ target, tokens }: BenchCase): number {
-  return rowBytes(target) * target.layers * tokens * (target.form === 'tpla' ? target.ranks : 1);
+  return tokenBytes(target) * tokens * copiesOf(target);
 }
 
 /** Bytes of the first rank's memory of an arena. */
 export function memoryBytes(layout: KvLayout, pages: number): number {
-  return rowBytes(layout) * layout.pageTokens * layout.layers * pages;
+  return tokenBytes(layout) * layout.pageTokens * pages;
 }
 
 /** Rectangles of layers and tokens that calls cover, in the order in which prefill computes them. */

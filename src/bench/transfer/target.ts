@@ -11,7 +11,9 @@ import type { ChannelServer, KvArena, KvDType, KvLayout } from '../../native/typ
 import { isOnGpu } from '../../transfer/cuda_path.js';
 import { createHandoffReceiver } from '../../transfer/receiver.js';
 import type { HandoffReceiver, HandoffTicket } from '../../transfer/types.js';
-import { canonical, pagesFor, rowBytes, scatteredPages } from './cases.js';
+import { rowBytes } from '../../kv/layout.js';
+import { sharedIn } from '../../model/shared_widths.js';
+import { canonical, pagesFor, scatteredPages } from './cases.js';
 import { benchHandshake } from './handshake.js';
 import { serveControl, type Request } from './control.js';
 import { handoffPath, newArena, openLink, type OpenLink } from './paths.js';
@@ -87,14 +89,18 @@ class Target {
   async #verify(tokens: number, seed: number, sourceDType: KvDType): Promise<string | null> {
     const { arena } = this.#ready();
     const addon = native();
-    const target: KvLayout = { ...arena.layout, layers: 1 };
-    const made = canonical(target, sourceDType, target.pageTokens);
+    const made = canonical({ ...arena.layout, layers: 1 }, sourceDType, arena.layout.pageTokens);
     const source = new addon.KvArena(made, pagesFor(made, tokens));
-    const expected = new addon.KvArena(target, pagesFor(target, tokens));
     const sourcePages = scatteredPages(made, tokens, seed + 1);
-    const pages = scatteredPages(target, tokens, seed);
+    const pages = scatteredPages(arena.layout, tokens, seed);
+    let expected: KvArena | undefined;
     try {
       for (let layer = 0; layer < arena.layout.layers; layer++) {
+        const target: KvLayout = { ...arena.layout, layers: 1, shared: sharedIn(arena.layout.shared, layer) };
+        if (expected?.layout.shared !== target.shared) {
+          expected?.close();
+          expected = new addon.KvArena(target, pagesFor(target, tokens));
+        }
         await addon.kvFillPattern(source, sourcePages, [0, tokens], layer, seed);
         await addon.kvPut({ src: source, dst: expected, layers: [0, 1], tokens: [0, tokens], srcPages: sourcePages, dstPages: pages });
         const difference = compareLayer(arena, layer, expected, pages, tokens);
@@ -103,7 +109,7 @@ class Target {
       return null;
     } finally {
       source.close();
-      expected.close();
+      expected?.close();
     }
   }
 
@@ -126,7 +132,7 @@ class Target {
 /** Where layer `layer` of the arena differs from the only layer of `expected`; null for nowhere. */
 function compareLayer(arena: KvArena, layer: number, expected: KvArena, pages: Int32Array[], tokens: number): string | null {
   const { form, ranks, pageTokens } = arena.layout;
-  const bytes = rowBytes(arena.layout);
+  const bytes = rowBytes(arena.layout, layer);
   for (let page = 0; page * pageTokens < tokens; page++) {
     const holders = form === 'tpla' ? Array.from({ length: ranks }, (_, rank) => rank) : [form === 'dcp' ? page % ranks : 0];
     const id = form === 'dcp' ? pages[page % ranks]![Math.floor(page / ranks)]! : pages[0]![page]!;

@@ -22,10 +22,10 @@ const handoffs = (rows: BenchRow[]) => rows.filter(({ path }) => !path.startsWit
 test('a sweep over paths, views and precisions lands whole, each beside its plain copy', async () => {
   const csv = join(directory, 'sweep.csv');
   const plot = join(directory, 'sweep.svg');
-  const { status, stdout, stderr } = await bench('--path', 'shm,tcp', '--view', 'mla,tpla2,tpla2+16,tpla4,dcp2', '--target-dtype', 'bf16,fp8', '--target-page-tokens', '32', '--csv', csv, '--plot', plot, '--json');
+  const { status, stdout, stderr } = await bench('--path', 'shm,tcp', '--view', 'mla,tpla2,tpla2+16,tpla2+0/64/16,tpla4,dcp2', '--target-dtype', 'bf16,fp8', '--target-page-tokens', '32', '--csv', csv, '--plot', plot, '--json');
   assert.is(status, 0, stderr);
   const rows = rowsOf(stdout);
-  assert.is(rows.length, 2 * 5 * 2 * 2);
+  assert.is(rows.length, 2 * 6 * 2 * 2);
   assert.equal(new Set(rows.map(({ path }) => path)), new Set(['plain-memcpy', 'shm', 'plain-sockets', 'tcp']));
   for (const row of handoffs(rows)) {
     const { gb_per_s, bytes, put_us, latency_us, fraction_of_single_copy, single_copy_gb_per_s, wire_bytes } = row;
@@ -41,6 +41,7 @@ test('a sweep over paths, views and precisions lands whole, each beside its plai
   assert.is(row('mla', 'bf16').bytes, 300 * 3 * 160);
   assert.is(row('tpla2', 'bf16').bytes, 300 * 3 * 2 * (32 + 16) * 2);
   assert.is(row('tpla2+16', 'bf16').bytes, 300 * 3 * 2 * (16 + 24 + 16) * 2);
+  assert.is(row('tpla2+0/64/16', 'bf16').bytes, 300 * 2 * (32 + 64 + 40 + 3 * 16) * 2);
   assert.is(row('mla', 'fp8').bytes, 300 * 3 * (64 + 4 + 32));
   assert.is(row('mla', 'bf16').piece_bytes, 16 * 160);
   const lines = readFileSync(csv, 'utf8').trim().split('\n').map((line) => line.split(','));
