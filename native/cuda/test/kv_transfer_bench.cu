@@ -132,12 +132,21 @@ KvLayout deepseek(KvForm form, int ranks, KvDType dtype, int page_tokens) {
 std::vector<Case> cases(const std::string& text) {
   const auto mla = [](KvDType dtype, int page) { return deepseek(KvForm::mla, 1, dtype, page); };
   const auto tpla = [](KvDType dtype, int page) { return deepseek(KvForm::tpla, 2, dtype, page); };
+  // Rows of 256, 288 and 320 columns by turns, as the decode kernels take them.
+  const auto mixed = [&](KvDType dtype, int page) {
+    KvLayout l = tpla(dtype, page);
+    std::vector<int> shared;
+    for (int layer = 0; layer < kLayers; layer++) shared.push_back(layer % 3 * 64);
+    l.shared = SharedWidths(shared);
+    return l;
+  };
   const KvDType bf16 = KvDType::bf16, fp8 = KvDType::fp8;
   std::vector<Case> all = {
       {"bf16 18432-byte pieces", mla(bf16, 16), mla(bf16, 16), kTokens, Place::descriptor, kGroups},
       {"bf16 18432 to 64-token pages", mla(bf16, 16), mla(bf16, 64), kTokens, Place::descriptor, kGroups},
       {"bf16 64-token pages", mla(bf16, 64), mla(bf16, 64), kTokens, Place::descriptor, kGroups},
       {"bf16 16 to tpla g=2 64", mla(bf16, 16), tpla(bf16, 64), kTokens, Place::descriptor, kGroups},
+      {"bf16 16 to tpla g=2 of three widths", mla(bf16, 16), mixed(bf16, 64), kTokens, Place::descriptor, kGroups},
       {"bf16 to fp8", mla(bf16, 64), mla(fp8, 64), kTokens, Place::descriptor, kGroups},
       {"bf16 to fp8 tpla g=2", mla(bf16, 64), tpla(fp8, 64), kTokens, Place::descriptor, kGroups},
       {"fp8 to fp8", mla(fp8, 64), mla(fp8, 64), kTokens, Place::descriptor, kGroups},
