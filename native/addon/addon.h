@@ -12,6 +12,7 @@ void export_channel(Napi::Env env, Napi::Object exports);
 void export_transfer(Napi::Env env, Napi::Object exports);
 void export_write_gate(Napi::Env env, Napi::Object exports);
 void export_stream(Napi::Env env, Napi::Object exports);
+void export_nixl(Napi::Env env, Napi::Object exports);
 void export_ucx(Napi::Env env, Napi::Object exports);
 void export_block_file(Napi::Env env, Napi::Object exports);
 void export_cuda_kv(Napi::Env env, Napi::Object exports);

@@ -69,4 +69,11 @@ inline std::vector<int32_t> to_int32s(const Napi::Value& value, const std::strin
   return {array.Data(), array.Data() + array.ElementLength()};
 }
 
+// The way back.
+inline Napi::Array texts_to_js(Napi::Env env, const std::vector<std::string>& texts) {
+  Napi::Array array = Napi::Array::New(env, texts.size());
+  for (size_t i = 0; i < texts.size(); i++) array.Set(static_cast<uint32_t>(i), texts[i]);
+  return array;
+}
+
 }  // namespace tpla::addon

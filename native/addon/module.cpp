@@ -16,6 +16,7 @@ static Napi::Object init(Napi::Env env, Napi::Object exports) {
   export_transfer(env, exports);
   export_write_gate(env, exports);
   export_stream(env, exports);
+  export_nixl(env, exports);
   export_ucx(env, exports);
   export_block_file(env, exports);
   export_cuda_kv(env, exports);

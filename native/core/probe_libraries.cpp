@@ -24,7 +24,6 @@ const Candidate kCandidates[] = {
     {"NCCL", {"libnccl.so.2", "libnccl.so"}, "collectives between GPUs"},
     {"UCX", {"libucp.so.0", "libucp.so"}, "KV transfer between hosts (RDMA, TCP)"},
     {"cuFile", {"libcufile.so.0", "libcufile.so"}, "KV blocks from NVMe straight to GPUs"},
-    {"NIXL", {"libnixl.so", "libnixl.so.0"}, "KV transfer through NIXL"},
 };
 
 LibraryProbe probe_library(const Candidate& candidate) {

@@ -26,6 +26,11 @@ export function configFileFromEnv(env: Environment = process.env): string | unde
   return env['TPLA_CONFIG'] || undefined;
 }
 
+/** The libnixl_capi.so that the environment names (as the flag --nixl-library would), for commands that are no role. */
+export function nixlLibraryFromEnv(env: Environment = process.env): string | null {
+  return env['TPLA_NIXL_LIBRARY'] || null;
+}
+
 /** What a supervised child inherits: everything but our own settings, which its file holds in full. */
 export function childEnvironment(env: Environment = process.env): Record<string, string> {
   const own = (name: string) => name.startsWith('TPLA_') || ['NOTIFY_SOCKET', 'WATCHDOG_USEC', 'WATCHDOG_PID'].includes(name);
@@ -60,6 +65,11 @@ export function cacheDirectory(env: Environment = process.env): string {
  * that other threads are in the middle of (we register what is sent). What the user has set stays.
  */
 const UCX_DEFAULTS = { UCX_LOG_FILE: 'stderr', UCX_HANDLE_ERRORS: 'none', UCX_MEM_EVENTS: 'n' };
+
+/** Hands settings to NIXL and to UCX under it, which read them when an agent is made; what is configured goes over what is inherited. */
+export function setNixlEnvironment(options: Record<string, string>, env: Environment = process.env): void {
+  setUcxEnvironment(options, env);
+}
 
 /** Hands settings to UCX, which reads its environment when it is loaded and whenever a worker is made; what is configured goes over what is inherited. */
 export function setUcxEnvironment(options: Record<string, string>, env: Environment = process.env): void {

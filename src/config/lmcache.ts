@@ -34,10 +34,10 @@ export function fromLmcache(role: RoleName, values: Values, ownKeys: readonly st
   for (const [key, value] of Object.entries(values)) {
     if (ownKeys.includes(key)) continue;
     const { set = {}, line } = mapKey(role, key, value, values, ownKeys, where);
-    Object.assign(result.values, set);
+    result.values = overlay(result.values, set);
     result.lines.push(`${where}: ${key}: ${text(value)}: ${line}`);
   }
-  for (const key of ownKeys) if (Object.hasOwn(values, key)) result.values[key] = values[key];
+  for (const key of ownKeys) if (Object.hasOwn(values, key)) result.values = overlay(result.values, { [key]: values[key] });
   return result;
 }
 
@@ -67,8 +67,13 @@ const MAPPED: Record<string, (key: Key) => Mapped> = {
     return { line: `serve-${role}` };
   },
   transfer_channel({ value, refuse }) {
-    if (value === 'nixl') return { line: 'the best path of each pair, which is stated: memory of one host, then UCX, then TCP; transfer.require_path refuses slower ones' };
-    if (value === 'py_socket') return { set: { transfer: { ucx: { use: 'never' } } }, line: 'transfer.ucx.use: never, which leaves TCP between hosts' };
+    if (value === 'nixl') {
+      return {
+        set: { transfer: { nixl: { use: 'auto' } } },
+        line: 'transfer.nixl.use: auto, which takes NIXL between hosts where it is installed, else the best of UCX and TCP; the path taken is stated, and transfer.require_path: nixl refuses others',
+      };
+    }
+    if (value === 'py_socket') return { set: { transfer: { ucx: { use: 'never' }, nixl: { use: 'never' } } }, line: 'transfer.ucx.use and transfer.nixl.use: never, which leaves TCP between hosts' };
     throw refuse('nixl or py_socket');
   },
   pd_peer_host({ role, value, all, refuse }) {
@@ -100,8 +105,10 @@ const MAPPED: Record<string, (key: Key) => Mapped> = {
   },
   nixl_backends({ value, refuse }) {
     if (!Array.isArray(value) || !value.every((name) => typeof name === 'string')) throw refuse('a list of names');
-    if (value.includes('UCX')) return { set: { transfer: { ucx: { use: 'auto' } } }, line: 'transfer.ucx.use: auto' };
-    return { line: 'not used: of these backends only UCX has a counterpart (transfer.ucx)' };
+    if (value.length === 0) throw refuse('at least one name');
+    const set = { nixl: { backends: value } };
+    if (!value.includes('UCX')) return { set: { transfer: set }, line: 'transfer.nixl.backends; where there is no NIXL, none of them has a counterpart here' };
+    return { set: { transfer: { ...set, ucx: { use: 'auto' } } }, line: 'transfer.nixl.backends, and where there is no NIXL transfer.ucx.use: auto' };
   },
 };
 
@@ -124,6 +131,18 @@ const WITHOUT_MEANING: Record<string, string> = {
   internal_api_server_enabled: 'every role serves /health, /metrics and /state', internal_api_server_host: '`listen` is the address', internal_api_server_port_start: '`listen` is the address',
   error_handling: 'errors are always handled', extra_config: 'it speaks to plug-ins of LMCache', external_lookup_client: OTHER_FEATURE, py_enable_gc: 'there is no Python',
 };
+
+/** `over` laid over `base`, setting by setting. */
+function overlay(base: Values, over: Values): Values {
+  const result = { ...base };
+  for (const [key, value] of Object.entries(over)) {
+    const below = result[key];
+    result[key] = isValues(below) && isValues(value) ? overlay(below, value) : value;
+  }
+  return result;
+}
+
+const isValues = (value: unknown): value is Values => typeof value === 'object' && value !== null && !Array.isArray(value);
 
 /** A port as it is, as text, or first of a list; null for anything else. */
 function firstPort(value: unknown): number | null {

@@ -16,7 +16,7 @@ export interface PrefillConfig {
   chunk_tokens: number;
   max_batch_tokens: number;
   max_waiting: number;
-  transfer: { require_path: TransferPath | null; ucx: UcxConfig };
+  transfer: { require_path: TransferPath | null; ucx: UcxConfig; nixl: NixlConfig };
   threads: number;
   /** After SIGTERM, how long running requests may take to finish. */
   drain_ms: number;
@@ -27,6 +27,15 @@ export interface UcxConfig {
   use: 'auto' | 'always' | 'never';
   library: string | null;
   /** UCX_… settings. */
+  options: Record<string, string>;
+}
+
+export interface NixlConfig {
+  use: 'auto' | 'always' | 'never';
+  library: string | null;
+  /** Plug-ins to start. */
+  backends: string[];
+  /** NIXL_… and UCX_… settings. */
   options: Record<string, string>;
 }
 
@@ -47,7 +56,7 @@ export interface DecodeConfig {
   first_token: 'prefill' | 'decode';
   /** A hand-off that is silent for so long is cut off. */
   lease_ms: number;
-  transfer: { ucx: UcxConfig };
+  transfer: { ucx: UcxConfig; nixl: NixlConfig };
   threads: number;
   /** After SIGTERM, how long running requests may take to finish. */
   drain_ms: number;

@@ -1,7 +1,8 @@
-import { setUcxEnvironment } from '../config/env.js';
+import { nixlLibraryFromEnv, setUcxEnvironment } from '../config/env.js';
 import { toTplaError } from '../errors.js';
 import { native } from '../native/loader.js';
 import type { ProbeResult } from '../native/types.js';
+import { describeNixl, findNixl, NIXL_BY_NAME } from '../transfer/nixl.js';
 import { describeUcx } from '../transfer/ucx.js';
 import { readLimits, type Limits } from './limits.js';
 
@@ -50,7 +51,7 @@ export async function examine(version: string): Promise<Examination> {
     addon: { loaded: true, error: null },
     cpu: probe.cpu,
     cuda: { ...probe.cuda, devices: probe.cuda.devices.map(({ memoryBytes, ...device }) => ({ ...device, memory_bytes: memoryBytes })) },
-    libraries: await Promise.all(probe.libraries.map(askUcx)),
+    libraries: [...await Promise.all(probe.libraries.map(askUcx)), await askNixl()],
     findings: [...machineFindings(probe), ...limitFindings(limits)],
   };
 }
@@ -64,6 +65,27 @@ async function askUcx(library: ProbeResult['libraries'][number]): Promise<ProbeR
     return { ...library, detail: describeUcx(ucx) };
   } catch (error) {
     return { ...library, detail: toTplaError(error).message };
+  }
+}
+
+/** NIXL says which plug-ins it has; its usual backend, where it starts, which memory it carries. */
+async function askNixl(): Promise<ProbeResult['libraries'][number]> {
+  const file = nixlLibraryFromEnv() ?? findNixl();
+  const name = 'NIXL';
+  try {
+    const nixl = await native().openNixl(file, []);
+    nixl.close();
+    const found = { name, path: nixl.library };
+    if (!nixl.plugins.includes('UCX')) return { ...found, detail: describeNixl(nixl) };
+    try {
+      const agent = await native().openNixl(file, ['UCX']);
+      agent.close();
+      return { ...found, detail: describeNixl(agent) };
+    } catch (error) {
+      return { ...found, detail: `${describeNixl(nixl)}; ${toTplaError(error).message}` };
+    }
+  } catch (error) {
+    return { name, path: file === NIXL_BY_NAME ? null : file, detail: toTplaError(error).message };
   }
 }
 

@@ -340,6 +340,19 @@ export interface Ucx {
   close(): void;
 }
 
+/** KV over NIXL (native/transfer/nixl/): its C API, loaded at run time, with an agent and the thread that drives it. */
+export interface Nixl {
+  /** The library's file, every plug-in that it can load here, and those in use with the kinds of memory they carry (DRAM, VRAM …). */
+  readonly library: string;
+  readonly plugins: string[];
+  readonly backends: { name: string; memories: string[] }[];
+  listen(arena: KvRegion | KvArena): Promise<KvLinkReceiver & { readonly address: Buffer }>;
+  /** `layout` is the receiver's. */
+  connect(link: { address: Buffer; key: string; layout: KvLayout }): Promise<KvLinkSender>;
+  /** Ends its thread and every link. */
+  close(): void;
+}
+
 export interface KvStreamOptions {
   host: string;
   port: number;
@@ -424,6 +437,8 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   openBlockFile(options: BlockFileOptions): BlockFile;
   /** Loads UCX from the absolute path of libucp, under the UCX_… settings of the environment. Throws CONFIG_INVALID saying what is wrong with either. */
   openUcx(library: string): Promise<Ucx>;
+  /** Loads NIXL's C API from a file, or by a name that the loader knows, and starts the named backends; none just asks for plug-ins. Throws CONFIG_INVALID. */
+  openNixl(library: string, backends: string[]): Promise<Nixl>;
   /** Sends a state such as `READY=1` to systemd; `socket` is the value of NOTIFY_SOCKET. */
   notifyServiceManager(socket: string, state: string): void;
   Weights: new (files: string[], tensors: TensorEntry[]) => Weights;

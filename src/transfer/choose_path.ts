@@ -10,6 +10,8 @@ export interface PathAbilities {
   onGpu: boolean;
   /** Version of its UCX, where it uses one. */
   ucxVersion: string | null;
+  /** Backends of its NIXL, where it uses that. */
+  nixlBackends: string[] | null;
 }
 
 export interface RankedOffers {
@@ -29,7 +31,7 @@ export function rankOffers(offers: PathOffer[], abilities: PathAbilities, requir
   const usable = able.filter((offer) => !isKnownSlower(offer, required));
   if (usable.length > 0) return { usable, passedOver };
   const [best] = able;
-  const what = best ? `the path to decode is ${best.path}, at least ${required} is required` : 'decode offers no path that can be used';
+  const what = best ? `the path to decode is ${best.path}, ${demand(required)} is required` : 'decode offers no path that can be used';
   const why = passedOver.map(({ path, reason }) => `${path}: ${reason}`).join('; ');
   throw new TplaError('HANDSHAKE_REFUSED', `${what}${why === '' ? '' : ` (${why})`}; see docs/transfer.md for what each path needs`);
 }
@@ -37,11 +39,15 @@ export function rankOffers(offers: PathOffer[], abilities: PathAbilities, requir
 /** Throws HANDSHAKE_REFUSED for a path slower than the one asked for. */
 export function checkPath(path: TransferPath, required: TransferPath | undefined): void {
   if (!isSlower(path, required)) return;
-  throw new TplaError('HANDSHAKE_REFUSED', `the path to decode is ${path}, at least ${required} is required; see docs/transfer.md for what each path needs`);
+  throw new TplaError('HANDSHAKE_REFUSED', `the path to decode is ${path}, ${demand(required)} is required; see docs/transfer.md for what each path needs`);
 }
 
-function unusable(offer: PathOffer, { onGpu, ucxVersion }: PathAbilities): string | null {
+function unusable(offer: PathOffer, { onGpu, ucxVersion, nixlBackends }: PathAbilities): string | null {
   if (isBetweenHosts(offer.path) && onGpu) return 'KV in GPU memory goes to workers of the same host (unix: addresses); between hosts it has to be in host memory';
+  if (offer.path === 'nixl') {
+    if (nixlBackends === null) return 'this side uses no NIXL (transfer.nixl)';
+    if (!nixlBackends.some((name) => offer.backends.includes(name))) return `NIXL has ${nixlBackends.join(', ')} on this side and ${offer.backends.join(', ')} on decode's (transfer.nixl.backends)`;
+  }
   if (offer.path !== 'ucx') return null;
   if (ucxVersion === null) return 'this side uses no UCX (transfer.ucx)';
   if (!sameUcxSeries(ucxVersion, offer.version)) return `UCX ${ucxVersion} on this side and ${offer.version} on decode's; install the same release series on both`;
@@ -50,11 +56,13 @@ function unusable(offer: PathOffer, { onGpu, ucxVersion }: PathAbilities): strin
 
 /** Memory of this host may turn out to be a better path than its offer's name; checkPath sees it when it is open. */
 function isKnownSlower(offer: PathOffer, required: TransferPath | undefined): boolean {
-  return isBetweenHosts(offer.path) && isSlower(offer.path, required);
+  return required === 'nixl' ? offer.path !== 'nixl' : isBetweenHosts(offer.path) && isSlower(offer.path, required);
 }
 
-const isBetweenHosts = (path: PathOffer['path']): path is 'tcp' | 'ucx' => path === 'tcp' || path === 'ucx';
+const isBetweenHosts = (path: PathOffer['path']): path is 'nixl' | 'tcp' | 'ucx' => path === 'nixl' || path === 'tcp' || path === 'ucx';
+
+const demand = (required: TransferPath | undefined) => (required === 'nixl' ? 'nixl and nothing else' : `at least ${required}`);
 
 function isSlower(path: TransferPath, required: TransferPath | undefined): boolean {
-  return required !== undefined && PATHS.indexOf(path) > PATHS.indexOf(required);
+  return required === 'nixl' ? path !== 'nixl' : required !== undefined && PATHS.indexOf(path) > PATHS.indexOf(required);
 }

@@ -45,7 +45,7 @@ export class CudaReach implements Reach {
   readonly #pinnedSource: KvRegion | null;
 
   constructor(source: KvArena, { layout, pages, offer, fds }: Welcome) {
-    if (offer.path === 'tcp' || offer.path === 'ucx' || offer.path === 'pull') throw new TplaError('INTERNAL', `a CUDA path was built from an offer of ${offer.path}`);
+    if (!('gateSlots' in offer)) throw new TplaError('INTERNAL', `a CUDA path was built from an offer of ${offer.path}`);
     if (fds.length === 0) throw new TplaError('PROTOCOL', `decode offered ${offer.path} and sent no write gate`);
     const addon = native();
     const device = isOnGpu(source) ? source.device : 0;

@@ -3,6 +3,7 @@ import type { Address } from '../http/address.js';
 import { native } from '../native/loader.js';
 import { CudaLanding, isOnGpu } from './cuda_path.js';
 import type { PathOffer } from './messages.js';
+import { nixlLanding } from './nixl_path.js';
 import type { Landing } from './path.js';
 import { PullLanding } from './pull_path.js';
 import { ShmLanding } from './shm_path.js';
@@ -15,6 +16,7 @@ export const PATHS_OF: Record<PathOffer['path'], TransferPath[]> = {
   shm: ['shm', 'pinned'],
   'cuda-fd': ['cuda-fd', 'same-gpu', 'pinned'],
   'cuda-ipc': ['cuda-ipc', 'same-gpu', 'pinned'],
+  nixl: ['nixl'],
   ucx: ['ucx'],
   tcp: ['tcp'],
   pull: ['shm', 'cuda-fd', 'cuda-ipc', 'same-gpu'],
@@ -26,15 +28,19 @@ export interface Landings {
   close(): void;
 }
 
-/** On a Unix socket memory itself is lent; between hosts UCX, where it is used, stands before TCP. */
-export async function openLandings(target: Address, { arena, ucx, direction = 'push' }: HandoffReceiverOptions): Promise<Landings> {
+/** On a Unix socket memory itself is lent; between hosts NIXL and UCX, where they are used, stand before TCP. */
+export async function openLandings(target: Address, { arena, ucx, nixl, direction = 'push' }: HandoffReceiverOptions): Promise<Landings> {
   if (direction === 'pull') return { forConnection: () => [new PullLanding(arena)], close() {} };
   if (target.kind === 'unix') return { forConnection: () => [isOnGpu(arena) ? new CudaLanding(arena) : new ShmLanding(arena)], close() {} };
   const stream = native().listenKvStream(target.host, arena);
+  const overNixl = nixl ? { nixl, receiver: await nixl.listen(arena) } : null;
   const overUcx = ucx ? { ucx, receiver: await ucx.listen(arena) } : null;
   return {
-    forConnection: () => [...(overUcx ? [ucxLanding(overUcx.ucx, overUcx.receiver)] : []), tcpLanding(stream)],
+    forConnection: () => [
+      ...(overNixl ? [nixlLanding(overNixl.nixl, overNixl.receiver)] : []), ...(overUcx ? [ucxLanding(overUcx.ucx, overUcx.receiver)] : []), tcpLanding(stream),
+    ],
     close() {
+      overNixl?.receiver.close();
       overUcx?.receiver.close();
       stream.close();
     },

@@ -32,6 +32,8 @@ export type PathOffer =
   | { path: 'cuda-ipc'; gateSlots: number; devices: string[]; handles: string[] }
   /** UCX endpoints to the worker at `address`, each opened with `key`. */
   | { path: 'ucx'; version: string; address: Buffer; key: string }
+  /** Messages to the NIXL agent whose metadata are `address`, each sender's first one with `key`; `backends` are those that it has started. */
+  | { path: 'nixl'; backends: string[]; address: Buffer; key: string }
   /** Data connections to `port` of the host the channel was dialled at, each opened with `key`. */
   | { path: 'tcp'; port: number; key: string }
   /** Decode reads what prefill lends. `devices` are the UUIDs of the GPUs that hold decode's pages; none where those are in host memory. */
@@ -54,20 +56,21 @@ export type Message =
   | { type: 'cancel'; session: string; code: ErrorCode; message: string }
   | { type: 'alive' };
 
-const OFFERED = ['shm', 'cuda-fd', 'cuda-ipc', 'ucx', 'tcp', 'pull'] as const;
+const OFFERED = ['shm', 'cuda-fd', 'cuda-ipc', 'nixl', 'ucx', 'tcp', 'pull'] as const;
 const LENT = ['shm', 'cuda-fd', 'cuda-ipc'] as const;
 const FORMS: readonly KvForm[] = ['mla', 'tpla', 'dcp', 'dp'];
 const DTYPES: readonly KvDType[] = ['f32', 'bf16', 'fp8'];
 
 const MAX_HEAD_BYTES = 1 << 20;
 const MAX_TEXT = 4096;
-/** A UCX address grows with the devices of the host. */
+/** An address of UCX or NIXL grows with the devices of the host. */
 const MAX_BASE64 = 65_536;
 const MAX_TOKENS = 2 ** 31 - 2 ** 15;
 const MAX_CHOICES = 1024;
 const MAX_TOP = 1024;
 const MAX_RANKS = 64;
 const MAX_LAYERS = 4096;
+const MAX_BACKENDS = 64;
 
 // ---------------------------------------------------------------- encoding
 
@@ -97,7 +100,7 @@ export function encodeMessage(message: Message): Uint8Array {
 const bytesOf = (array: Int32Array | BigUint64Array) => new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
 
 function writeOffer(offer: PathOffer): object {
-  return offer.path === 'ucx' ? { ...offer, address: offer.address.toString('base64') } : offer;
+  return 'address' in offer ? { ...offer, address: offer.address.toString('base64') } : offer;
 }
 
 /** JSON has no NaN, and a log-probability nobody asked for is one. */
@@ -232,6 +235,7 @@ function readOffer(fields: Fields): PathOffer {
     case 'cuda-fd': offer = { path, gateSlots: readSlots(fields), devices: fields.texts('devices', MAX_RANKS) }; break;
     case 'cuda-ipc': offer = { path, gateSlots: readSlots(fields), devices: fields.texts('devices', MAX_RANKS), handles: fields.texts('handles', MAX_RANKS) }; break;
     case 'ucx': offer = { path, version: fields.text('version'), address: fields.base64('address'), key: fields.text('key') }; break;
+    case 'nixl': offer = { path, backends: fields.texts('backends', MAX_BACKENDS), address: fields.base64('address'), key: fields.text('key') }; break;
     case 'pull': offer = { path, devices: fields.texts('devices', MAX_RANKS) }; break;
     case 'tcp': offer = { path, port: fields.integer('port', 1, 65535), key: fields.text('key') }; break;
   }

@@ -4,11 +4,12 @@ import type { Clock } from '../clock.js';
 import { TplaError, toTplaError } from '../errors.js';
 import { parseAddress } from '../http/address.js';
 import { native } from '../native/loader.js';
-import type { Channel, KvArena, SampledToken, Ucx } from '../native/types.js';
+import type { Channel, KvArena, SampledToken } from '../native/types.js';
 import { checkPath, rankOffers } from './choose_path.js';
 import { CudaReach, isOnGpu } from './cuda_path.js';
 import { checkHandshake, describeLayout } from './handshake.js';
 import { decodeMessage, encodeMessage, type Message, type PathOffer } from './messages.js';
+import { reachOverNixl } from './nixl_path.js';
 import type { Credit, Reach, Welcome } from './path.js';
 import { PullReach } from './pull_path.js';
 import { Pulse } from './pulse.js';
@@ -87,13 +88,16 @@ class Sender implements HandoffSender {
   }
 }
 
+/** What rankOffers lets through is there. */
+type Libraries = Required<Pick<HandoffEndpointOptions, 'ucx' | 'nixl'>>;
+
 /** A connection to one decode worker. */
 class Connection {
   readonly #address: string;
   readonly #arena: KvArena;
   readonly #clock: Clock;
   readonly #requirePath: TransferPath | undefined;
-  readonly #ucx: Ucx | null;
+  readonly #libraries: Libraries;
   readonly #log: Logger;
   readonly #onGone: () => void;
   readonly #sessions = new Map<string, Session>();
@@ -110,12 +114,12 @@ class Connection {
   #heard: number;
   #failure: TplaError | undefined;
 
-  constructor(address: string, { arena, clock, log, requirePath, ucx = null }: HandoffEndpointOptions & { log: Logger; clock: Clock }, onGone: () => void) {
+  constructor(address: string, { arena, clock, log, requirePath, ucx = null, nixl = null }: HandoffEndpointOptions & { log: Logger; clock: Clock }, onGone: () => void) {
     this.#address = address;
     this.#arena = arena;
     this.#clock = clock;
     this.#requirePath = requirePath;
-    this.#ucx = ucx;
+    this.#libraries = { ucx, nixl };
     this.#log = log;
     this.#onGone = onGone;
     this.#heard = clock.now();
@@ -246,11 +250,13 @@ class Connection {
 
   /** Builds the first of decode's paths that works; what was passed over is said, never silently. Descriptors are used before the first await. */
   async #openBest(welcome: Omit<Welcome, 'offer'>, offers: PathOffer[]): Promise<Reach> {
-    const { usable, passedOver } = rankOffers(offers, { onGpu: isOnGpu(this.#arena), ucxVersion: this.#ucx?.version ?? null }, this.#requirePath);
+    const { ucx, nixl } = this.#libraries;
+    const abilities = { onGpu: isOnGpu(this.#arena), ucxVersion: ucx?.version ?? null, nixlBackends: nixl?.backends.map(({ name }) => name) ?? null };
+    const { usable, passedOver } = rankOffers(offers, abilities, this.#requirePath);
     for (const { path, reason } of passedOver) this.#log.info({ address: this.#address, path, reason }, 'a path to decode is not used');
     for (const [i, offer] of usable.entries()) {
       try {
-        return await openReach(this.#arena, { ...welcome, offer }, this.#ucx, (session, rectangle) => this.#offerToRead(session, rectangle));
+        return await openReach(this.#arena, { ...welcome, offer }, this.#libraries, (session, rectangle) => this.#offerToRead(session, rectangle));
       } catch (error) {
         if (i === usable.length - 1) throw error;
         this.#log.warn({ address: this.#address, path: offer.path, reason: (error as Error).message }, `this path to decode failed, ${usable[i + 1]!.path} is tried`);
@@ -299,11 +305,12 @@ class Connection {
 const rectangleKey = (session: string, layers: [number, number], tokens: [number, number]) => `${session} ${layers.join('-')} ${tokens.join('-')}`;
 
 /** Descriptors are used before the first await. */
-async function openReach(source: KvArena, welcome: Welcome, ucx: Ucx | null, offerToRead: ConstructorParameters<typeof PullReach>[2]): Promise<Reach> {
+async function openReach(source: KvArena, welcome: Welcome, { ucx, nixl }: Libraries, offerToRead: ConstructorParameters<typeof PullReach>[2]): Promise<Reach> {
   switch (welcome.offer.path) {
     case 'cuda-fd':
     case 'cuda-ipc': return new CudaReach(source, welcome);
     case 'shm': return isOnGpu(source) ? new CudaReach(source, welcome) : new ShmReach(welcome);
+    case 'nixl': return reachOverNixl(nixl!, welcome);
     case 'ucx': return reachOverUcx(ucx!, welcome);
     case 'tcp': return reachOverTcp(welcome);
     case 'pull': return new PullReach(source, welcome, offerToRead);

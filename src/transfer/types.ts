@@ -1,10 +1,13 @@
 /** The hand-off of a prompt's KV from a prefill worker to a decode worker. Decode owns memory and grants it; prefill pushes. */
 import type { ErrorCode } from '../errors.js';
 import type { ModelIdentity } from '../model/spec.js';
-import type { KvArena, KvLayout, SampledToken, Ucx } from '../native/types.js';
+import type { KvArena, KvLayout, Nixl, SampledToken, Ucx } from '../native/types.js';
 
-/** How bytes move; stated in the handshake, in metrics and in every benchmark line. Best first. */
-export const PATHS = ['same-gpu', 'cuda-ipc', 'cuda-fd', 'shm', 'pinned', 'ucx', 'nixl', 'tcp'] as const;
+/**
+ * How bytes move; stated in the handshake, in metrics and in every benchmark line. Best first; NIXL, which is taken only where it was asked for,
+ * stands before the paths between hosts that are taken unasked.
+ */
+export const PATHS = ['same-gpu', 'cuda-ipc', 'cuda-fd', 'shm', 'pinned', 'nixl', 'ucx', 'tcp'] as const;
 export type TransferPath = (typeof PATHS)[number];
 
 /** Who moves the bytes: prefill writes (push), or decode reads (pull). */
@@ -119,10 +122,11 @@ export interface HandoffEndpointOptions {
   handshake: Handshake;
   /** In host memory, or a CudaKvArena. */
   arena: KvArena;
-  /** Refuse a connection whose path is slower than this one. */
+  /** Refuse a connection whose path is slower than this one; `nixl`, which names a library and no speed, is that or nothing. */
   requirePath?: TransferPath;
   /** What carries KV between hosts beside TCP; stays the caller's. */
   ucx?: Ucx | null;
+  nixl?: Nixl | null;
 }
 
 export interface HandoffReceiverOptions extends HandoffEndpointOptions {

@@ -59,7 +59,7 @@ function refusal(role: 'prefill' | 'decode', text: string): string {
 test("a decoder's file as it is: each key has its line", () => {
   const { config, lines } = load('decode', DECODER);
   assert.is((config as { handoff_listen: string }).handoff_listen, 'tcp://localhost:7300');
-  assert.equal(config.transfer.ucx, { use: 'auto', library: null, options: {} });
+  assert.equal(config.transfer, { ucx: { use: 'auto', library: null, options: {} }, nixl: { use: 'auto', library: null, backends: ['UCX'], options: {} } });
   assert.is(lines.length, DECODER.trim().split('\n').length);
   assert.equal(lines.map((line) => line.split(':')[0]), DECODER.trim().split('\n').map((line) => line.split(':')[0]));
   assert.ok(lines.includes('pd_peer_host: "localhost": handoff_listen: tcp://localhost:7300'));
@@ -72,7 +72,10 @@ test("a prefiller's file as it is; ports may be plain numbers or text; keys of o
   const { config } = load('decode', `${DECODER.replace('[7300, 7301]', '"7311"')}max_batch: 3\nlease_ms: 700\n`);
   assert.is((config as { handoff_listen: string }).handoff_listen, 'tcp://localhost:7311');
   assert.is((config as { max_batch: number }).max_batch, 3);
-  assert.is(load('prefill', PREFILLER.replace('nixl', 'py_socket')).config.transfer.ucx.use, 'never');
+  const sockets = load('prefill', PREFILLER.replace('nixl', 'py_socket')).config.transfer;
+  assert.equal([sockets.ucx.use, sockets.nixl.use], ['never', 'never']);
+  const { transfer } = load('prefill', `${PREFILLER}nixl_backends: [Mooncake, UCX]\ntransfer: { require_path: nixl, nixl: { use: always } }\n`).config;
+  assert.equal(transfer, { require_path: 'nixl', ucx: { use: 'auto', library: null, options: {} }, nixl: { use: 'always', library: null, backends: ['Mooncake', 'UCX'], options: {} } });
 });
 
 test('what is wrong is one clear error', () => {

@@ -57,7 +57,7 @@ test('defaults fill in what is left out, in the order of the schema', () => {
     handoff_direction: 'push',
     first_token: 'prefill',
     lease_ms: 10000,
-    transfer: { ucx: { use: 'auto', library: null, options: {} } },
+    transfer: { ucx: { use: 'auto', library: null, options: {} }, nixl: { use: 'never', library: null, backends: ['UCX'], options: {} } },
     threads: 0,
     drain_ms: 30000,
     log_level: 'info',

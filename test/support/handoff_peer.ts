@@ -5,13 +5,14 @@
  *                          (`pushing` never commits, so that a kill comes first however fast it is; `pushing-on` goes through)
  *   decode ADDRESS LEASE   prints `ticket JSON`; then `committed` or `failed CODE`
  *
- * With a fourth argument `ucx` KV goes through UCX, under the UCX_… variables it was started with.
+ * With a fourth argument `ucx` KV goes through UCX, under the UCX_… variables it was started with; with `nixl=FILE` through the NIXL at FILE.
  */
 import { createInterface } from 'node:readline';
 import { systemClock } from '../../src/clock.js';
 import { createHandoffReceiver } from '../../src/transfer/receiver.js';
 import { createHandoffSender } from '../../src/transfer/sender.js';
 import type { HandoffTicket } from '../../src/transfer/types.js';
+import { openNixl } from '../../src/transfer/nixl.js';
 import { openUcx } from '../../src/transfer/ucx.js';
 import { endpoint, fillCanonical, findDifference, newArena, pageRange, sampled, stats } from './handoff.js';
 import { BIG, BIG_TARGET, BIG_PAGES, BIG_TOKENS } from './handoff_fault_shapes.js';
@@ -20,6 +21,7 @@ const say = (line: string) => process.stdout.write(`${line}\n`);
 const forever = () => new Promise<never>(() => { setInterval(() => {}, 1000); });
 const [role, address, argument, link] = process.argv.slice(2) as [string, string, string, string?];
 const ucx = link === 'ucx' ? await openUcx({ use: 'always', library: null, options: {} }) : null;
+const nixl = link?.startsWith('nixl=') ? await openNixl({ use: 'always', library: link.slice('nixl='.length), backends: ['UCX'], options: {} }) : null;
 
 if (role === 'prefill') await prefill();
 else await decode();
@@ -28,7 +30,7 @@ async function prefill(): Promise<void> {
   const arena = newArena(BIG, BIG_PAGES);
   const pages = pageRange(0, BIG_PAGES);
   fillCanonical(arena, pages, BIG_TOKENS, 1);
-  const sender = createHandoffSender({ ...endpoint(arena, systemClock), ucx });
+  const sender = createHandoffSender({ ...endpoint(arena, systemClock), ucx, nixl });
   const at = async (step: string) => {
     say(step);
     if (step === argument) await forever();
@@ -60,7 +62,7 @@ async function prefill(): Promise<void> {
 
 async function decode(): Promise<void> {
   const arena = newArena(BIG_TARGET, BIG_PAGES);
-  const receiver = await createHandoffReceiver(address, { ...endpoint(arena, systemClock), ucx });
+  const receiver = await createHandoffReceiver(address, { ...endpoint(arena, systemClock), ucx, nixl });
   const pages = pageRange(0, BIG_PAGES / 2);
   const { ticket, committed } = receiver.open({ tokens: BIG_TOKENS, pages: [pages], leaseMs: Number(argument) });
   say(`ticket ${JSON.stringify(ticket)}`);

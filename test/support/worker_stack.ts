@@ -18,7 +18,7 @@ export const LAYERS = TINY_V3.num_hidden_layers as number;
 export const NO_DISK: PoolConfig['nvme'] = { path: null, bytes: 1 << 30, queue_depth: 16 };
 
 /** Hand-offs as one host does them. */
-export const LOCAL_TRANSFER: PrefillConfig['transfer'] = { require_path: null, ucx: { use: 'never', library: null, options: {} } };
+export const LOCAL_TRANSFER: PrefillConfig['transfer'] = { require_path: null, ucx: { use: 'never', library: null, options: {} }, nixl: { use: 'never', library: null, backends: ['UCX'], options: {} } };
 
 export class WorkerStack {
   readonly directory = mkdtempSync(join(tmpdir(), 'tpla-stack-'));

@@ -4,9 +4,10 @@ import { rankOffers } from '../../src/transfer/choose_path.js';
 import type { PathOffer } from '../../src/transfer/messages.js';
 
 const ucx: PathOffer = { path: 'ucx', version: '1.13.1', address: Buffer.from('a'), key: 'k' };
+const nixl: PathOffer = { path: 'nixl', backends: ['UCX', 'Mooncake'], address: Buffer.from('a'), key: 'k' };
 const tcp: PathOffer = { path: 'tcp', port: 7000, key: 'k' };
 const shm: PathOffer = { path: 'shm', gateSlots: 4 };
-const host = { onGpu: false, ucxVersion: '1.13.0' };
+const host = { onGpu: false, ucxVersion: '1.13.0', nixlBackends: ['UCX'] };
 
 test("decode's order is kept, and a release of the same series is the same", () => {
   assert.equal(rankOffers([ucx, tcp], host, undefined), { usable: [ucx, tcp], passedOver: [] });
@@ -34,6 +35,21 @@ test('nothing left to use is refused with what is missing', () => {
   assert.match(refusal([ucx, tcp], { ...host, ucxVersion: null }, 'ucx'), /the path to decode is tcp, at least ucx is required \(ucx: this side uses no UCX/);
   assert.match(refusal([ucx, tcp], { ...host, onGpu: true }, undefined), /no path that can be used \(ucx: KV in GPU memory .*; tcp: KV in GPU memory/);
   assert.match(refusal([], host, undefined), /decode offers no path/);
+});
+
+test('NIXL needs a backend that both sides have, and required it is that or nothing', () => {
+  assert.equal(rankOffers([nixl, ucx, tcp], host, undefined).usable, [nixl, ucx, tcp]);
+  assert.equal(rankOffers([nixl, ucx, tcp], host, 'ucx').usable, [nixl, ucx]);
+  assert.equal(rankOffers([nixl, ucx, tcp], host, 'nixl').usable, [nixl]);
+  const refusal = (offers: PathOffer[], abilities: typeof host | { nixlBackends: null }) => {
+    assert.throws(() => rankOffers(offers, { ...host, ...abilities }, 'nixl'), (error: Error) => (said = error.message) !== '');
+    return said;
+  };
+  let said = '';
+  assert.match(refusal([shm], host), /the path to decode is shm, nixl and nothing else is required/);
+  assert.match(refusal([ucx, tcp], host), /the path to decode is ucx, nixl and nothing else is required/);
+  assert.match(refusal([nixl, ucx], { nixlBackends: null }), /nixl and nothing else is required \(nixl: this side uses no NIXL/);
+  assert.match(refusal([nixl], { ...host, nixlBackends: ['GDS'] }), /NIXL has GDS on this side and UCX, Mooncake on decode's/);
 });
 
 test.run();

@@ -1,8 +1,10 @@
 /** The paths a benchmark can set up, by name. A new one is an entry here. */
+import { nixlLibraryFromEnv } from '../../config/env.js';
 import { TplaError } from '../../errors.js';
 import { native } from '../../native/loader.js';
 import type { KvArena, KvLayout } from '../../native/types.js';
 import type { HandoffEndpointOptions } from '../../transfer/types.js';
+import { findNixl, NIXL_BY_NAME, openNixl } from '../../transfer/nixl.js';
 import { findUcx, openUcx } from '../../transfer/ucx.js';
 import type { BenchCase } from './cases.js';
 import type { Baseline } from './baseline.js';
@@ -50,6 +52,13 @@ async function ucxLink(): Promise<OpenLink> {
   return { options: { ucx, requirePath: 'ucx' }, close: () => ucx.close() };
 }
 
+const nixlLibrary = () => nixlLibraryFromEnv() ?? findNixl();
+
+async function nixlLink(): Promise<OpenLink> {
+  const nixl = (await openNixl({ use: 'always', library: nixlLibrary(), backends: ['UCX'], options: {} }))!;
+  return { options: { nixl, requirePath: 'nixl' }, close: () => nixl.close() };
+}
+
 /** Nothing but what the path's channel brings. */
 const NO_LINK: OpenLink = { options: {}, close() {} };
 
@@ -72,6 +81,11 @@ export const BENCH_PATHS: Record<string, BenchPath> = {
   pinned: { summary: "a GPU writes into decode's host memory", missing: needsGpus(1), source: gpu(0), target: HOST, channel: 'unix', baseline: 'gpu-copy' },
   'pinned-to-gpu': { summary: "a GPU reads prefill's host memory", missing: needsGpus(1), source: HOST, target: gpu(0), channel: 'unix', baseline: 'gpu-copy' },
   shm: { summary: 'host memory to host memory, mapped by both', missing: always, source: HOST, target: HOST, channel: 'unix', baseline: 'memcpy' },
+  nixl: {
+    summary: "host memory to host memory through NIXL's backend UCX, under the NIXL_ and UCX_ settings of the environment",
+    missing: () => (nixlLibrary() === NIXL_BY_NAME ? 'no NIXL is installed in the standard places (TPLA_NIXL_LIBRARY names a libnixl_capi.so elsewhere)' : null),
+    source: HOST, target: HOST, channel: 'tcp', baseline: 'sockets', link: nixlLink,
+  },
   ucx: {
     summary: 'host memory to host memory over UCX, under the UCX_ settings of the environment',
     missing: () => (findUcx() === null ? 'no UCX is installed (Debian, Ubuntu: apt-get install libucx0)' : null),

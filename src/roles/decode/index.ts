@@ -3,10 +3,10 @@ import { parseAddress } from '../../http/address.js';
 import { PageSpace } from '../../kv/page_space.js';
 import { PoolClient } from '../../kv/pool_client.js';
 import { native } from '../../native/loader.js';
-import type { NativeModule, Ucx } from '../../native/types.js';
+import type { NativeModule } from '../../native/types.js';
+import { NO_LINK_LIBRARIES, openLinkLibraries } from '../../transfer/libraries.js';
 import { createHandoffReceiver } from '../../transfer/receiver.js';
 import type { HandoffReceiver } from '../../transfer/types.js';
-import { describeUcx, openUcx } from '../../transfer/ucx.js';
 import { canonicalLayout, loadModel } from '../model.js';
 import type { RoleContext, RunningRole } from '../role.js';
 import { startWorkerRole, type ServingWorker } from '../worker_role.js';
@@ -24,16 +24,15 @@ async function loadDecode(config: DecodeConfig, { log, clock }: RoleContext, add
   const model = loadModel(config, addon);
   const { arena, spec, identity } = model;
   const { layout } = arena;
-  let ucx: Ucx | null = null;
+  let libraries = NO_LINK_LIBRARIES;
   let receiver: HandoffReceiver;
   try {
-    if (parseAddress(config.handoff_listen).kind === 'tcp') ucx = await openUcx(config.transfer.ucx);
-    if (ucx) log.info({ library: ucx.library }, `UCX ${describeUcx(ucx)}`);
+    if (parseAddress(config.handoff_listen).kind === 'tcp') libraries = await openLinkLibraries(config.transfer, log);
     receiver = await createHandoffReceiver(config.handoff_listen, {
-      handshake: { protocol: 1, identity, layout }, arena, log, clock, ucx, direction: config.handoff_direction,
+      handshake: { protocol: 1, identity, layout }, arena, log, clock, ucx: libraries.ucx, nixl: libraries.nixl, direction: config.handoff_direction,
     });
   } catch (error) {
-    ucx?.close();
+    libraries.close();
     model.close();
     throw error;
   }
@@ -56,7 +55,7 @@ async function loadDecode(config: DecodeConfig, { log, clock }: RoleContext, add
     async close() {
       await worker.close();
       await receiver.close();
-      ucx?.close();
+      libraries.close();
       await store?.close();
       model.close();
     },

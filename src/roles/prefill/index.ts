@@ -4,7 +4,7 @@ import { PoolClient } from '../../kv/pool_client.js';
 import { native } from '../../native/loader.js';
 import type { NativeModule } from '../../native/types.js';
 import { createHandoffSender } from '../../transfer/sender.js';
-import { describeUcx, openUcx } from '../../transfer/ucx.js';
+import { openLinkLibraries } from '../../transfer/libraries.js';
 import { loadModel } from '../model.js';
 import type { RoleContext, RunningRole } from '../role.js';
 import { startWorkerRole, type ServingWorker } from '../worker_role.js';
@@ -24,12 +24,11 @@ async function loadPrefill(config: PrefillConfig, { log, clock }: RoleContext, a
   const { arena, spec, identity } = model;
   const { layout } = arena;
   const { require_path: requirePath } = config.transfer;
-  const ucx = await openUcx(config.transfer.ucx).catch((error: unknown) => {
+  const libraries = await openLinkLibraries(config.transfer, log).catch((error: unknown) => {
     model.close();
     throw error;
   });
-  if (ucx) log.info({ library: ucx.library }, `UCX ${describeUcx(ucx)}`);
-  const sender = createHandoffSender({ handshake: { protocol: 1, identity, layout }, arena, log, clock, ucx, ...(requirePath === null ? {} : { requirePath }) });
+  const sender = createHandoffSender({ handshake: { protocol: 1, identity, layout }, arena, log, clock, ucx: libraries.ucx, nixl: libraries.nixl, ...(requirePath === null ? {} : { requirePath }) });
   const store = config.pool === null ? null : new PoolClient({ address: config.pool, name: config.id, layout, addon, log });
   await store?.ready;
   const space = new PageSpace(layout, config.kv.pages);
@@ -47,7 +46,7 @@ async function loadPrefill(config: PrefillConfig, { log, clock }: RoleContext, a
     async close() {
       await worker.close();
       await sender.close();
-      ucx?.close();
+      libraries.close();
       await store?.close();
       model.close();
     },
