@@ -1,23 +1,77 @@
 #include "transfer/channel.h"
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
 
-#include "addon/addon.h"
+#include "addon/announcement.h"
+#include "addon/arguments.h"
+#include "addon/kv_object.h"
+#include "addon/start_checksum.h"
+#include "addon/transfer_arguments.h"
+#include "transfer/push_message.h"
+#include "transfer/timeline.h"
 
 namespace tpla::addon {
 
 namespace {
 
 constexpr int kConnectTimeoutMs = 5000;
+constexpr napi_type_tag kChannelTag = {0x5f0f3a60d6c24b1eULL, 0x9f2d7a41c8e3b065ULL};
+constexpr const char* kChannelKey = "_channel";
+using ChannelPointer = std::shared_ptr<Channel>;
 
 struct Event {
-  enum class Kind { accepted, message, closed, listener_closed } kind;
+  enum class Kind { accepted, message, pushed, closed, listener_closed } kind;
   std::shared_ptr<Channel> channel;
   Message message;
   std::string reason;
+  // pushed: what came, and why it is not what it should be.
+  PushMessage push{};
+  std::unique_ptr<Error> problem{};
 };
+
+// Hand-offs whose pushes are awaited, and where they land: the pages that verification reads.
+class Expected {
+ public:
+  struct Pages {
+    std::shared_ptr<const KvRegion> region;
+    PageTables tables;
+  };
+  void add(const Channel* channel, const std::string& session, std::shared_ptr<const KvRegion> region, PageTables tables) {
+    const std::lock_guard lock(mutex_);
+    pages_[{channel, session}] = std::make_shared<const Pages>(Pages{std::move(region), std::move(tables)});
+  }
+  void remove(const Channel* channel, const std::string& session) {
+    const std::lock_guard lock(mutex_);
+    pages_.erase({channel, session});
+  }
+  std::shared_ptr<const Pages> find(const Channel* channel, const std::string& session) const {
+    const std::lock_guard lock(mutex_);
+    const auto found = pages_.find({channel, session});
+    return found == pages_.end() ? nullptr : found->second;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::map<std::pair<const Channel*, std::string>, std::shared_ptr<const Pages>> pages_;
+};
+
+// What decode's own memory holds against what prefill says it sent; null where they agree.
+std::unique_ptr<Error> compare(const PushMessage& push, const std::vector<uint64_t>& found) {
+  std::string where;
+  if (push.checksums.size() != found.size()) {
+    where = std::to_string(push.checksums.size()) + " checksums for " + std::to_string(found.size()) + " pages";
+  } else {
+    const auto wrong = std::mismatch(found.begin(), found.end(), push.checksums.begin()).first;
+    if (wrong == found.end()) return nullptr;
+    where = "entry " + std::to_string(wrong - found.begin()) + " of " + std::to_string(found.size());
+  }
+  const auto text = [](Range range) { return std::string("[").append(std::to_string(range.begin)).append(", ").append(std::to_string(range.end)).append(")"); };
+  return std::make_unique<Error>("CHECKSUM_MISMATCH", "KV of layers " + text(push.layers) + ", tokens " + text(push.tokens) + " does not match what prefill sent (" +
+                                                          where + "); nothing of it was used");
+}
 
 // Carries events of a channel, or of a listener and all its channels, to the JavaScript thread. It keeps the process alive until the
 // last of them has ended.
@@ -30,6 +84,10 @@ class JsEvents : public ChannelEvents, public ChannelListener::Events, public st
   void adopt_listener() { open_++; }
 
   void on_message(const std::shared_ptr<Channel>& channel, Message message) override {
+    if (takes_pushes_ && message.fds.empty()) {
+      if (auto push = decode_push(message.bytes)) return verify(channel, std::move(*push), message.bytes.size());
+    }
+    mark_step("message received");
     deliver({Event::Kind::message, channel, std::move(message), ""});
   }
   void on_close(const std::shared_ptr<Channel>& channel, const std::string& reason) override { deliver({Event::Kind::closed, channel, {}, reason}); }
@@ -49,8 +107,14 @@ class JsEvents : public ChannelEvents, public ChannelListener::Events, public st
   void deliver(Event event);
   void handle(Napi::Env env, Event& event);
   void handle_message(Napi::Env env, Event& event);
+  void handle_push(Napi::Env env, Event& event);
+  void verify(const std::shared_ptr<Channel>& channel, PushMessage push, size_t bytes);
   void ended();
   static void on_environment_exit(void* events);
+
+  // Handlers with onPushed: pushes are verified before they are told of.
+  bool takes_pushes_ = false;
+  Expected expected_;
 
   // Taken around every call, and by the environment's exit, after which the function is gone.
   std::mutex mutex_;
@@ -69,6 +133,7 @@ std::shared_ptr<JsEvents> JsEvents::create(Napi::Env env, Napi::Object handlers,
   auto events = std::make_shared<JsEvents>();
   events->env_ = env;
   events->handlers_ = Napi::Persistent(handlers);
+  events->takes_pushes_ = handlers.Get("onPushed").IsFunction();
   if (!on_connection.IsEmpty()) events->on_connection_ = Napi::Persistent(on_connection);
   events->function_ = ThreadSafeFunction::New(
       env, "tpla channel", 0, 1, events.get(), [](Napi::Env, std::shared_ptr<JsEvents>* owner, JsEvents*) { delete owner; },
@@ -114,6 +179,9 @@ void JsEvents::handle(Napi::Env env, Event& event) {
     case Event::Kind::message:
       handle_message(env, event);
       break;
+    case Event::Kind::pushed:
+      handle_push(env, event);
+      break;
     case Event::Kind::closed: {
       const Napi::Object channel = channels_[event.channel.get()].Value();
       channels_.erase(event.channel.get());
@@ -130,6 +198,7 @@ void JsEvents::handle(Napi::Env env, Event& event) {
 
 // Descriptors belong to the handler from here on.
 void JsEvents::handle_message(Napi::Env env, Event& event) {
+  mark_step("message told of");
   const Napi::Object channel = channels_[event.channel.get()].Value();
   const Napi::Object handlers = handlers_.Value();
   const size_t bytes = event.message.bytes.size();
@@ -139,6 +208,46 @@ void JsEvents::handle_message(Napi::Env env, Event& event) {
   for (size_t i = 0; i < event.message.fds.size(); i++) fds.Set(static_cast<uint32_t>(i), event.message.fds[i].release());
   event.channel->consumed(bytes);
   handlers.Get("onMessage").As<Napi::Function>().Call(handlers, {channel, message, fds});
+}
+
+// Loop's thread.
+void JsEvents::verify(const std::shared_ptr<Channel>& channel, PushMessage push, size_t bytes) {
+  mark_step("pushed received");
+  const std::shared_ptr<const Expected::Pages> pages = expected_.find(channel.get(), push.session);
+  if (!pages) {
+    // Of a hand-off that is over, most likely: it crossed its end on the way.
+    channel->consumed(bytes);
+    push.checksums.clear();
+    return deliver({Event::Kind::pushed, channel, {}, "", std::move(push), std::make_unique<Error>("PROTOCOL", "a push came for pages that were not granted")});
+  }
+  const Range layers = push.layers;
+  const Range tokens = push.tokens;
+  auto held = std::make_shared<PushMessage>(std::move(push));
+  static auto* checks = new TaskQueue("tpla-checks");
+  start_checksum(*checks, pages->region, pages->tables, layers, tokens,
+                 [self = shared_from_this(), channel, held, bytes](std::vector<uint64_t> found, std::unique_ptr<Error> error) {
+                   mark_step("verified");
+                   std::unique_ptr<Error> problem = error ? std::move(error) : compare(*held, found);
+                   held->checksums.clear();
+                   channel->consumed(bytes);
+                   self->deliver({Event::Kind::pushed, channel, {}, "", std::move(*held), std::move(problem)});
+                 });
+}
+
+void JsEvents::handle_push(Napi::Env env, Event& event) {
+  mark_step("push told of");
+  const auto found = channels_.find(event.channel.get());
+  if (found == channels_.end()) return;  // closed while it was verified
+  const auto range = [env](Range from) {
+    Napi::Array array = Napi::Array::New(env, 2);
+    array.Set(0u, from.begin);
+    array.Set(1u, from.end);
+    return array;
+  };
+  const Napi::Object handlers = handlers_.Value();
+  const Napi::Value problem = event.problem ? to_js_error(env, *event.problem).Value() : env.Null();
+  handlers.Get("onPushed").As<Napi::Function>().Call(
+      handlers, {found->second.Value(), Napi::String::New(env, event.push.session), range(event.push.layers), range(event.push.tokens), problem});
 }
 
 // One channel or the listener is gone; with the last of them goes the hold on the process.
@@ -168,6 +277,7 @@ void send_message(const Napi::CallbackInfo& info, Channel& channel) {
       throw Error("REQUEST_INVALID", "channel: a message is a Uint8Array");
     }
     const Napi::Uint8Array message = info[0].As<Napi::Uint8Array>();
+    mark_step("message sent");
     channel.send(reinterpret_cast<const std::byte*>(message.Data()), message.ByteLength(), parse_fds(info[1]));
   } catch (const Error& error) {
     throw to_js_error(info.Env(), error);
@@ -182,6 +292,19 @@ Napi::Object JsEvents::adopt(Napi::Env env, const std::shared_ptr<Channel>& chan
   object.Set("peer", peer);
   object.Set("send", Napi::Function::New(env, [channel](const Napi::CallbackInfo& info) { send_message(info, *channel); }, "send"));
   object.Set("close", Napi::Function::New(env, [channel](const Napi::CallbackInfo&) { channel->close(); }, "close"));
+  object.Set("expect", Napi::Function::New(env, [self = weak_from_this(), at = channel.get()](const Napi::CallbackInfo& info) {
+    guarded(info.Env(), [&] {
+      if (const auto events = self.lock()) events->expected_.add(at, to_text(info[0], "session"), kv_region_of(info[1]), parse_tables(info[2], info[3], "pages"));
+    });
+  }, "expect"));
+  object.Set("forget", Napi::Function::New(env, [self = weak_from_this(), at = channel.get()](const Napi::CallbackInfo& info) {
+    guarded(info.Env(), [&] {
+      if (const auto events = self.lock()) events->expected_.remove(at, to_text(info[0], "session"));
+    });
+  }, "forget"));
+  auto external = Napi::External<ChannelPointer>::New(env, new ChannelPointer(channel), [](Napi::Env, ChannelPointer* held) { delete held; });
+  external.TypeTag(&kChannelTag);
+  object.DefineProperty(Napi::PropertyDescriptor::Value(kChannelKey, external, napi_default));
   channels_[channel.get()] = Napi::Persistent(object);
   open_++;
   return object;
@@ -278,6 +401,14 @@ Napi::Value connect_channel(const Napi::CallbackInfo& info) {
 }
 
 }  // namespace
+
+std::shared_ptr<Channel> channel_of(const Napi::Value& value) {
+  if (value.IsObject()) {
+    const Napi::Value held = value.As<Napi::Object>().Get(kChannelKey);
+    if (held.IsExternal() && held.As<Napi::External<ChannelPointer>>().CheckTypeTag(&kChannelTag)) return *held.As<Napi::External<ChannelPointer>>().Data();
+  }
+  refuse("channel", "a Channel");
+}
 
 void export_channel(Napi::Env env, Napi::Object exports) {
   exports.Set("listenChannel", Napi::Function::New(env, listen_channel, "listenChannel"));

@@ -1,8 +1,8 @@
 #include "addon/link.h"
 
+#include "addon/announcement.h"
 #include "addon/arguments.h"
 #include "addon/kv_object.h"
-#include "addon/promise.h"
 #include "addon/transfer_arguments.h"
 #include "addon/write_gate.h"
 
@@ -26,14 +26,10 @@ Napi::Value start_put(const Napi::CallbackInfo& info, LinkSender& sender) {
     put.src_pages = parse_tables(options.Get("srcPages"), options.Get("srcRank"), "srcPages");
     put.slot = int(to_integer(options.Get("slot"), "slot", 0));
     put.epoch = uint32_t(to_integer(options.Get("epoch"), "epoch", 0, UINT32_MAX));
+    const auto announcement = parse_announcement(options.Get("announce"), put.layers, put.tokens);
     const auto promise = ThreadPromise::create(env);
     const Napi::Value result = promise->promise();
-    const auto done = [promise](KvPutResult outcome, std::unique_ptr<Error> error) {
-      promise->settle([outcome = std::move(outcome), error = std::shared_ptr<Error>(std::move(error))](Napi::Env at) -> Napi::Value {
-        if (error) throw *error;
-        return put_result_to_js(at, outcome);
-      });
-    };
+    const auto done = settle_put(promise, announcement);
     try {
       sender.put(std::move(put), done);
     } catch (const Error& error) {

@@ -1,11 +1,15 @@
+#include "addon/announcement.h"
 #include "addon/arguments.h"
-#include "addon/async_work.h"
 #include "addon/kv_object.h"
+#include "addon/promise.h"
+#include "addon/start_checksum.h"
 #include "addon/transfer_arguments.h"
 #include "addon/write_gate.h"
 #include "core/kv_memory.h"
 #include "transfer/kv_put.h"
 #include "transfer/row_kernels.h"
+#include "transfer/task_queue.h"
+#include "transfer/timeline.h"
 
 #ifdef TPLA_WITH_CUDA
 #include "cuda/device_kv.h"
@@ -15,27 +19,42 @@ namespace tpla::addon {
 
 namespace {
 
-// On the CPU, or on the GPU that either side names.
-KvPutResult put_anywhere(const std::shared_ptr<const KvRegion>& src, const std::shared_ptr<const KvRegion>& dst, const KvPut& work) {
-#ifdef TPLA_WITH_CUDA
-  if (src->device >= 0 || dst->device >= 0) return cuda::device_put(src, dst, work);
-#else
-  static_cast<void>(src);
-  static_cast<void>(dst);
-#endif
-  return kv_put(work);
+using PutDone = std::function<void(KvPutResult result, std::unique_ptr<Error> error)>;
+
+template <class Done, class Result>
+void finish_with(const Done& done, const std::function<Result()>& compute) {
+  Result result;
+  std::unique_ptr<Error> error;
+  try {
+    result = compute();
+  } catch (const Error& thrown) {
+    error = std::make_unique<Error>(thrown);
+  } catch (const std::exception& thrown) {
+    error = std::make_unique<Error>("INTERNAL", thrown.what());
+  }
+  done(std::move(result), std::move(error));
 }
 
-std::vector<uint64_t> checksum_anywhere(const std::shared_ptr<const KvRegion>& region, const PageTables& pages, Range layers, Range tokens) {
+// Each put fills the machine. Those of hand-offs, which requests wait for, do not wait for what goes to the pool.
+TaskQueue& puts(bool is_announced) {
+  static auto* announced = new TaskQueue("tpla-puts");
+  static auto* others = new TaskQueue("tpla-copies");
+  return is_announced ? *announced : *others;
+}
+
+// On the CPU, or on the GPU that either side names.
+void start_put(const std::shared_ptr<const KvRegion>& src, const std::shared_ptr<const KvRegion>& dst, const std::shared_ptr<const WriteGate>& gate, KvPut work,
+               bool is_announced, PutDone done) {
 #ifdef TPLA_WITH_CUDA
-  if (region->device >= 0) return cuda::device_checksum(region, pages, layers, tokens);
+  if (src->device >= 0 || dst->device >= 0) return cuda::device_put(src, dst, work, gate, std::move(done));
 #endif
-  return kv_checksum(*region, pages, layers, tokens);
+  puts(is_announced).post([src, dst, gate, work = std::move(work), done = std::move(done)] { finish_with<PutDone, KvPutResult>(done, [&] { return kv_put(work); }); });
 }
 
 Napi::Value put(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
-  return guarded(env, [&] {
+  return guarded(env, [&]() -> Napi::Value {
+    mark_step("put asked for");
     const Napi::Object options = to_object(info[0], "put");
     const auto src = kv_region_of(options.Get("src"));
     const auto dst = kv_region_of(options.Get("dst"));
@@ -49,21 +68,37 @@ Napi::Value put(const Napi::CallbackInfo& info) {
       gate = write_gate_of(pass.Get("gate"));
       work.pass = {gate.get(), int(to_integer(pass.Get("slot"), "slot", 0, gate->slots() - 1)), uint32_t(to_integer(pass.Get("epoch"), "epoch", 0, UINT32_MAX))};
     }
-    return AsyncWork<KvPutResult>::start(
-        env, "tpla transfer", [src, dst, gate, work = std::move(work)] { return put_anywhere(src, dst, work); },
-        put_result_to_js);
+    const auto announcement = parse_announcement(options.Get("announce"), work.layers, work.tokens);
+    const auto promise = ThreadPromise::create(env);
+    const Napi::Value settled = promise->promise();
+    const auto done = settle_put(promise, announcement);
+    try {
+      start_put(src, dst, gate, std::move(work), announcement != nullptr, done);
+    } catch (const Error& error) {
+      done({}, std::make_unique<Error>(error));
+    }
+    mark_step("put under way");
+    return settled;
   });
 }
 
 Napi::Value checksum(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
-  return guarded(env, [&] {
+  return guarded(env, [&]() -> Napi::Value {
     const auto region = kv_region_of(info[0]);
     const Range layers = parse_range(info[1], "layers");
     const Range tokens = parse_range(info[2], "tokens");
     PageTables pages = parse_tables(info[3], info[4], "pages");
-    return AsyncWork<std::vector<uint64_t>>::start(
-        env, "tpla transfer", [region, layers, tokens, pages = std::move(pages)] { return checksum_anywhere(region, pages, layers, tokens); }, words_to_js);
+    const auto promise = ThreadPromise::create(env);
+    const Napi::Value settled = promise->promise();
+    static auto* queue = new TaskQueue("tpla-reads");
+    start_checksum(*queue, region, std::move(pages), layers, tokens, [promise](std::vector<uint64_t> words, std::unique_ptr<Error> error) {
+      promise->settle([words = std::move(words), error = std::shared_ptr<Error>(std::move(error))](Napi::Env at) -> Napi::Value {
+        if (error) throw *error;
+        return words_to_js(at, words);
+      });
+    });
+    return settled;
   });
 }
 
@@ -100,13 +135,47 @@ Napi::Value kernels(const Napi::CallbackInfo& info) {
   });
 }
 
+// keepTimeline(keep), takeTimeline() → { step, at }[], at in microseconds of the host's monotonic clock
+void keep(const Napi::CallbackInfo& info) {
+  guarded(info.Env(), [&] { keep_timeline(to_bool(info[0], "keep")); });
+}
+
+Napi::Value timeline(const Napi::CallbackInfo& info) {
+  Napi::Array result = Napi::Array::New(info.Env());
+  for (const TimelineMark& at : take_timeline()) {
+    Napi::Object entry = Napi::Object::New(info.Env());
+    entry.Set("step", at.step);
+    entry.Set("at", static_cast<double>(at.at_ns) / 1e3);
+    result.Set(result.Length(), entry);
+  }
+  return result;
+}
+
 }  // namespace
+
+void start_checksum(TaskQueue& queue, std::shared_ptr<const KvRegion> region, PageTables pages, Range layers, Range tokens, ChecksumDone done) {
+#ifdef TPLA_WITH_CUDA
+  if (region->device >= 0) {
+    try {
+      cuda::device_checksum(region, pages, layers, tokens, done);
+    } catch (const Error& error) {
+      done({}, std::make_unique<Error>(error));
+    }
+    return;
+  }
+#endif
+  queue.post([region = std::move(region), pages = std::move(pages), layers, tokens, done = std::move(done)] {
+    finish_with<ChecksumDone, std::vector<uint64_t>>(done, [&] { return kv_checksum(*region, pages, layers, tokens); });
+  });
+}
 
 void export_transfer(Napi::Env env, Napi::Object exports) {
   exports.Set("mapKvRegion", Napi::Function::New(env, map_region, "mapKvRegion"));
   exports.Set("kvPut", Napi::Function::New(env, put, "kvPut"));
   exports.Set("kvChecksum", Napi::Function::New(env, checksum, "kvChecksum"));
   exports.Set("kvCopyPage", Napi::Function::New(env, copy_page, "kvCopyPage"));
+  exports.Set("keepTimeline", Napi::Function::New(env, keep, "keepTimeline"));
+  exports.Set("takeTimeline", Napi::Function::New(env, timeline, "takeTimeline"));
   exports.Set("kvKernels", Napi::Function::New(env, kernels, "kvKernels"));
 }
 

@@ -3,14 +3,21 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
+#include <pthread.h>
 #include <string>
+#include <thread>
 
 #include "core/error.h"
 #include "core/kv_memory.h"
 #include "kv_transfer.h"
+#include "transfer/busy_poll.h"
 #include "transfer/reshard.h"
 
 namespace tpla::cuda {
@@ -35,30 +42,40 @@ class OnDevice {
   int before_ = 0;
 };
 
-// What one transfer needs beside its route: a stream, and room for checksums on both sides. Kept and reused.
+// What one launch needs beside its route: how it tells the host that it is done (PutReport), and checksums. Kept and reused.
 struct Lane {
   explicit Lane(int on) : device(on) {
     const OnDevice current(device);
-    // Below compute's default priority in nothing: a hand-off is short, and its request waits for it.
-    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
     check(cudaEventCreateWithFlags(&done, cudaEventDisableTiming | cudaEventBlockingSync), "cudaEventCreateWithFlags");
+    check(cudaMalloc(&ticket, sizeof(uint32_t)), "cudaMalloc");
+    check(cudaMemset(ticket, 0, sizeof(uint32_t)), "cudaMemset");
+    reserve(kUsualWords);
   }
+  // Memory is taken while nothing is under way: it makes the GPU wait.
   void reserve(size_t words) {
     if (words <= room) return;
-    cudaFree(on_device);
-    cudaFreeHost(on_host);
-    on_device = on_host = nullptr;
+    const OnDevice current(device);
+    cudaFree(sums);
+    cudaFreeHost(host);
+    sums = host = nullptr;
     room = 0;
-    check(cudaMalloc(&on_device, words * sizeof(uint64_t)), "cudaMalloc");
-    check(cudaMallocHost(&on_host, words * sizeof(uint64_t)), "cudaMallocHost");
+    check(cudaMalloc(&sums, words * sizeof(uint64_t)), "cudaMalloc");
+    check(cudaMemset(sums, 0, words * sizeof(uint64_t)), "cudaMemset");
+    check(cudaHostAlloc(&host, (1 + words) * sizeof(uint64_t), cudaHostAllocPortable | cudaHostAllocMapped), "cudaHostAlloc");
+    host[0] = turn;
     room = words;
   }
+  PutReport next_report() { return {sums, ticket, host, ++turn}; }
+  bool has_told() const { return __atomic_load_n(&host[0], __ATOMIC_ACQUIRE) == turn; }
 
+  // The pages of a long prompt, once; of a short one in 8 slices.
+  static constexpr size_t kUsualWords = 8192;
   const int device;
-  cudaStream_t stream = nullptr;
   cudaEvent_t done = nullptr;
-  uint64_t* on_device = nullptr;
-  uint64_t* on_host = nullptr;
+  uint64_t* sums = nullptr;
+  uint32_t* ticket = nullptr;
+  uint64_t* host = nullptr;
+  uint64_t turn = 0;
   size_t room = 0;
 };
 
@@ -93,6 +110,21 @@ class Lanes {
 
 using RegionPointer = std::shared_ptr<const KvRegion>;
 
+// A route with a stream of its own: what travels one route ends in order, and does not wait for what travels another, slower one.
+struct Way {
+  Way(KvRoute made, int on) : route(std::move(made)), device(on) {
+    const OnDevice current(device);
+    // Below compute's default priority in nothing: a hand-off is short, and its request waits for it.
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  }
+  ~Way() { cudaStreamDestroy(stream); }
+  Way(const Way&) = delete;
+
+  const KvRoute route;
+  const int device;
+  cudaStream_t stream = nullptr;
+};
+
 // Routes by the pair of regions, forgotten when either is gone.
 class Routes {
  public:
@@ -101,22 +133,22 @@ class Routes {
     return *routes;
   }
   // The checksum route of a region is that of the region with itself.
-  std::shared_ptr<const KvRoute> of(const RegionPointer& src, const RegionPointer& dst, int device) {
+  std::shared_ptr<const Way> of(const RegionPointer& src, const RegionPointer& dst, int device) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto at = routes_.begin(); at != routes_.end();) at = at->second.src.expired() || at->second.dst.expired() ? routes_.erase(at) : std::next(at);
     const auto key = std::make_pair(src.get(), dst.get());
     const auto found = routes_.find(key);
-    if (found != routes_.end()) return found->second.route;
-    auto route = src == dst ? std::make_shared<const KvRoute>(KvRoute::checksum(device, *src)) : std::make_shared<const KvRoute>(device, *src, *dst);
-    routes_.emplace(key, Entry{src, dst, route});
-    return route;
+    if (found != routes_.end()) return found->second.way;
+    const auto way = std::make_shared<const Way>(src == dst ? KvRoute::checksum(device, *src) : KvRoute(device, *src, *dst), device);
+    routes_.emplace(key, Entry{src, dst, way});
+    return way;
   }
 
  private:
   struct Entry {
     std::weak_ptr<const KvRegion> src;
     std::weak_ptr<const KvRegion> dst;
-    std::shared_ptr<const KvRoute> route;
+    std::shared_ptr<const Way> way;
   };
   std::mutex mutex_;
   std::map<std::pair<const KvRegion*, const KvRegion*>, Entry> routes_;
@@ -135,22 +167,127 @@ std::vector<Range> launches_of(const KvLayout& src, const KvLayout& dst, Range t
   return ranges;
 }
 
-std::vector<uint64_t> run(const KvRoute& route, int device, const KvLayout& src, const KvLayout& dst, Range layers, Range tokens, const PageTables& src_pages,
-                          const PageTables& dst_pages) {
-  std::vector<uint64_t> checksums;
-  const OnDevice on(device);
-  std::unique_ptr<Lane> lane = Lanes::shared().take(device);
-  for (const Range part : launches_of(src, dst, tokens)) {
-    const size_t words = size_t(pages_of(dst, part).size()) * route.copies();
-    lane->reserve(words);
-    route.put(layers, part, src_pages, dst_pages, lane->on_device, lane->stream);
-    check(cudaMemcpyAsync(lane->on_host, lane->on_device, words * sizeof(uint64_t), cudaMemcpyDeviceToHost, lane->stream), "cudaMemcpyAsync");
-    check(cudaEventRecord(lane->done, lane->stream), "cudaEventRecord");
-    check(cudaEventSynchronize(lane->done), "KV transfer on the GPU");
-    checksums.insert(checksums.end(), lane->on_host, lane->on_host + words);
+// One transfer that was enqueued.
+struct Flight {
+  std::shared_ptr<const Way> way;
+  // What it reads and writes stays until it has landed.
+  RegionPointer src;
+  RegionPointer dst;
+  std::vector<std::unique_ptr<Lane>> lanes;
+  std::vector<size_t> words;
+  ChecksumDone done;
+
+  bool has_landed() const {
+    return std::all_of(lanes.begin(), lanes.end(), [](const auto& lane) { return lane->has_told(); });
   }
-  Lanes::shared().give(std::move(lane));
-  return checksums;
+  // Blocks until the GPU is done with it, or has failed.
+  cudaError_t wait() const {
+    const OnDevice on(way->device);
+    return cudaEventSynchronize(lanes.back()->done);
+  }
+  void land(cudaError_t status) {
+    std::vector<uint64_t> checksums;
+    std::unique_ptr<Error> error;
+    if (status == cudaSuccess && has_landed()) {
+      for (size_t i = 0; i < lanes.size(); i++) checksums.insert(checksums.end(), lanes[i]->host + 1, lanes[i]->host + 1 + words[i]);
+      // A lane of a transfer that failed is left where it is: the GPU may still write to it.
+      for (auto& lane : lanes) Lanes::shared().give(std::move(lane));
+    } else {
+      for (auto& lane : lanes) static_cast<void>(lane.release());
+      error = std::make_unique<Error>("INTERNAL", std::string("KV transfer on the GPU: ") + cudaGetErrorString(status));
+    }
+    done(std::move(checksums), std::move(error));
+  }
+};
+
+// The thread that waits for transfers. It watches the words that GPUs write, and blocks in the driver where one takes long.
+class Arrivals {
+ public:
+  static Arrivals& shared() {
+    static Arrivals* arrivals = new Arrivals();
+    return *arrivals;
+  }
+
+  void await(std::unique_ptr<Flight> flight) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      coming_.push_back(std::move(flight));
+      count_++;
+    }
+    came_.notify_one();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  Arrivals() {
+    std::thread([this] { run(); }).detach();
+  }
+
+  [[noreturn]] void run() {
+    pthread_setname_np(pthread_self(), "tpla-arrivals");
+    std::vector<std::unique_ptr<Flight>> flights;
+    auto last = Clock::now();
+    while (true) {
+      if (take(flights, polls_busily() && Clock::now() - last < kBusyPoll)) last = Clock::now();
+      const auto landed = std::find_if(flights.begin(), flights.end(), [](const auto& flight) { return flight->has_landed(); });
+      if (landed != flights.end()) {
+        (*landed)->land(cudaSuccess);
+        flights.erase(landed);
+        last = Clock::now();
+      } else if (!flights.empty() && (!polls_busily() || Clock::now() - last > kPatience)) {
+        const cudaError_t status = flights.front()->wait();
+        flights.front()->land(status);
+        flights.erase(flights.begin());
+        last = Clock::now();
+      } else {
+        relax();
+      }
+    }
+  }
+
+  // Whether a flight was taken over. Sleeps while there is none, unless `polls`.
+  bool take(std::vector<std::unique_ptr<Flight>>& flights, bool polls) {
+    if (count_ == 0 && (polls || !flights.empty())) return false;
+    std::unique_lock<std::mutex> lock(mutex_);
+    came_.wait(lock, [this] { return !coming_.empty(); });
+    for (auto& flight : coming_) flights.push_back(std::move(flight));
+    count_ -= coming_.size();
+    coming_.clear();
+    return true;
+  }
+
+  // How long words are watched without one changing: a large transfer between GPUs takes a millisecond or two, one over PCIe longer.
+  static constexpr std::chrono::milliseconds kPatience{4};
+  std::mutex mutex_;
+  std::condition_variable came_;
+  std::deque<std::unique_ptr<Flight>> coming_;
+  std::atomic<size_t> count_{0};
+};
+
+void start(const std::shared_ptr<const Way>& way, const RegionPointer& src, const RegionPointer& dst, Range layers, Range tokens, const PageTables& src_pages,
+           const PageTables& dst_pages, ChecksumDone done) {
+  const OnDevice on(way->device);
+  auto flight = std::make_unique<Flight>();
+  flight->way = way;
+  flight->src = src;
+  flight->dst = dst;
+  flight->done = std::move(done);
+  try {
+    for (const Range part : launches_of(src->layout, dst->layout, tokens)) {
+      flight->words.push_back(size_t(pages_of(dst->layout, part).size()) * way->route.copies());
+      flight->lanes.push_back(Lanes::shared().take(way->device));
+      Lane& lane = *flight->lanes.back();
+      lane.reserve(flight->words.back());
+      way->route.put(layers, part, src_pages, dst_pages, lane.next_report(), way->stream);
+      check(cudaEventRecord(lane.done, way->stream), "cudaEventRecord");
+    }
+  } catch (...) {
+    // What was enqueued before writes on: it must not outlive the gate.
+    cudaStreamSynchronize(way->stream);
+    throw;
+  }
+  Arrivals::shared().await(std::move(flight));
 }
 
 }  // namespace
@@ -225,44 +362,52 @@ PinnedKv::PinnedKv(std::shared_ptr<const KvRegion> host, int device) : host_(std
   }
 }
 
-KvPutResult device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst, const KvPut& put) {
+void device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst, const KvPut& put, std::shared_ptr<const WriteGate> gate, PutDone done) {
   if (src->device < 0 || dst->device < 0) throw Error("REQUEST_INVALID", "a transfer with a GPU takes host memory that is pinned for it");
   check_compatible(src->layout, dst->layout);
   check_pages("source", *src, put.src_pages, put.layers, put.tokens);
   check_pages("destination", *dst, put.dst_pages, put.layers, put.tokens);
   // The source's GPU does the work: writes travel better than reads.
-  const int device = src->device;
-  const auto route = Routes::shared().of(src, dst, device);
-  const GatedWrite write(put.pass);
-  KvPutResult result;
-  result.checksums = run(*route, device, src->layout, dst->layout, put.layers, put.tokens, put.src_pages, put.dst_pages);
-  result.bytes = result.wire_bytes = dst->layout.token_bytes(put.layers.begin, put.layers.end) * put.tokens.size() * copies_per_page(dst->layout);
-  return result;
+  const auto way = Routes::shared().of(src, dst, src->device);
+  // Entered until the last byte is in place.
+  struct Inside {
+    Inside(std::shared_ptr<const WriteGate> at, const WritePass& with) : gate(std::move(at)), pass(with), write(pass) {}
+    const std::shared_ptr<const WriteGate> gate;
+    const WritePass pass;
+    const GatedWrite write;
+  };
+  auto inside = std::make_shared<std::unique_ptr<Inside>>(std::make_unique<Inside>(std::move(gate), put.pass));
+  const size_t bytes = dst->layout.token_bytes(put.layers.begin, put.layers.end) * put.tokens.size() * copies_per_page(dst->layout);
+  start(way, src, dst, put.layers, put.tokens, put.src_pages, put.dst_pages,
+        [inside, bytes, done = std::move(done)](std::vector<uint64_t> checksums, std::unique_ptr<Error> error) {
+          inside->reset();
+          done({bytes, bytes, std::move(checksums)}, std::move(error));
+        });
 }
 
 double device_plain_copy(const KvRegion& src, const KvRegion& dst, size_t bytes) {
   if (bytes > std::min(src.layout.rank_bytes(src.pages), dst.layout.rank_bytes(dst.pages))) throw Error("REQUEST_INVALID", "plain copy beyond the smaller side");
   const OnDevice on(src.device);
-  std::unique_ptr<Lane> lane = Lanes::shared().take(src.device);
+  cudaStream_t stream;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin), "cudaEventCreate");
   check(cudaEventCreate(&end), "cudaEventCreate");
-  check(cudaEventRecord(begin, lane->stream), "cudaEventRecord");
-  check(cudaMemcpyAsync(dst.base[0], src.base[0], bytes, cudaMemcpyDefault, lane->stream), "cudaMemcpyAsync");
-  check(cudaEventRecord(end, lane->stream), "cudaEventRecord");
+  check(cudaEventRecord(begin, stream), "cudaEventRecord");
+  check(cudaMemcpyAsync(dst.base[0], src.base[0], bytes, cudaMemcpyDefault, stream), "cudaMemcpyAsync");
+  check(cudaEventRecord(end, stream), "cudaEventRecord");
   check(cudaEventSynchronize(end), "a plain copy on the GPU");
   float ms = 0;
   check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
-  Lanes::shared().give(std::move(lane));
+  cudaStreamDestroy(stream);
   return ms / 1e3;
 }
 
-std::vector<uint64_t> device_checksum(std::shared_ptr<const KvRegion> region, const PageTables& pages, Range layers, Range tokens) {
+void device_checksum(std::shared_ptr<const KvRegion> region, const PageTables& pages, Range layers, Range tokens, ChecksumDone done) {
   check_pages("region", *region, pages, layers, tokens);
-  const auto route = Routes::shared().of(region, region, region->device);
-  return run(*route, region->device, region->layout, region->layout, layers, tokens, pages, pages);
+  start(Routes::shared().of(region, region, region->device), region, region, layers, tokens, pages, pages, std::move(done));
 }
 
 }  // namespace tpla::cuda

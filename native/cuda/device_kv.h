@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "core/error.h"
 #include "core/kv_layout.h"
 #include "cuda/device_memory.h"
 #include "transfer/kv_put.h"
@@ -52,11 +54,14 @@ class PinnedKv {
   KvRegion region_;
 };
 
-// kv_put and kv_checksum where either region is a device's; both must have been made for the same device. They block until the GPU is
-// done, and hold the gate as long.
-KvPutResult device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst, const KvPut& put);
+// kv_put and kv_checksum where either region is a device's; both must have been made for the same device. They enqueue the work and return;
+// `done` is called once, on a thread of theirs, after the gate was left. Puts between the same two regions end in the order in which they were
+// asked for, so that the first can be verified while the others travel. Throw REQUEST_INVALID, or CANCELLED where the gate is shut.
+using PutDone = std::function<void(KvPutResult result, std::unique_ptr<Error> error)>;
+void device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst, const KvPut& put, std::shared_ptr<const WriteGate> gate, PutDone done);
+using ChecksumDone = std::function<void(std::vector<uint64_t> checksums, std::unique_ptr<Error> error)>;
+void device_checksum(std::shared_ptr<const KvRegion> region, const PageTables& pages, Range layers, Range tokens, ChecksumDone done);
 // Seconds of one plain copy between the first memories of two regions of one device. Throws REQUEST_INVALID where either is smaller.
 double device_plain_copy(const KvRegion& src, const KvRegion& dst, size_t bytes);
-std::vector<uint64_t> device_checksum(std::shared_ptr<const KvRegion> region, const PageTables& pages, Range layers, Range tokens);
 
 }  // namespace tpla::cuda

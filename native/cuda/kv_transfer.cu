@@ -92,6 +92,8 @@ template <int kTables>
 struct Launch {
   const Plan* plan;
   uint64_t* checksums;
+  PutReport report;      // host null: nobody is told
+  uint32_t words;        // of checksums
   uint32_t first_place;  // of the plan's layers
   uint32_t layers;
   uint32_t begin;
@@ -202,6 +204,32 @@ __device__ void add_checksum(const Launch<kTables>& launch, const Side& dst, con
   if (lane != 0 || copy >= launch.copies) return;
   const uint32_t page = unit.begin / dst.page_tokens - launch.first_dst_page;
   atomicAdd(reinterpret_cast<unsigned long long*>(launch.checksums + page * launch.copies + copy), static_cast<unsigned long long>(sum));
+}
+
+// After a block's last put: the block that comes here last tells the host. What the others wrote, to whatever memory, is there by then: each
+// has made its writes visible to the system before it took a ticket.
+template <int kTables>
+__device__ void tell_host(const Launch<kTables>& launch) {
+  const PutReport& report = launch.report;
+  if (report.host == nullptr) return;
+  __shared__ bool is_last;
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    is_last = atomicAdd(report.ticket, 1) == gridDim.x * gridDim.y - 1;
+    __threadfence_system();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  for (uint32_t word = threadIdx.x; word < launch.words; word += kThreads) {
+    report.host[1 + word] = __ldcg(reinterpret_cast<const unsigned long long*>(launch.checksums + word));
+    launch.checksums[word] = 0;
+  }
+  if (threadIdx.x == 0) *report.ticket = 0;
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) *reinterpret_cast<volatile uint64_t*>(report.host) = report.turn;
 }
 
 // What leaves a warp: whole batches of rows that stand together at the destination, by the bulk copy engine where there is one (a few
@@ -334,6 +362,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ La
     add_checksum(launch, plan.dst, unit, copy, add_over_lanes(sum, 32), lane);
   }
   if (kStores) outbox.finish();
+  tell_host(launch);
 }
 
 // Checksum of rows that stand together in shared memory; this lane's share.
@@ -532,6 +561,7 @@ __global__ void __launch_bounds__(kThreads, 2) convert_rows(const __grid_constan
     add_checksum(launch, plan.dst, unit, copy, add_over_lanes(sum, 32), lane);
   }
   outbox.finish();
+  tell_host(launch);
 }
 
 void check(cudaError_t status, const char* call) {
@@ -834,12 +864,23 @@ int KvRoute::copies() const { return state_->copies; }
 
 void KvRoute::put(Range layers, Range tokens, const PageTables& src_pages, const PageTables& dst_pages, uint64_t* checksums, CUstream_st* stream, int blocks) const {
   const OnDevice on(state_->device);
+  check(cudaMemsetAsync(checksums, 0, size_t(pages_of(state_->dst, tokens).size()) * state_->copies * sizeof(uint64_t), stream), "cudaMemsetAsync");
+  enqueue(layers, tokens, src_pages, dst_pages, {checksums, nullptr, nullptr, 0}, stream, blocks);
+}
+
+void KvRoute::put(Range layers, Range tokens, const PageTables& src_pages, const PageTables& dst_pages, const PutReport& report, CUstream_st* stream, int blocks) const {
+  const OnDevice on(state_->device);
+  enqueue(layers, tokens, src_pages, dst_pages, report, stream, blocks);
+}
+
+void KvRoute::enqueue(Range layers, Range tokens, const PageTables& src_pages, const PageTables& dst_pages, const PutReport& report, CUstream_st* stream, int blocks) const {
   const Range from = pages_of(state_->src, tokens);
   const Range to = pages_of(state_->dst, tokens);
   const int entries = from.size() + to.size();
   if (entries > kMaxPages) refuse(std::to_string(entries) + " pages in one launch, at most " + std::to_string(kMaxPages) + " fit; put fewer tokens at a time");
   const auto fill = [&](auto& parameters) {
-    parameters.checksums = checksums;
+    parameters.checksums = report.sums;
+    parameters.words = static_cast<uint32_t>(to.size() * state_->copies);
     parameters.begin = tokens.begin;
     parameters.end = tokens.end;
     parameters.first_src_page = from.begin;
@@ -851,13 +892,15 @@ void KvRoute::put(Range layers, Range tokens, const PageTables& src_pages, const
     int32_t* id = parameters.tables;
     for (int page = from.begin; page < from.end; page++) *id++ = place_of(state_->src, src_pages, page).page;
     for (int page = to.begin; page < to.end; page++) *id++ = place_of(state_->dst, dst_pages, page).page;
-    check(cudaMemsetAsync(checksums, 0, size_t(to.size()) * state_->copies * sizeof(uint64_t), stream), "cudaMemsetAsync");
+    const auto last = std::find_if(state_->groups.rbegin(), state_->groups.rend(), [&](const auto& group) { return group->places(layers).size() > 0; });
     for (const auto& group : state_->groups) {
       const Range places = group->places(layers);
       if (places.size() == 0) continue;
       parameters.plan = group->plan;
       parameters.first_place = places.begin;
       parameters.layers = places.size();
+      // What a stream was given before is done when this is.
+      parameters.report = group == *last ? report : PutReport{report.sums, nullptr, nullptr, 0};
       group->launch(parameters, blocks, stream);
     }
   };

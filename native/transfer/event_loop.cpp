@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "core/error.h"
+#include "transfer/busy_poll.h"
 
 namespace tpla {
 
@@ -67,8 +68,12 @@ void EventLoop::run() {
   pthread_sigmask(SIG_BLOCK, &all, nullptr);
   constexpr int kBatch = 64;
   epoll_event events[kBatch];
+  std::chrono::steady_clock::time_point busy_until{};
   while (true) {
-    const int count = epoll_wait(epoll_, events, kBatch, milliseconds_to_next_task());
+    const bool is_busy = std::chrono::steady_clock::now() < busy_until;
+    const int count = epoll_wait(epoll_, events, kBatch, is_busy ? 0 : milliseconds_to_next_task());
+    if (count == 0 && is_busy ) continue;
+    if (count > 0 && polls_busily()) busy_until = std::chrono::steady_clock::now() + kBusyPoll;
     for (int i = 0; i < count; i++) {
       if (events[i].data.fd == wake_) {
         uint64_t drained;

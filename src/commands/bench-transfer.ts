@@ -6,6 +6,7 @@ import { benchTransfer, benchTransferBesidePrefill, serveBench, type BenchOption
 import { overlapTable, type OverlapRow } from '../bench/transfer/overlap.js';
 import { availablePaths, BENCH_PATHS } from '../bench/transfer/paths.js';
 import { plotOf, tableOf, toCsv, type BenchRow } from '../bench/transfer/rows.js';
+import { timelineTable } from '../bench/transfer/timeline.js';
 import { BaseCommand } from '../cli/base_command.js';
 import { TplaError } from '../errors.js';
 import { createLogger } from '../log.js';
@@ -59,6 +60,7 @@ without a hand-off decode has the prompt.`;
     'require-path': Flags.string({ options: [...PATHS], description: 'fail where the hand-off takes a slower path than this' }),
     listen: Flags.string({ description: 'serve the other end at unix:PATH or tcp://HOST:PORT until interrupted', exclusive: ['connect'] }),
     connect: Flags.string({ description: 'use the other end that listens there' }),
+    timeline: Flags.boolean({ description: 'also print when each step happened in both processes of a host, in µs after the first push' }),
     csv: Flags.string({ description: 'write the rows to this file' }),
     plot: Flags.string({ description: 'write GB/s against piece size to this SVG file' }),
     once: Flags.boolean({ hidden: true, dependsOn: ['listen'] }),
@@ -77,6 +79,7 @@ without a hand-off decode has the prompt.`;
       log: createLogger('bench-transfer', 'prefill', 'error'),
       onRow: (row) => { if (!isQuiet) process.stderr.write(`${row.path} ${row.view} ${row.piece_bytes} B: ${row.gb_per_s.toFixed(2)} GB/s\n`); },
     };
+    if (flags.timeline) options.onTimeline = (what, handoffs) => this.log(`${what.path} ${what.view}, ${what.tokens} tokens\n${timelineTable(handoffs)}`);
     if (flags.preset === 'overlap') {
       const rows = await benchTransferBesidePrefill(cases, flags.heads, flags.connect, options);
       this.log(overlapTable(rows));

@@ -218,9 +218,24 @@ export interface Channel {
   send(message: Uint8Array, fds?: number[]): void;
   /** Sends what is queued, then ends the connection; onClose follows. */
   close(): void;
+  /** A hand-off whose pushes land in these pages: what comes of it is verified against them (onPushed) until forget(). */
+  expect(session: string, arena: KvRegion | KvArena, pages: Int32Array[], rank?: number): void;
+  forget(session: string): void;
+}
+
+/** Where a put tells the receiver of its end: `pushed` with checksums (src/transfer/messages.ts), sent before the put's promise resolves. */
+export interface PutAnnouncement {
+  channel: Channel;
+  session: string;
 }
 
 export interface ChannelHandlers {
+  /**
+   * Where it is given, `pushed` does not come to onMessage: off the event loop its checksums are computed over the pages of its session (expect), then
+   * this is called, `problem` null where they match, of code CHECKSUM_MISMATCH where not, REQUEST_INVALID for what lies outside the pages,
+   * PROTOCOL for a session that is not expected.
+   */
+  onPushed?(channel: Channel, session: string, layers: [number, number], tokens: [number, number], problem: Error | null): void;
   /** `fds` belong to the handler, which closes them (fs.closeSync) once it has mapped or duplicated them. */
   onMessage(channel: Channel, message: Uint8Array, fds: number[]): void;
   /** Once per channel, its last event; the kernel's word when the peer dies. */
@@ -252,6 +267,12 @@ export interface CudaKvArena extends KvArena {
   ipcHandles(): string[];
 }
 
+export interface TimelineMark {
+  step: string;
+  /** Microseconds of CLOCK_MONOTONIC: the same clock in every process of a host. */
+  at: number;
+}
+
 /** One side of a KV transfer: an arena of this process, or a peer's arena mapped here. */
 export interface KvRegion {
   readonly layout: KvLayout;
@@ -274,6 +295,7 @@ export interface KvPut {
   dstRank?: number;
   /** Shown at the destination's gate before each piece; where it is shut the put ends with CANCELLED. */
   pass?: WritePass;
+  announce?: PutAnnouncement;
 }
 
 /**
@@ -311,7 +333,7 @@ export interface KvLinkReceiver {
 /** Prefill's side, connected to one receiver. */
 export interface KvLinkSender {
   /** Resolves once the receiver has all of it in its pages; rejects with CANCELLED where the gate is shut, IO_FAILED where the link is lost. */
-  put(put: { src: KvRegion | KvArena; layers: [number, number]; tokens: [number, number]; srcPages: Int32Array[]; srcRank?: number; slot: number; epoch: number }): Promise<KvPutResult>;
+  put(put: { src: KvRegion | KvArena; layers: [number, number]; tokens: [number, number]; srcPages: Int32Array[]; srcRank?: number; slot: number; epoch: number; announce?: PutAnnouncement }): Promise<KvPutResult>;
   close(): void;
 }
 
@@ -476,6 +498,9 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   plainSend(host: string, port: number, connections: number, bytes: number): Promise<number>;
   /** For benchmarks: prefill's causal attention (192/128) of one prompt on a GPU, for work beside a hand-off. Throws GPU_UNAVAILABLE. */
   prefillLoad(device: number, tokens: number, heads: number): PrefillLoad;
+  /** For benchmarks: when the steps of hand-offs happened in this process, kept from keepTimeline(true) on; taking forgets. */
+  keepTimeline(keep: boolean): void;
+  takeTimeline(): TimelineMark[];
   /** Instruction set of the CPU transfer loops, chosen by name where one is given (avx512, avx2, portable): for tests and benchmarks. */
   kvKernels(name?: string): string;
 }

@@ -1,9 +1,9 @@
 import { TplaError } from '../errors.js';
 import { native } from '../native/loader.js';
-import type { CudaKvArena, KvArena, KvPutResult, KvRegion, WriteGate } from '../native/types.js';
+import type { Channel, CudaKvArena, KvArena, KvPutResult, KvRegion, WriteGate } from '../native/types.js';
 import { GATE_SLOTS, GateSlots } from './gate_slots.js';
 import type { PathOffer } from './messages.js';
-import type { Admission, Credit, Landing, Reach, Welcome } from './path.js';
+import type { Admission, Credit, Landing, Reach, Rectangle, Welcome } from './path.js';
 import type { TransferPath } from './types.js';
 
 export function isOnGpu(arena: KvArena): arena is CudaKvArena {
@@ -63,11 +63,11 @@ export class CudaReach implements Reach {
     this.#pinnedSource = isOnGpu(source) ? null : addon.pinKvRegion(source, device);
   }
 
-  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<KvPutResult> {
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, rectangle: Rectangle, channel: Channel): Promise<KvPutResult> {
     return native().kvPut({
-      src: this.#pinnedSource ?? source, dst: this.#region, layers, tokens,
+      src: this.#pinnedSource ?? source, dst: this.#region, ...rectangle,
       srcPages: [srcPages], dstPages: credit.pages, dstRank: credit.rank,
-      pass: { gate: this.#gate, slot: credit.slot, epoch: credit.epoch },
+      pass: { gate: this.#gate, slot: credit.slot, epoch: credit.epoch }, announce: { channel, session: credit.session },
     });
   }
 

@@ -1,9 +1,9 @@
 /** Paths between processes that share no memory: what TCP, UCX and NIXL have in common. */
 import { randomBytes } from 'node:crypto';
-import type { KvArena, KvLinkReceiver, KvLinkSender, KvPutResult } from '../native/types.js';
+import type { Channel, KvArena, KvLinkReceiver, KvLinkSender, KvPutResult } from '../native/types.js';
 import { GateSlots } from './gate_slots.js';
 import type { PathOffer } from './messages.js';
-import type { Admission, Credit, Landing, Reach, Reservation } from './path.js';
+import type { Admission, Credit, Landing, Reach, Rectangle, Reservation } from './path.js';
 import type { TransferPath } from './types.js';
 
 /** Decode takes KV from a link into its pages; the gate is passed by our own threads. */
@@ -54,8 +54,10 @@ export class LinkReach implements Reach {
     this.#sender = sender;
   }
 
-  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<KvPutResult> {
-    return this.#sender.put({ src: source, layers, tokens, srcPages: [srcPages], slot: credit.slot, epoch: credit.epoch });
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, rectangle: Rectangle, channel: Channel): Promise<KvPutResult> {
+    return this.#sender.put({
+      src: source, ...rectangle, srcPages: [srcPages], slot: credit.slot, epoch: credit.epoch, announce: { channel, session: credit.session },
+    });
   }
 
   close(): void {

@@ -1,7 +1,8 @@
 /**
  * Messages of the hand-off channel and their codec. A message is u32 length of a JSON head, the head, and a binary tail for page tables
  * and checksums; little-endian. Nothing of a message is believed before it passed here: types, ranges and the tail's length are checked,
- * unknown fields refused. What is left to the receiver of a message is meaning: whether a session exists, whether pages are its own.
+ * unknown fields refused. `pushed` alone has no JSON: native code writes and reads it (native/transfer/push_message.h), so that what is on the
+ * critical path of a hand-off waits for no event loop; this codec of it is for whoever takes a channel's messages as they are. What is left to the receiver of a message is meaning: whether a session exists, whether pages are its own.
  *
  *   prefill                                   decode
  *   hello     who it is              ──▶
@@ -21,7 +22,7 @@
 import { TplaError, ERRORS, type ErrorCode } from '../errors.js';
 import { sharedWidths, type SharedWidths } from '../model/shared_widths.js';
 import type { KvDType, KvForm, KvLayout, SampledToken } from '../native/types.js';
-import { PATHS, type Handshake, type PrefillStats, type TransferPath } from './types.js';
+import { PATHS, PROTOCOL, type Handshake, type PrefillStats, type TransferPath } from './types.js';
 
 /** How the receiver lets KV bytes in, best first in a welcome. */
 export type PathOffer =
@@ -45,12 +46,13 @@ export type Message =
   | { type: 'refused'; code: ErrorCode; message: string }
   | { type: 'open'; session: string; path: TransferPath }
   | { type: 'granted'; session: string; tokens: [number, number]; rank: number; leaseMs: number; slot: number; epoch: number; pages: Int32Array[] }
-  | { type: 'pushed'; session: string; layers: [number, number]; tokens: [number, number]; bytes: number; checksums: BigUint64Array }
+  | { type: 'pushed'; session: string; layers: [number, number]; tokens: [number, number]; checksums: BigUint64Array }
   /** Descriptors come along: one for each memory of the sender's layout, but for cuda-ipc. */
   | { type: 'lend'; path: 'shm' | 'cuda-fd' | 'cuda-ipc'; pages: number; handles: string[] }
   | { type: 'ready'; session: string; layers: [number, number]; tokens: [number, number]; pages: Int32Array }
   | { type: 'taken'; session: string; layers: [number, number]; tokens: [number, number]; bytes: number }
-  | { type: 'commit'; session: string; transferMs: number; firstTokens: SampledToken[]; prefill: PrefillStats }
+  /** Sent as soon as nothing more will be pushed: some of the `pushes` may still be on their way. The first began `sinceMs` before. */
+  | { type: 'commit'; session: string; pushes: number; sinceMs: number; firstTokens: SampledToken[]; prefill: PrefillStats }
   | { type: 'committed'; session: string }
   | { type: 'fail'; session: string; reason: string }
   | { type: 'cancel'; session: string; code: ErrorCode; message: string }
@@ -63,6 +65,7 @@ const DTYPES: readonly KvDType[] = ['f32', 'bf16', 'fp8'];
 
 const MAX_HEAD_BYTES = 1 << 20;
 const MAX_TEXT = 4096;
+const MAX_SESSION_BYTES = 256;
 /** An address of UCX or NIXL grows with the devices of the host. */
 const MAX_BASE64 = 65_536;
 const MAX_TOKENS = 2 ** 31 - 2 ** 15;
@@ -75,14 +78,12 @@ const MAX_BACKENDS = 64;
 // ---------------------------------------------------------------- encoding
 
 export function encodeMessage(message: Message): Uint8Array {
+  if (message.type === 'pushed') return encodePushed(message);
   const tails: Uint8Array[] = [];
   let head: object = message;
   if (message.type === 'granted') {
     for (const table of message.pages) tails.push(bytesOf(table));
     head = { ...message, pages: message.pages.map((table) => table.length) };
-  } else if (message.type === 'pushed') {
-    tails.push(bytesOf(message.checksums));
-    head = { ...message, checksums: message.checksums.length };
   } else if (message.type === 'welcome') {
     head = { ...message, offers: message.offers.map(writeOffer) };
   } else if (message.type === 'ready') {
@@ -96,6 +97,18 @@ export function encodeMessage(message: Message): Uint8Array {
   length.writeUInt32LE(text.length);
   return Buffer.concat([length, text, ...tails]);
 }
+
+/** u32 0, u32 bytes of the session, i32 layers and tokens, the session in ASCII, zeros up to a multiple of 8, u64 checksums. */
+function encodePushed({ session, layers, tokens, checksums }: Extract<Message, { type: 'pushed' }>): Uint8Array {
+  const name = Buffer.from(session);
+  const head = Buffer.alloc(PUSHED_HEAD_BYTES + padded(name.length));
+  [0, name.length, ...layers, ...tokens].forEach((value, i) => head.writeInt32LE(value, i * 4));
+  name.copy(head, PUSHED_HEAD_BYTES);
+  return Buffer.concat([head, bytesOf(checksums)]);
+}
+
+const PUSHED_HEAD_BYTES = 24;
+const padded = (bytes: number) => Math.ceil(bytes / 8) * 8;
 
 const bytesOf = (array: Int32Array | BigUint64Array) => new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
 
@@ -116,6 +129,7 @@ export function decodeMessage(bytes: Uint8Array): Message {
   const buffer = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   if (buffer.length < 4) throw malformed(`${buffer.length} bytes are no message`);
   const headBytes = buffer.readUInt32LE(0);
+  if (headBytes === 0) return decodePushed(buffer);
   if (headBytes > MAX_HEAD_BYTES || headBytes > buffer.length - 4) throw malformed(`a head of ${headBytes} bytes in a message of ${buffer.length}`);
   const tail = new Tail(buffer.subarray(4 + headBytes));
   const message = readMessage(Fields.parse(buffer.subarray(4, 4 + headBytes)), tail);
@@ -123,16 +137,34 @@ export function decodeMessage(bytes: Uint8Array): Message {
   return message;
 }
 
+function decodePushed(buffer: Buffer): Message {
+  if (buffer.length < PUSHED_HEAD_BYTES) throw malformed(`${buffer.length} bytes are no push`);
+  const sessionBytes = buffer.readUInt32LE(4);
+  const sumsAt = PUSHED_HEAD_BYTES + padded(sessionBytes);
+  if (sessionBytes > MAX_SESSION_BYTES || sumsAt > buffer.length) throw malformed(`a session's name of ${sessionBytes} bytes in a push of ${buffer.length}`);
+  const session = buffer.toString('latin1', PUSHED_HEAD_BYTES, PUSHED_HEAD_BYTES + sessionBytes);
+  if (!/^[\x20-\x7e]*$/.test(session)) throw malformed("a session's name that is not ASCII");
+  const range = (field: string, at: number): [number, number] => {
+    const [begin, end] = [buffer.readInt32LE(at), buffer.readInt32LE(at + 4)];
+    if (begin < 0 || begin >= end) throw malformed(`${field} is [${begin},${end}], expected a range`);
+    return [begin, end];
+  };
+  const tail = new Tail(buffer.subarray(sumsAt));
+  const checksums = tail.uint64s(Math.floor((buffer.length - sumsAt) / 8));
+  tail.end();
+  return { type: 'pushed', session, layers: range('layers', 8), tokens: range('tokens', 16), checksums };
+}
+
 function readMessage(fields: Fields, tail: Tail): Message {
   const type = fields.text('type');
-  const read = Object.hasOwn(READERS, type) ? READERS[type as Message['type']] : undefined;
+  const read = Object.hasOwn(READERS, type) ? READERS[type as keyof typeof READERS] : undefined;
   if (read === undefined) throw malformed(`type "${type.slice(0, 40)}" is unknown`);
   const message = read(fields, tail);
   fields.end();
   return message;
 }
 
-const READERS: { [T in Message['type']]: (fields: Fields, tail: Tail) => Extract<Message, { type: T }> } = {
+const READERS: { [T in Exclude<Message['type'], 'pushed'>]: (fields: Fields, tail: Tail) => Extract<Message, { type: T }> } = {
   hello: (f) => ({ type: 'hello', handshake: readHandshake(f.object('handshake')) }),
   welcome: (f) => ({
     type: 'welcome',
@@ -152,14 +184,6 @@ const READERS: { [T in Message['type']]: (fields: Fields, tail: Tail) => Extract
     epoch: f.integer('epoch', 0, 2 ** 32 - 1),
     pages: f.integers('pages', MAX_RANKS, MAX_TOKENS).map((length) => tail.int32s(length)),
   }),
-  pushed: (f, tail) => ({
-    type: 'pushed',
-    session: f.text('session'),
-    layers: f.range('layers', 4096),
-    tokens: f.range('tokens', MAX_TOKENS),
-    bytes: f.integer('bytes', 0, Number.MAX_SAFE_INTEGER),
-    checksums: tail.uint64s(f.integer('checksums', 1, 2 ** 21)),
-  }),
   lend: (f) => ({ type: 'lend', path: f.oneOf('path', LENT), pages: f.integer('pages', 1, 2 ** 28), handles: f.texts('handles', MAX_RANKS) }),
   ready: (f, tail) => ({
     type: 'ready',
@@ -178,7 +202,8 @@ const READERS: { [T in Message['type']]: (fields: Fields, tail: Tail) => Extract
   commit: (f) => ({
     type: 'commit',
     session: f.text('session'),
-    transferMs: f.number('transferMs', 0, 1e12),
+    pushes: f.integer('pushes', 0, 2 ** 31),
+    sinceMs: f.number('sinceMs', 0, 1e12),
     firstTokens: f.objects('firstTokens', MAX_CHOICES).map(readSampled),
     prefill: readStats(f.object('prefill')),
   }),
@@ -194,10 +219,10 @@ function readCode(fields: Fields): ErrorCode {
 
 function readHandshake(fields: Fields): Handshake {
   const protocol = fields.integer('protocol', 0, 2 ** 31);
-  if (protocol !== 1) throw malformed(`protocol ${protocol}, this side speaks 1; run the same version of tpla on both`);
+  if (protocol !== PROTOCOL) throw malformed(`protocol ${protocol}, this side speaks ${PROTOCOL}; run the same version of tpla on both`);
   const identity = fields.object('identity');
   const handshake: Handshake = {
-    protocol: 1,
+    protocol: PROTOCOL,
     identity: { name: identity.text('name'), fingerprint: identity.text('fingerprint'), reparam: identity.text('reparam') },
     layout: readLayout(fields.object('layout')),
   };

@@ -1,5 +1,5 @@
 /** How KV bytes get from prefill's pages into decode's, behind the hand-off protocol: one implementation a path. */
-import type { KvArena, KvLayout } from '../native/types.js';
+import type { Channel, KvArena, KvLayout } from '../native/types.js';
 import type { PathOffer } from './messages.js';
 import type { TransferPath } from './types.js';
 
@@ -40,18 +40,26 @@ export interface Landing {
   close(): void;
 }
 
-/** What a put has placed. No checksums where decode took the bytes itself and knows them. */
+/** What a put has placed. */
 export interface Placed {
   bytes: number;
   wireBytes: number;
-  checksums: BigUint64Array | null;
+}
+
+/** Part of a sequence: layers [begin, end) of tokens [begin, end). */
+export interface Rectangle {
+  layers: [number, number];
+  tokens: [number, number];
 }
 
 /** Prefill's side of one connection. */
 export interface Reach {
   readonly path: TransferPath;
-  /** Writes a rectangle of the sequence into the credit's pages; resolves once every byte is there. Rejects with CANCELLED when shut out. */
-  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<Placed>;
+  /**
+   * Writes a rectangle of the sequence into the credit's pages; resolves once every byte is there. Rejects with CANCELLED when shut out. What
+   * `channel` carries to decode by then is the path's: `pushed` with checksums, unless decode took the bytes itself and knows them.
+   */
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, rectangle: Rectangle, channel: Channel): Promise<Placed>;
   close(): void;
 }
 

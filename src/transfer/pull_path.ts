@@ -7,11 +7,11 @@ import { native } from '../native/loader.js';
 import type { KvArena, KvLayout, KvPutResult, KvRegion } from '../native/types.js';
 import { isOnGpu } from './cuda_path.js';
 import type { Message, PathOffer } from './messages.js';
-import type { Admission, Credit, Landing, Placed, Reach, Welcome } from './path.js';
+import type { Admission, Credit, Landing, Placed, Reach, Rectangle, Welcome } from './path.js';
 import type { TransferPath } from './types.js';
 
 type Loan = Omit<Extract<Message, { type: 'lend' }>, 'type'>;
-type Rectangle = Pick<Extract<Message, { type: 'ready' }>, 'layers' | 'tokens' | 'pages'>;
+type Ready = Pick<Extract<Message, { type: 'ready' }>, 'layers' | 'tokens' | 'pages'>;
 
 /** Decode's side of a connection that lends. */
 export class PullLanding implements Landing {
@@ -42,7 +42,7 @@ export class PullLanding implements Landing {
   }
 
   /** Reads a rectangle into decode's own pages; resolves with what its checksums must be. */
-  async take(slot: number, { layers, tokens, pages }: Rectangle, target: Pick<Credit, 'pages' | 'rank'>): Promise<KvPutResult> {
+  async take(slot: number, { layers, tokens, pages }: Ready, target: Pick<Credit, 'pages' | 'rank'>): Promise<KvPutResult> {
     if (!this.#lent) throw new TplaError('PROTOCOL', 'prefill has pages ready and lent none');
     if (this.#revoked.has(slot)) throw new TplaError('CANCELLED', 'the hand-off is over');
     this.#reading.set(slot, (this.#reading.get(slot) ?? 0) + 1);
@@ -87,10 +87,10 @@ export class PullReach implements Reach {
   readonly path: TransferPath;
   readonly loan: Loan;
   readonly fds: number[];
-  readonly #ask: (session: string, rectangle: Rectangle) => Promise<number>;
+  readonly #ask: (session: string, rectangle: Ready) => Promise<number>;
 
   /** `ask` tells decode of a rectangle and resolves, with the bytes that decode keeps of it, once it was read. */
-  constructor(source: KvArena, { offer }: Welcome, ask: (session: string, rectangle: Rectangle) => Promise<number>) {
+  constructor(source: KvArena, { offer }: Welcome, ask: (session: string, rectangle: Ready) => Promise<number>) {
     if (offer.path !== 'pull') throw new TplaError('INTERNAL', `a lending path was built from an offer of ${offer.path}`);
     this.#ask = ask;
     if (isOnGpu(source) !== offer.devices.length > 0) {
@@ -103,9 +103,9 @@ export class PullReach implements Reach {
     this.path = isOnGpu(source) && source.devices.every((uuid) => offer.devices.every((other) => other === uuid)) ? 'same-gpu' : path;
   }
 
-  async put(_source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<Placed> {
-    const bytes = await this.#ask(credit.session, { layers, tokens, pages: srcPages });
-    return { bytes, wireBytes: bytes, checksums: null };
+  async put(_source: KvArena, srcPages: Int32Array, credit: Credit, rectangle: Rectangle): Promise<Placed> {
+    const bytes = await this.#ask(credit.session, { ...rectangle, pages: srcPages });
+    return { bytes, wireBytes: bytes };
   }
 
   close(): void {}

@@ -12,7 +12,7 @@ import { isOnGpu } from './cuda_path.js';
 import { Coverage } from './coverage.js';
 import { checkHandshake, describeLayout, handshakeFingerprint } from './handshake.js';
 import { decodeMessage, encodeMessage, type Message } from './messages.js';
-import type { Admission, Landing } from './path.js';
+import type { Admission, Landing, Rectangle } from './path.js';
 import { PullLanding } from './pull_path.js';
 import { Pulse } from './pulse.js';
 import { openLandings, PATHS_OF, type Landings } from './landings.js';
@@ -75,6 +75,7 @@ class Receiver implements HandoffReceiver {
     this.#landings = landings;
     this.#server = native().listenChannel(target.kind === 'unix' ? target.path : target, (channel) => this.#onConnection(channel), {
       onMessage: (channel, bytes, fds) => this.#onMessage(channel, bytes, fds),
+      onPushed: (channel, session, layers, tokens, problem) => this.#onPushed(channel, session, { layers, tokens }, problem),
       onClose: (channel, reason) => this.#onClose(channel, reason),
     });
     this.address = formatAddress(target.kind === 'unix' ? target : { ...target, port: this.#server.port });
@@ -148,7 +149,6 @@ class Receiver implements HandoffReceiver {
     }
     switch (message.type) {
       case 'open': return this.#attach(connection, message);
-      case 'pushed': return this.#pushed(connection, message);
       case 'lend': return pullLanding(connection).onLend(message, connection.layout!, fds);
       case 'ready': return this.#ready(connection, message);
       case 'commit': return this.#commit(connection, message);
@@ -211,22 +211,36 @@ class Receiver implements HandoffReceiver {
     }
     session.attachment = { connection, landing, slot: admission.slot, path };
     connection.sessions.set(id, session);
+    connection.channel.expect(id, this.#arena, pages, rank);
     // A reader of prefill's pages shows its own to nobody.
     connection.send({ type: 'granted', session: id, tokens, rank, leaseMs, ...admission, pages: this.#direction === 'pull' ? [] : pages });
   }
 
-  #pushed(connection: Connection, { session: id, layers, tokens, checksums }: Extract<Message, { type: 'pushed' }>): void {
+  /** A push came and was verified, or found wrong. It may have crossed a cancel on the way. */
+  #onPushed(channel: Channel, id: string, rectangle: Rectangle, problem: Error | null): void {
+    const connection = this.#connections.get(channel);
+    if (!connection || connection.isDropped) return;
+    connection.heard = this.#clock.now();
     const session = connection.sessions.get(id);
-    // A push may cross a cancel on the way.
     if (!session || session.failure) return;
-    if (session.commit || !session.coverage.add(layers, tokens)) {
-      return this.#fail(session, new TplaError('PROTOCOL', `prefill pushed layers ${text(layers)} of tokens ${text(tokens)}, which is outside the grant or came already`));
+    if (!this.#cover(session, rectangle)) {
+      return this.#fail(session, new TplaError('PROTOCOL', `prefill pushed layers ${text(rectangle.layers)} of tokens ${text(rectangle.tokens)}, which is outside the grant or came already`));
     }
-    session.verifying++;
-    void this.#verify(session, layers, tokens, checksums).finally(() => {
-      session.verifying--;
-      this.#finish(session);
-    });
+    if (problem) return this.#fail(session, toTplaError(problem));
+    this.#verified(session, rectangle);
+  }
+
+  /** Counts a rectangle in; false where it leaves the grant, came already, or is more than was committed. */
+  #cover(session: Session, { layers, tokens }: Rectangle): boolean {
+    session.pushes++;
+    return session.pushes <= (session.commit?.pushes ?? Infinity) && session.coverage.add(layers, tokens);
+  }
+
+  #verified(session: Session, { layers, tokens }: Rectangle): void {
+    session.verified++;
+    session.bytes += bytesOf(this.#arena, layers, tokens);
+    session.lastVerified = performance.now();
+    this.#finish(session);
   }
 
   /** Reads what prefill has ready, and verifies what came of it. */
@@ -235,43 +249,32 @@ class Receiver implements HandoffReceiver {
     const { session: id, layers, tokens } = message;
     const session = connection.sessions.get(id);
     if (!session || session.failure) return;
-    if (session.commit || !session.coverage.add(layers, tokens)) {
+    if (!this.#cover(session, { layers, tokens })) {
       return this.#fail(session, new TplaError('PROTOCOL', `prefill has layers ${text(layers)} of tokens ${text(tokens)} ready, which is outside the grant or came already`));
     }
-    session.verifying++;
     const { pages, rank = 0 } = session.grant;
     void landing.take(session.attachment!.slot, message, { pages, rank }).then(async ({ bytes, checksums }) => {
       if (!session.failure) connection.send({ type: 'taken', session: id, layers, tokens, bytes });
-      await this.#verify(session, layers, tokens, checksums);
-    }).catch((thrown: unknown) => this.#fail(session, toTplaError(thrown))).finally(() => {
-      session.verifying--;
-      this.#finish(session);
-    });
+      await this.#verify(session, { layers, tokens }, checksums);
+    }).catch((thrown: unknown) => this.#fail(session, toTplaError(thrown)));
   }
 
-  async #verify(session: Session, layers: [number, number], tokens: [number, number], expected: BigUint64Array): Promise<void> {
-    try {
-      const found = await native().kvChecksum(this.#arena, layers, tokens, session.grant.pages, session.grant.rank);
-      const wrong = found.findIndex((sum, i) => sum !== expected[i]);
-      if (found.length === expected.length && wrong < 0) {
-        session.bytes += bytesOf(this.#arena, layers, tokens);
-        return;
-      }
-      const where = found.length === expected.length ? `entry ${wrong} of ${found.length}` : `${expected.length} checksums for ${found.length} pages`;
-      this.#fail(session, new TplaError('CHECKSUM_MISMATCH', `KV of layers ${text(layers)}, tokens ${text(tokens)} does not match what prefill sent (${where}); nothing of it was used`));
-    } catch (thrown) {
-      this.#fail(session, toTplaError(thrown));
-    }
+  /** What was read is what stands in prefill's memory: the same sums over decode's own. */
+  async #verify(session: Session, { layers, tokens }: Rectangle, expected: BigUint64Array): Promise<void> {
+    const found = await native().kvChecksum(this.#arena, layers, tokens, session.grant.pages, session.grant.rank);
+    if (session.failure) return;
+    const wrong = found.findIndex((sum, i) => sum !== expected[i]);
+    if (wrong < 0) return this.#verified(session, { layers, tokens });
+    this.#fail(session, new TplaError('CHECKSUM_MISMATCH', `KV of layers ${text(layers)}, tokens ${text(tokens)} does not match what prefill lent (entry ${wrong} of ${found.length}); nothing of it was used`));
   }
 
   #commit(connection: Connection, message: Extract<Message, { type: 'commit' }>): void {
     const session = connection.sessions.get(message.session);
     if (!session || session.failure) return;
     if (session.commit) return this.#fail(session, new TplaError('PROTOCOL', 'prefill committed twice'));
-    if (!session.coverage.complete) {
-      return this.#fail(session, new TplaError('HANDOFF_FAILED', `prefill committed although ${session.coverage.firstGap()}`));
-    }
+    if (session.pushes > message.pushes) return this.#fail(session, new TplaError('PROTOCOL', `prefill committed ${message.pushes} pushes and made more`));
     session.commit = message;
+    session.committedAt = performance.now();
     this.#finish(session);
   }
 
@@ -283,12 +286,15 @@ class Receiver implements HandoffReceiver {
   /** Accepts a session once everything of it is verified and its writer is shut out. */
   #finish(session: Session): void {
     const { commit, attachment } = session;
-    if (!commit || !attachment || session.verifying > 0 || session.failure || session.isSettled) return;
+    if (!commit || !attachment || session.verified < commit.pushes || session.failure || session.isSettled) return;
+    if (!session.coverage.complete) {
+      return this.#fail(session, new TplaError('HANDOFF_FAILED', `prefill committed although ${session.coverage.firstGap()}`));
+    }
     if (!attachment.landing.revoke(attachment.slot)) {
       return this.#fail(session, new TplaError('PROTOCOL', 'prefill committed while it was still writing'));
     }
     const result: HandoffCommit = {
-      firstTokens: commit.firstTokens, path: attachment.path, bytes: session.bytes, transferMs: commit.transferMs, prefill: commit.prefill,
+      firstTokens: commit.firstTokens, path: attachment.path, bytes: session.bytes, transferMs: commit.sinceMs + Math.max(0, session.lastVerified - session.committedAt), prefill: commit.prefill,
     };
     this.#stats.committed++;
     this.#stats.bytes += session.bytes;
@@ -330,6 +336,7 @@ class Receiver implements HandoffReceiver {
     if (session.attachment) {
       const { connection, landing, slot } = session.attachment;
       connection.sessions.delete(session.id);
+      connection.channel.forget(session.id);
       if (connection.isGone) connection.retire();
       else landing.release(slot);
     }
@@ -426,8 +433,13 @@ class Session {
   attachment: Attachment | undefined;
   commit: Extract<Message, { type: 'commit' }> | undefined;
   failure: TplaError | undefined;
-  verifying = 0;
+  /** Rectangles that came, and of them those that are verified. */
+  pushes = 0;
+  verified = 0;
   bytes = 0;
+  /** By performance.now(). */
+  lastVerified = 0;
+  committedAt = 0;
   isSettled = false;
   resolve!: (commit: HandoffCommit) => void;
   reject!: (error: TplaError) => void;

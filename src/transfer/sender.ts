@@ -10,7 +10,7 @@ import { CudaReach, isOnGpu } from './cuda_path.js';
 import { checkHandshake, describeLayout } from './handshake.js';
 import { decodeMessage, encodeMessage, type Message, type PathOffer } from './messages.js';
 import { reachOverNixl } from './nixl_path.js';
-import type { Credit, Reach, Welcome } from './path.js';
+import type { Credit, Reach, Rectangle, Welcome } from './path.js';
 import { PullReach } from './pull_path.js';
 import { Pulse } from './pulse.js';
 import { ShmReach } from './shm_path.js';
@@ -170,8 +170,8 @@ class Connection {
     }
   }
 
-  put(srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): ReturnType<Reach['put']> {
-    const put = this.#reach!.put(this.#arena, srcPages, credit, layers, tokens);
+  put(srcPages: Int32Array, credit: Credit, rectangle: Rectangle): ReturnType<Reach['put']> {
+    const put = this.#reach!.put(this.#arena, srcPages, credit, rectangle, this.#channel!);
     this.#puts.add(put);
     const done = () => { this.#puts.delete(put); };
     put.then(done, (thrown: unknown) => {
@@ -328,7 +328,8 @@ class Session implements HandoffSession {
   readonly #abort = new AbortController();
   readonly #grant = deferred<HandoffSession>();
   readonly #committed = deferred<void>();
-  readonly #pushes = new Set<Promise<void>>();
+  readonly #pushes: Promise<void>[] = [];
+  #failedPush: TplaError | undefined;
   #credit: Credit | undefined;
   #error: TplaError | undefined;
   #firstPush: number | undefined;
@@ -346,39 +347,46 @@ class Session implements HandoffSession {
   get path(): TransferPath { return this.#connection.path; }
 
   push(layers: [number, number], tokens: [number, number], srcPages: Int32Array): Promise<void> {
-    const push = this.#push(layers, tokens, srcPages);
-    this.#pushes.add(push);
-    // A failed push stays in the set: commit() must see it.
-    push.then(() => this.#pushes.delete(push), () => {});
+    const push = this.#push({ layers, tokens }, srcPages);
+    this.#pushes.push(push);
+    push.catch((thrown: unknown) => { this.#failedPush ??= toTplaError(thrown); });
     return push;
   }
 
-  async #push(layers: [number, number], tokens: [number, number], srcPages: Int32Array): Promise<void> {
+  async #push(rectangle: Rectangle, srcPages: Int32Array): Promise<void> {
     this.#throwIfOver();
+    if (this.#isCommitting) throw new TplaError('INTERNAL', 'nothing is pushed after the commit');
     const [begin, end] = this.#tokens;
+    const { tokens } = rectangle;
     if (tokens[0] < begin || tokens[1] > end) {
       throw new TplaError('REQUEST_INVALID', `tokens [${tokens[0]}, ${tokens[1]}) are outside the grant [${begin}, ${end})`);
     }
     this.#firstPush ??= performance.now();
     try {
-      const { bytes, wireBytes, checksums } = await this.#connection.put(srcPages, this.#credit!, layers, tokens);
+      const { bytes, wireBytes } = await this.#connection.put(srcPages, this.#credit!, rectangle);
       this.sent.bytes += bytes;
       this.sent.wireBytes += wireBytes;
-      this.#throwIfOver();
-      if (checksums) this.#connection.send({ type: 'pushed', session: this.id, layers, tokens, bytes, checksums });
     } catch (thrown) {
       // Shut out at the gate: why is in the cancel message, which may still be on its way.
       throw this.#error ?? toTplaError(thrown);
     }
   }
 
+  /** The message goes ahead of the last pushes: decode has it by the time they are verified, and accepts at once. */
   async commit({ firstTokens, prefill }: { firstTokens: SampledToken[]; prefill: PrefillStats }): Promise<void> {
     if (this.#isCommitting) throw new TplaError('INTERNAL', 'a hand-off is committed once');
     this.#isCommitting = true;
-    await Promise.all(this.#pushes);
     this.#throwIfOver();
-    const transferMs = performance.now() - (this.#firstPush ?? performance.now());
-    this.#connection.send({ type: 'commit', session: this.id, transferMs, firstTokens, prefill });
+    if (this.#failedPush) throw this.#failedPush;
+    const sinceMs = performance.now() - (this.#firstPush ?? performance.now());
+    this.#connection.send({ type: 'commit', session: this.id, pushes: this.#pushes.length, sinceMs, firstTokens, prefill });
+    try {
+      await Promise.all(this.#pushes);
+    } catch (thrown) {
+      const error = toTplaError(thrown);
+      this.fail(error.message);
+      throw error;
+    }
     await this.#committed.promise;
   }
 

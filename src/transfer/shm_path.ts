@@ -1,9 +1,9 @@
 import { TplaError } from '../errors.js';
 import { native } from '../native/loader.js';
-import type { KvArena, KvPutResult, KvRegion, WriteGate } from '../native/types.js';
+import type { Channel, KvArena, KvPutResult, KvRegion, WriteGate } from '../native/types.js';
 import { GATE_SLOTS, GateSlots } from './gate_slots.js';
 import type { PathOffer } from './messages.js';
-import type { Admission, Credit, Landing, Reach, Welcome } from './path.js';
+import type { Admission, Credit, Landing, Reach, Rectangle, Welcome } from './path.js';
 
 /** Decode lends its arena's memory; a write gate per connection takes it back. */
 export class ShmLanding implements Landing {
@@ -37,11 +37,11 @@ export class ShmReach implements Reach {
     this.#region = native().mapKvRegion(layout, pages, fds.slice(1));
   }
 
-  put(source: KvArena, srcPages: Int32Array, credit: Credit, layers: [number, number], tokens: [number, number]): Promise<KvPutResult> {
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, rectangle: Rectangle, channel: Channel): Promise<KvPutResult> {
     return native().kvPut({
-      src: source, dst: this.#region, layers, tokens,
+      src: source, dst: this.#region, ...rectangle,
       srcPages: [srcPages], dstPages: credit.pages, dstRank: credit.rank,
-      pass: { gate: this.#gate, slot: credit.slot, epoch: credit.epoch },
+      pass: { gate: this.#gate, slot: credit.slot, epoch: credit.epoch }, announce: { channel, session: credit.session },
     });
   }
 

@@ -14,9 +14,12 @@ export type TransferPath = (typeof PATHS)[number];
 export const DIRECTIONS = ['push', 'pull'] as const;
 export type HandoffDirection = (typeof DIRECTIONS)[number];
 
+/** Of the messages on the hand-off channel; both sides speak the same. */
+export const PROTOCOL = 2;
+
 /** Both sides must agree on every field but `layout`, which may differ in form, ranks, page size and dtype. */
 export interface Handshake {
-  protocol: 1;
+  protocol: typeof PROTOCOL;
   identity: ModelIdentity;
   layout: KvLayout;
 }
@@ -38,7 +41,7 @@ export interface HandoffCommit {
   path: TransferPath;
   /** Bytes written into decode's pages. */
   bytes: number;
-  /** Milliseconds from first push to the commit message, sender's clock. */
+  /** Milliseconds from the first push until the last was in place: by the sender's clock up to its commit message, by decode's from there on. */
   transferMs: number;
   prefill: PrefillStats;
 }
@@ -104,7 +107,7 @@ export interface HandoffSession {
   readonly sent: { bytes: number; wireBytes: number };
   /** Pushes layers [begin, end) of tokens [begin, end); calls may overlap computing and one another. */
   push(layers: [number, number], tokens: [number, number], srcPages: Int32Array): Promise<void>;
-  /** Sends checksums and results; resolves when decode has verified and accepted. */
+  /** Sends results; resolves when all pushes have ended and decode has verified and accepted them. Nothing is pushed after it. */
   commit(result: { firstTokens: SampledToken[]; prefill: PrefillStats }): Promise<void>;
   /** Tells decode why nothing more will come. */
   fail(reason: string): void;

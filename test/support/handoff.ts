@@ -5,7 +5,7 @@ import { systemClock } from '../../src/clock.js';
 import { native } from '../../src/native/loader.js';
 import { sharedIn } from '../../src/model/shared_widths.js';
 import type { KvArena, KvLayout, SampledToken } from '../../src/native/types.js';
-import type { Handshake, PrefillStats } from '../../src/transfer/types.js';
+import { PROTOCOL, type Handshake, type PrefillStats } from '../../src/transfer/types.js';
 
 export const LAYERS = 3;
 export const silent = pino({ level: 'silent' });
@@ -15,7 +15,7 @@ export function smallLayout(change: Partial<KvLayout> = {}): KvLayout {
 }
 
 export function handshake(layout: KvLayout, identity: Partial<Handshake['identity']> = {}): Handshake {
-  return { protocol: 1, identity: { name: 'demo', fingerprint: 'f00d', reparam: 'none', ...identity }, layout };
+  return { protocol: PROTOCOL, identity: { name: 'demo', fingerprint: 'f00d', reparam: 'none', ...identity }, layout };
 }
 
 export const endpoint = (arena: KvArena, clock: Clock = systemClock) => ({ handshake: handshake(arena.layout), arena, log: silent, clock });

@@ -216,8 +216,8 @@ test('a truncated hand-off, and one that left old bytes in place, are caught by 
     await until(() => heard.some(({ type }) => type === 'granted'), 'the grant');
     const region = native().mapKvRegion(layout, 16, fds.slice(1));
     await native().kvPut({ ...put, ...written, dst: region });
-    say({ type: 'pushed', session: ticket.session, layers: [0, LAYERS], tokens, bytes: 1, checksums });
-    say({ type: 'commit', session: ticket.session, transferMs: 1, firstTokens: [], prefill: stats(100) });
+    say({ type: 'pushed', session: ticket.session, layers: [0, LAYERS], tokens, checksums });
+    say({ type: 'commit', session: ticket.session, pushes: 1, sinceMs: 1, firstTokens: [], prefill: stats(100) });
     assert.is((await failure(committed)).code, 'CHECKSUM_MISMATCH');
     region.close();
     channel.close();

@@ -12,8 +12,8 @@ const MESSAGES: Message[] = [
   { type: 'refused', code: 'HANDSHAKE_REFUSED', message: 'no' },
   { type: 'open', session: 'abc', path: 'shm' },
   { type: 'granted', session: 'abc', tokens: [16, 70], rank: 1, leaseMs: 500, slot: 3, epoch: 7, pages: [Int32Array.from([1, 2, 3]), Int32Array.from([]), Int32Array.from([-5])] },
-  { type: 'pushed', session: 'abc', layers: [0, 3], tokens: [16, 32], bytes: 4096, checksums: BigUint64Array.from([0n, 2n ** 64n - 1n, 7n]) },
-  { type: 'commit', session: 'abc', transferMs: 1.5, firstTokens: [{ token: 5, logprob: -0.5, top: [{ token: 6, logprob: -1 }] }], prefill },
+  { type: 'pushed', session: 'abc', layers: [0, 3], tokens: [16, 32], checksums: BigUint64Array.from([0n, 2n ** 64n - 1n, 7n]) },
+  { type: 'commit', session: 'abc', pushes: 1, sinceMs: 1.5, firstTokens: [{ token: 5, logprob: -0.5, top: [{ token: 6, logprob: -1 }] }], prefill },
   { type: 'committed', session: 'abc' },
   { type: 'fail', session: 'abc', reason: 'ünïcode' },
   { type: 'cancel', session: 'abc', code: 'CANCELLED', message: '' },
@@ -54,7 +54,7 @@ function forged(message: Message, change: (head: Record<string, unknown>) => unk
 
 test('each field is checked, and the refusal names it', () => {
   const granted = MESSAGES[4]!;
-  const pushed = MESSAGES[5]!;
+  const pushed = MESSAGES[5] as Extract<Message, { type: 'pushed' }>;
   const cases: [Uint8Array, RegExp][] = [
     [new Uint8Array(0), /no message/],
     [new Uint8Array([255, 255, 255, 255, 1]), /a head of 4294967295 bytes/],
@@ -71,11 +71,14 @@ test('each field is checked, and the refusal names it', () => {
     [forged(granted, (head) => ({ ...head, pages: Array.from({ length: 65 }, () => 0) })), /pages/],
     [forged(granted, (head) => ({ ...head, pages: [1] })), /bytes follow/],
     [forged(granted, (head) => ({ ...head, session: 'x'.repeat(5000) })), /session/],
-    [forged(pushed, (head) => ({ ...head, checksums: 4 })), /more were announced/],
-    [forged(pushed, (head) => ({ ...head, layers: [3, 1] })), /layers/],
-    [forged(pushed, (head) => ({ ...head, layers: [0.5, 1] })), /layers/],
-    [forged(pushed, (head) => ({ ...head, bytes: -1 })), /bytes is -1/],
-    [forged(MESSAGES[0]!, (head) => ({ ...head, handshake: { ...who, protocol: 2 } })), /protocol 2, this side speaks 1/],
+    [encodeMessage({ ...pushed, layers: [3, 1] }), /layers is \[3,1\]/],
+    [encodeMessage({ ...pushed, tokens: [-1, 1] }), /tokens is \[-1,1\]/],
+    [encodeMessage({ ...pushed, session: 'x'.repeat(300) }), /name of 300 bytes/],
+    [encodeMessage({ ...pushed, session: '\n' }), /not ASCII/],
+    [encodeMessage(pushed).subarray(0, 20), /20 bytes are no push/],
+    [encodeMessage(pushed).subarray(0, 28), /name of 3 bytes in a push of 28/],
+    [encodeMessage(pushed).subarray(0, 35), /bytes follow/],
+    [forged(MESSAGES[0]!, (head) => ({ ...head, handshake: { ...who, protocol: 1 } })), /protocol 1, this side speaks 2/],
     [forged(MESSAGES[0]!, (head) => ({ ...head, handshake: { ...who, layout: { ...who.layout, form: 'gqa' } } })), /handshake\.layout\.form is "gqa", expected one of mla/],
     [forged(MESSAGES[0]!, (head) => ({ ...head, handshake: { ...who, identity: { name: 'a' } } })), /handshake\.identity\.fingerprint is nothing/],
     [forged(MESSAGES[1]!, (head) => ({ ...head, offers: [{ path: 'pigeon' }] })), /offers\[0\]\.path/],

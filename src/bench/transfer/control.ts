@@ -4,7 +4,7 @@ import { TplaError, toTplaError, ERRORS, type ErrorCode } from '../../errors.js'
 import { parseAddress } from '../../http/address.js';
 import { removeStaleSocket } from '../../http/server.js';
 import { native } from '../../native/loader.js';
-import type { Channel, ChannelServer, KvDType, KvLayout } from '../../native/types.js';
+import type { Channel, ChannelServer, KvDType, KvLayout, TimelineMark } from '../../native/types.js';
 import type { HandoffDirection, HandoffTicket } from '../../transfer/types.js';
 
 export type Request =
@@ -12,13 +12,19 @@ export type Request =
   | { op: 'setup'; path: string; direction: HandoffDirection; target: KvLayout; pages: number }
   | { op: 'open'; tokens: number; seed: number }
   | { op: 'verify'; tokens: number; seed: number; sourceDType: KvDType }
-  | { op: 'sink' };
+  | { op: 'sink' }
+  /** Of the hand-off that was opened last, once it is accepted. */
+  | { op: 'accepted' }
+  | { op: 'timeline'; keep: boolean };
 
 export interface Answers {
   setup: { address: string; handles: string[] };
   open: { ticket: HandoffTicket };
   verify: { difference: string | null };
   sink: { port: number };
+  /** By monotonicUs() of that process. */
+  accepted: { at: number };
+  timeline: { marks: TimelineMark[] };
 }
 
 interface Failure { error: { code: string; message: string } }
@@ -32,8 +38,11 @@ interface Waiting {
 export class Control {
   readonly #channel: Channel;
   readonly #waiting: Waiting[];
+  /** One monotonic clock for both ends. */
+  readonly isSameHost: boolean;
 
-  private constructor(channel: Channel, waiting: Waiting[]) {
+  private constructor(channel: Channel, waiting: Waiting[], isSameHost: boolean) {
+    this.isSameHost = isSameHost;
     this.#channel = channel;
     this.#waiting = waiting;
   }
@@ -53,7 +62,7 @@ export class Control {
         for (const { reject } of waiting.splice(0)) reject(new TplaError('WORKER_FAILED', `the other end of the benchmark is gone: ${reason}`));
       },
     });
-    return new Control(channel, waiting);
+    return new Control(channel, waiting, target.kind === 'unix');
   }
 
   /** Answers come in the order of requests. The caller closes the descriptors. */

@@ -12,6 +12,7 @@ import { pagesFor, rectangles, scatteredPages, type BenchCase } from './cases.js
 import type { Control } from './control.js';
 import { benchHandshake } from './handshake.js';
 import { handoffPath, newArena, openLink, type HandoffPath, type OpenLink } from './paths.js';
+import { monotonicUs, type HandoffTimeline } from './timeline.js';
 import { handoffRow, plainRow, type BenchRow, type HandoffSample } from './rows.js';
 
 const SEED = 20251;
@@ -23,6 +24,8 @@ export interface HandoffOptions {
   warmup: number;
   verify: boolean;
   requirePath: TransferPath | undefined;
+  /** Told where the time of a case's hand-offs went. */
+  onTimeline?: (what: BenchCase, handoffs: HandoffTimeline[]) => void;
   log: Logger;
 }
 
@@ -33,14 +36,18 @@ export async function benchHandoff(control: Control, what: BenchCase, options: H
     const plain = await openPlainCopy(ends.path, control, what, ends.source, ends.target);
     const plainSeconds: number[] = [];
     const samples: HandoffSample[] = [];
+    const timelines: HandoffTimeline[] = [];
     for (let i = -options.warmup; i < options.iterations; i++) {
       const seconds = await plain.run();
+      if (options.onTimeline) await ends.takeTimeline();
       const sample = await handOff(ends);
+      if (options.onTimeline && i >= 0) timelines.push({ started: sample.started, ...await ends.takeTimeline() });
       if (i < 0) continue;
       plainSeconds.push(seconds);
       samples.push(sample);
     }
     plain.close();
+    options.onTimeline?.(what, timelines);
     if (options.verify) await ends.verify();
     const copy = plainRow(what, ends.path.baseline, plain.bytes, plainSeconds);
     return [copy, handoffRow(what, samples, copy, options.verify)];
@@ -88,6 +95,20 @@ export class Ends {
     return this.#sender.open(ticket);
   }
 
+  /** When decode accepted the last hand-off, by this process's clock; null where that of another host says so. */
+  async acceptedAt(): Promise<number | null> {
+    if (!this.#control.isSameHost) return null;
+    return (await this.#control.ask({ op: 'accepted' })).answer.at;
+  }
+
+  /** Steps in both processes since the last call. */
+  async takeTimeline(): Promise<Omit<HandoffTimeline, 'started'>> {
+    const prefill = native().takeTimeline();
+    native().keepTimeline(true);
+    const { answer: { marks } } = await this.#control.ask({ op: 'timeline', keep: true });
+    return { prefill, decode: marks };
+  }
+
   /** Throws CHECKSUM_MISMATCH where decode's pages do not hold what was sent. */
   async verify(): Promise<void> {
     const { tokens, source } = this.what;
@@ -103,34 +124,33 @@ export class Ends {
   }
 }
 
-/** One request: reserve, push all of it, commit. */
-async function handOff(ends: Ends): Promise<HandoffSample> {
-  const asked = performance.now();
+/** One request: reserve, push all of it, commit, as prefill does: the commit waits for no push. */
+async function handOff(ends: Ends): Promise<HandoffSample & { started: number }> {
+  const asked = monotonicUs();
   const session = await ends.openSession();
-  const started = performance.now();
-  const posted = await pushAll(session, ends.what, ends.pages);
-  const put = performance.now();
-  await session.commit(nothingComputed(ends.what));
-  const committed = performance.now();
+  const started = monotonicUs();
+  const { posted, placed } = await pushAll(session, ends.what, ends.pages);
+  const committing = session.commit(nothingComputed(ends.what));
+  const [put, committed] = await Promise.all([placed.then(monotonicUs), committing.then(monotonicUs)]);
+  const accepted = await ends.acceptedAt();
   return {
-    path: session.path, ...session.sent,
-    prepareUs: (started - asked) * 1e3, postUs: posted * 1e3, putUs: (put - started) * 1e3, latencyUs: (committed - started) * 1e3,
+    path: session.path, ...session.sent, started,
+    prepareUs: started - asked, postUs: posted, putUs: put - started, latencyUs: committed - started, acceptedUs: accepted === null ? null : accepted - started,
   };
 }
 
-/** Resolves when every byte is in place, with the milliseconds that handing over the pushes took. */
-async function pushAll(session: HandoffSession, what: BenchCase, pages: Int32Array): Promise<number> {
+/** Resolves when all pushes are handed over, with the microseconds that this took; `placed` when every byte is in place. */
+async function pushAll(session: HandoffSession, what: BenchCase, pages: Int32Array): Promise<{ posted: number; placed: Promise<unknown> }> {
   const underWay = new Set<Promise<void>>();
   let posted = 0;
   for (const { layers, tokens } of rectangles(what)) {
     if (underWay.size >= MAX_PUSHES) await Promise.race(underWay);
-    const at = performance.now();
+    const at = monotonicUs();
     const push: Promise<void> = session.push(layers, tokens, pages).finally(() => underWay.delete(push));
     underWay.add(push);
-    posted += performance.now() - at;
+    posted += monotonicUs() - at;
   }
-  await Promise.all(underWay);
-  return posted;
+  return { posted, placed: Promise.all(underWay) };
 }
 
 export const nothingComputed = ({ tokens }: BenchCase): { firstTokens: []; prefill: PrefillStats } => ({

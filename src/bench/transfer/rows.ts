@@ -36,6 +36,8 @@ export interface BenchRow extends RowShape {
   fraction_of_single_copy: number;
   /** From the first push to decode's word that all is verified and accepted; one request at a time. */
   latency_us: Latency;
+  /** The same until decode accepted, without the way of its word back; null where the two ends share no clock. */
+  accepted_us: Latency | null;
   /** Reserving pages and opening the session, before that. */
   prepare_us: Latency;
   /** Time of the calling thread to hand its pushes over. */
@@ -55,6 +57,7 @@ export interface HandoffSample {
   postUs: number;
   putUs: number;
   latencyUs: number;
+  acceptedUs: number | null;
 }
 
 export function shapeOfRow(what: BenchCase): RowShape {
@@ -74,9 +77,14 @@ export function handoffRow(what: BenchCase, samples: HandoffSample[], copy: Benc
   return {
     path, ...shapeOfRow(what), bytes, wire_bytes: wireBytes,
     gb_per_s: rate, single_copy_gb_per_s: copy.gb_per_s, fraction_of_single_copy: rate / copy.gb_per_s,
-    latency_us: summarise(samples.map(({ latencyUs }) => latencyUs)), prepare_us: summarise(samples.map(({ prepareUs }) => prepareUs)),
+    latency_us: summarise(samples.map(({ latencyUs }) => latencyUs)), accepted_us: acceptedOf(samples), prepare_us: summarise(samples.map(({ prepareUs }) => prepareUs)),
     post_us: summarise(samples.map(({ postUs }) => postUs)), put_us: put, iterations: samples.length, verified,
   };
+}
+
+function acceptedOf(samples: HandoffSample[]): Latency | null {
+  const times = samples.flatMap(({ acceptedUs }) => (acceptedUs === null ? [] : [acceptedUs]));
+  return times.length === 0 ? null : summarise(times);
 }
 
 /** The plain copy as a row of its own: one piece, nothing prepared. */
@@ -87,7 +95,7 @@ export function plainRow(what: BenchCase, kind: Baseline, bytes: number, seconds
   return {
     path: `plain-${kind}`, ...shapeOfRow(what), piece_bytes: bytes, pieces: 1, bytes, wire_bytes: bytes,
     gb_per_s: rate, single_copy_gb_per_s: rate, fraction_of_single_copy: 1,
-    latency_us: times, prepare_us: nothing, post_us: nothing, put_us: times, iterations: seconds.length, verified: false,
+    latency_us: times, accepted_us: null, prepare_us: nothing, post_us: nothing, put_us: times, iterations: seconds.length, verified: false,
   };
 }
 
@@ -96,7 +104,7 @@ export const isPlain = ({ path }: BenchRow) => path.startsWith('plain-');
 /** nixlbench's columns in its order, then what it has not. */
 const HEAD = [
   'piece B', 'pieces', 'GB/s', 'avg µs', 'prep µs', 'prep p99', 'post µs', 'post p99', 'tx µs', 'tx p99',
-  'p50 µs', 'p99 µs', 'p99.9 µs', 'wire MB', 'path', 'direction', 'view', 'tokens', 'pages', 'dtype', 'of one copy',
+  'p50 µs', 'p99 µs', 'p99.9 µs', 'at decode', 'wire MB', 'path', 'direction', 'view', 'tokens', 'pages', 'dtype', 'of one copy',
 ];
 const TEXT_COLUMNS = new Set(['path', 'direction', 'view', 'pages', 'dtype', 'of one copy']);
 
@@ -105,7 +113,7 @@ export function tableOf(rows: BenchRow[]): string {
   return table(HEAD, rows.map((row) => [
     row.piece_bytes, row.pieces, row.gb_per_s.toFixed(2), us(row.latency_us.avg), us(row.prepare_us.avg), us(row.prepare_us.p99),
     us(row.post_us.avg), us(row.post_us.p99), us(row.put_us.avg), us(row.put_us.p99),
-    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), (row.wire_bytes / 1e6).toFixed(1), row.path, isPlain(row) ? '' : row.direction, row.view, row.tokens,
+    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), row.accepted_us ? us(row.accepted_us.p50) : '', (row.wire_bytes / 1e6).toFixed(1), row.path, isPlain(row) ? '' : row.direction, row.view, row.tokens,
     `${row.source_page_tokens}→${row.target_page_tokens}`, row.source_dtype === row.target_dtype ? row.source_dtype : `${row.source_dtype}→${row.target_dtype}`,
     isPlain(row) ? '' : `${(100 * row.fraction_of_single_copy).toFixed(0)} %`,
   ]), HEAD.map((name) => (TEXT_COLUMNS.has(name) ? 'left' : 'right')));
@@ -120,7 +128,7 @@ export function toCsv(rows: object[]): string {
 /** `latency_us.p50` becomes the column `latency_us_p50`. */
 function flatten(row: object): Record<string, string | number | boolean> {
   return Object.fromEntries(Object.entries(row).flatMap(([name, value]) =>
-    typeof value === 'object' ? Object.entries(value as Latency).map(([part, number]) => [`${name}_${part}`, number]) : [[name, value]]));
+    value !== null && typeof value === 'object' ? Object.entries(value as Latency).map(([part, number]) => [`${name}_${part}`, number]) : [[name, value]]));
 }
 
 /** GB/s against piece size, a line for each path and view. */

@@ -7,7 +7,7 @@ import { systemClock } from '../../clock.js';
 import { TplaError } from '../../errors.js';
 import { parseAddress } from '../../http/address.js';
 import { native } from '../../native/loader.js';
-import type { ChannelServer, KvArena, KvDType, KvLayout } from '../../native/types.js';
+import type { ChannelServer, KvArena, KvDType, KvLayout, TimelineMark } from '../../native/types.js';
 import { isOnGpu } from '../../transfer/cuda_path.js';
 import { createHandoffReceiver } from '../../transfer/receiver.js';
 import type { HandoffReceiver, HandoffTicket } from '../../transfer/types.js';
@@ -16,6 +16,7 @@ import { sharedIn } from '../../model/shared_widths.js';
 import { canonical, pagesFor, scatteredPages } from './cases.js';
 import { benchHandshake } from './handshake.js';
 import { serveControl, type Request } from './control.js';
+import { monotonicUs } from './timeline.js';
 import { handoffPath, newArena, openLink, type OpenLink } from './paths.js';
 
 const LEASE_MS = 30_000;
@@ -40,6 +41,8 @@ class Target {
   #link: OpenLink | undefined;
   #receiver: HandoffReceiver | undefined;
   #sink: ChannelServer | undefined;
+  /** When the last hand-off was accepted. */
+  #accepted: Promise<number> = Promise.resolve(0);
 
   constructor(control: string, log: Logger) {
     this.#control = control;
@@ -51,6 +54,8 @@ class Target {
       case 'setup': return this.#setup(request);
       case 'open': return { answer: { ticket: this.#open(request.tokens, request.seed) } };
       case 'verify': return { answer: { difference: await this.#verify(request.tokens, request.seed, request.sourceDType) } };
+      case 'accepted': return { answer: { at: await this.#accepted } };
+      case 'timeline': return { answer: { marks: takeTimeline(request.keep) } };
       case 'sink': return { answer: { port: this.#listenSink() } };
     }
   }
@@ -82,7 +87,10 @@ class Target {
 
   #open(tokens: number, seed: number): HandoffTicket {
     const { receiver, arena } = this.#ready();
-    return receiver.open({ tokens: [0, tokens], pages: scatteredPages(arena.layout, tokens, seed), leaseMs: LEASE_MS }).ticket;
+    const { ticket, committed } = receiver.open({ tokens: [0, tokens], pages: scatteredPages(arena.layout, tokens, seed), leaseMs: LEASE_MS });
+    this.#accepted = committed.then(monotonicUs);
+    this.#accepted.catch(() => {});
+    return ticket;
   }
 
   /** Compares every row with what the same values, converted here, must look like: layer by layer, through memory of our own. */
@@ -127,6 +135,12 @@ class Target {
     if (!this.#arena || !this.#receiver) throw new TplaError('REQUEST_INVALID', 'nothing is set up');
     return { arena: this.#arena, receiver: this.#receiver };
   }
+}
+
+function takeTimeline(keep: boolean): TimelineMark[] {
+  const marks = native().takeTimeline();
+  native().keepTimeline(keep);
+  return marks;
 }
 
 /** Where layer `layer` of the arena differs from the only layer of `expected`; null for nowhere. */

@@ -6,7 +6,7 @@ import { native } from '../../native/loader.js';
 import type { NativeModule } from '../../native/types.js';
 import { NO_LINK_LIBRARIES, openLinkLibraries } from '../../transfer/libraries.js';
 import { createHandoffReceiver } from '../../transfer/receiver.js';
-import type { HandoffReceiver } from '../../transfer/types.js';
+import { PROTOCOL, type HandoffReceiver } from '../../transfer/types.js';
 import { canonicalLayout, loadModel } from '../model.js';
 import type { RoleContext, RunningRole } from '../role.js';
 import { startWorkerRole, type ServingWorker } from '../worker_role.js';
@@ -29,7 +29,7 @@ async function loadDecode(config: DecodeConfig, { log, clock }: RoleContext, add
   try {
     if (parseAddress(config.handoff_listen).kind === 'tcp') libraries = await openLinkLibraries(config.transfer, log);
     receiver = await createHandoffReceiver(config.handoff_listen, {
-      handshake: { protocol: 1, identity, layout }, arena, log, clock, ucx: libraries.ucx, nixl: libraries.nixl, direction: config.handoff_direction,
+      handshake: { protocol: PROTOCOL, identity, layout }, arena, log, clock, ucx: libraries.ucx, nixl: libraries.nixl, direction: config.handoff_direction,
     });
   } catch (error) {
     libraries.close();

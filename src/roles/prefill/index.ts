@@ -5,6 +5,7 @@ import { native } from '../../native/loader.js';
 import type { NativeModule } from '../../native/types.js';
 import { createHandoffSender } from '../../transfer/sender.js';
 import { openLinkLibraries } from '../../transfer/libraries.js';
+import { PROTOCOL } from '../../transfer/types.js';
 import { loadModel } from '../model.js';
 import type { RoleContext, RunningRole } from '../role.js';
 import { startWorkerRole, type ServingWorker } from '../worker_role.js';
@@ -28,7 +29,7 @@ async function loadPrefill(config: PrefillConfig, { log, clock }: RoleContext, a
     model.close();
     throw error;
   });
-  const sender = createHandoffSender({ handshake: { protocol: 1, identity, layout }, arena, log, clock, ucx: libraries.ucx, nixl: libraries.nixl, ...(requirePath === null ? {} : { requirePath }) });
+  const sender = createHandoffSender({ handshake: { protocol: PROTOCOL, identity, layout }, arena, log, clock, ucx: libraries.ucx, nixl: libraries.nixl, ...(requirePath === null ? {} : { requirePath }) });
   const store = config.pool === null ? null : new PoolClient({ address: config.pool, name: config.id, layout, addon, log });
   await store?.ready;
   const space = new PageSpace(layout, config.kv.pages);

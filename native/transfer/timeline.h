@@ -1,0 +1,20 @@
+#pragma once
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace tpla {
+
+// When the steps of hand-offs happened in this process, for benchmarks: kept only while somebody asked for it. Any thread.
+struct TimelineMark {
+  std::string step;
+  int64_t at_ns;  // CLOCK_MONOTONIC, the same clock in every process of the host
+};
+
+void keep_timeline(bool keep);
+void mark_step(std::string_view step);
+// In the order in which they were marked; forgets them. The newest are lost beyond a few thousand.
+std::vector<TimelineMark> take_timeline();
+
+}  // namespace tpla
