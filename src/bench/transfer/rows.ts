@@ -104,7 +104,7 @@ export const isPlain = ({ path }: BenchRow) => path.startsWith('plain-');
 /** nixlbench's columns in its order, then what it has not. */
 const HEAD = [
   'piece B', 'pieces', 'GB/s', 'avg µs', 'prep µs', 'prep p99', 'post µs', 'post p99', 'tx µs', 'tx p99',
-  'p50 µs', 'p99 µs', 'p99.9 µs', 'at decode', 'wire MB', 'path', 'direction', 'view', 'tokens', 'pages', 'dtype', 'of one copy',
+  'p50 µs', 'p99 µs', 'p99.9 µs', 'wire MB', 'path', 'at decode µs', 'direction', 'view', 'tokens', 'pages', 'dtype', 'of one copy',
 ];
 const TEXT_COLUMNS = new Set(['path', 'direction', 'view', 'pages', 'dtype', 'of one copy']);
 
@@ -113,7 +113,7 @@ export function tableOf(rows: BenchRow[]): string {
   return table(HEAD, rows.map((row) => [
     row.piece_bytes, row.pieces, row.gb_per_s.toFixed(2), us(row.latency_us.avg), us(row.prepare_us.avg), us(row.prepare_us.p99),
     us(row.post_us.avg), us(row.post_us.p99), us(row.put_us.avg), us(row.put_us.p99),
-    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), row.accepted_us ? us(row.accepted_us.p50) : '', (row.wire_bytes / 1e6).toFixed(1), row.path, isPlain(row) ? '' : row.direction, row.view, row.tokens,
+    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), (row.wire_bytes / 1e6).toFixed(1), row.path, row.accepted_us ? us(row.accepted_us.p50) : '', isPlain(row) ? '' : row.direction, row.view, row.tokens,
     `${row.source_page_tokens}→${row.target_page_tokens}`, row.source_dtype === row.target_dtype ? row.source_dtype : `${row.source_dtype}→${row.target_dtype}`,
     isPlain(row) ? '' : `${(100 * row.fraction_of_single_copy).toFixed(0)} %`,
   ]), HEAD.map((name) => (TEXT_COLUMNS.has(name) ? 'left' : 'right')));
