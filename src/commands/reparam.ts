@@ -9,7 +9,8 @@ import { MOST_TOKENS, QUERY_BYTES, SAMPLE_BYTES, type CalibrationOptions } from 
 import { convert, type ConversionOptions, type ConversionResult } from '../reparam/convert.js';
 import { DEVICES, type Device } from '../reparam/device.js';
 import type { OutputDType } from '../reparam/layer_tensors.js';
-import { METHODS, withinBudget, type Method } from '../reparam/method.js';
+import { METHODS, type Method } from '../reparam/method.js';
+import { candidateWidths, type WidthBudget } from '../reparam/width_choice.js';
 import { report, type Report, type ReportOptions } from '../reparam/report.js';
 import { printReport } from '../reparam/report_table.js';
 import { consoleProgress, SILENT } from '../report/progress.js';
@@ -27,6 +28,7 @@ conversion that was interrupted goes on where it stopped when the same command i
   static override examples = [
     '<%= config.bin %> <%= command.id %> models/demo models/demo-tpla',
     '<%= config.bin %> <%= command.id %> DeepSeek-V3 DeepSeek-V3-tpla --groups 2 --shared 64 --calibration text.txt',
+    '<%= config.bin %> <%= command.id %> DeepSeek-V3 DeepSeek-V3-tpla --budget-bytes-per-token 42944 --calibration text.txt',
     '<%= config.bin %> <%= command.id %> models/demo /tmp/pca --method pca --scale fitted --json',
     '<%= config.bin %> <%= command.id %> models/demo --report --picture tpla.svg',
   ];
@@ -40,13 +42,14 @@ conversion that was interrupted goes on where it stopped when the same command i
     out: Flags.string({ description: 'the same as OUT' }),
     method: Flags.string({ options: Object.keys(METHODS), default: 'default', description: 'combination to start from' }),
     groups: Flags.integer({ default: 2, min: 1, description: 'ranks that share the latent', aliases: ['ranks'] }),
-    shared: Flags.integer({ min: 0, description: 'latent directions replicated on every rank' }),
+    shared: Flags.string({ description: 'latent directions replicated on every rank: a number, or one for each layer (N,N,…); the whole latent leaves a layer exact' }),
     basis: Flags.string({ options: ['identity', 'hadamard', 'pca', 'aware', 'aware-oblique', 'best'], description: 'change of basis; aware looks at queries and outputs too, best chooses basis and queries per layer by measured error' }),
     scale: Flags.string({ options: ['none', 'printed', 'reciprocal', 'fitted', 'head'], description: 'factor on a rank\'s logits, or on its norm with --norm sliced' }),
     queries: Flags.string({ options: ['sliced', 'regressed'], description: 'cut W_UK, or regress the whole logit on a rank\'s columns' }),
     values: Flags.string({ options: ['sliced', 'ridge'], description: 'cut W_UV, or regress the exact head output on the ranks\' outputs' }),
     refine: Flags.integer({ min: 0, description: 'steps of descent on each layer\'s output error' }),
-    'budget-bytes-per-token': Flags.integer({ min: 1, exclusive: ['shared'], description: 'bytes of bf16 cache per token and rank, all layers: takes the widest shared subspace within it, and per layer the basis and queries that measure best' }),
+    'budget-bytes-per-token': Flags.integer({ min: 1, exclusive: ['shared'], description: 'bytes of bf16 cache per token and rank, all layers: chooses a shared width for each layer by what decode loses, and the basis and queries that measure best' }),
+    'shared-widths': Flags.string({ dependsOn: ['budget-bytes-per-token'], description: 'widths that a budget may choose from (N,N,…); default those whose rows have GPU kernels, for other shapes multiples of 16' }),
     norm: Flags.string({ options: ['exact', 'sliced'], description: 'RMSNorm over the whole latent, or each rank\'s estimate from its slice as published' }),
     calibration: Flags.string({ description: 'UTF-8 text to fit on; default calibration.txt of the checkpoint' }),
     'calibration-tokens': Flags.integer({ min: 64, description: `tokens of it that are used; default ${MOST_TOKENS}, fewer where a layer's queries would take more than ${QUERY_BYTES / 1e9} GB` }),
@@ -87,18 +90,18 @@ type Request = Interfaces.InferredFlags<typeof Reparam.flags> & { model: string;
 function conversionOptions(request: Request): ConversionOptions {
   if (request.out === undefined) throw new TplaError('USAGE', 'name the output directory: tpla reparam MODEL OUT');
   return {
-    model: request.model, out: request.out, methodName: request.method, method: methodOf(request), groups: request.groups, calibration: calibrationOf(request),
+    model: request.model, out: request.out, methodName: request.method, method: methodOf(request), widths: widthsOf(request), groups: request.groups, calibration: calibrationOf(request),
     output: request['output-dtype'] as OutputDType, seed: request.seed, device: request.device as Device, threads: request.threads,
   };
 }
 
-/** The named combination with the parts that flags change; under a budget, the widest shared subspace within it. */
+/** The named combination with the parts that flags change. */
 function methodOf(request: Request): Method {
   const base = METHODS[request.method]!;
   const budget = request['budget-bytes-per-token'];
-  const method: Method = {
+  return {
     ...base,
-    shared: request.shared ?? base.shared,
+    shared: request.shared === undefined ? base.shared : numbersOf('shared', request.shared)[0]!,
     basis: (request.basis ?? (budget === undefined ? base.basis : 'best')) as Method['basis'],
     scale: (request.scale ?? base.scale) as Method['scale'],
     queries: (request.queries ?? base.queries) as Method['queries'],
@@ -106,7 +109,23 @@ function methodOf(request: Request): Method {
     refine: request.refine ?? base.refine,
     norm: (request.norm ?? base.norm) as Method['norm'],
   };
-  return budget === undefined ? method : withinBudget(method, budget, { groups: request.groups, ...loadModelConfig(request.model).spec });
+}
+
+/** Widths that differ between layers, given or to be chosen; null where there is one. */
+function widthsOf(request: Request): ConversionOptions['widths'] {
+  const bytesPerToken = request['budget-bytes-per-token'];
+  if (bytesPerToken === undefined) {
+    const byLayer = numbersOf('shared', request.shared ?? '0');
+    return byLayer.length === 1 ? null : { byLayer };
+  }
+  const chosen = request['shared-widths'];
+  const candidates = chosen === undefined ? candidateWidths({ groups: request.groups, ...loadModelConfig(request.model).spec }) : numbersOf('shared-widths', chosen).sort((a, b) => a - b);
+  return { budget: { bytesPerToken, candidates } satisfies WidthBudget };
+}
+
+function numbersOf(flag: string, text: string): number[] {
+  if (!/^\d+(,\d+)*$/.test(text)) throw new TplaError('USAGE', `--${flag} is "${text}"; expected whole numbers, separated by commas`);
+  return text.split(',').map(Number);
 }
 
 function reportOptions(request: Request): ReportOptions {
@@ -136,8 +155,10 @@ function printConversion(result: ConversionResult): string {
   const errors = result.layers.map(({ output_error }) => output_error).filter((error): error is number => error !== null);
   return facts([
     ['written', `${result.out} (${(result.bytes_written / 1e9).toFixed(3)} GB)${result.resumed ? ', resumed' : ''}`],
-    ['method', `${result.method}, ${result.groups} groups, ${result.shared} shared`],
-    ['KV values per token, layer and rank', result.kv_values_per_token_per_rank],
+    ['method', `${result.method}, ${result.groups} groups, ${typeof result.shared === 'number' ? result.shared : result.shared.join(', ')} shared`],
+    ...(result.width_choice === null ? [] : [['KL of closed forms, against one width', `${result.width_choice.kl.chosen.toFixed(5)}, with ${result.width_choice.uniform} everywhere ${result.width_choice.kl.uniform.toFixed(5)}`] as [string, string]]),
+    ['KV values per token, layer and rank', Number(result.kv_values_per_token_per_rank.toFixed(1))],
+    ['KV bytes per token and rank, bf16', result.kv_bytes_per_token_per_rank],
     ...(errors.length > 0 ? [['attention output error, mean over layers', `${((100 * errors.reduce((a, b) => a + b, 0)) / errors.length).toFixed(2)} %`] as [string, string]] : []),
     ['fingerprint', result.fingerprint],
     ['peak memory', `${(result.peak_rss_bytes / 1e9).toFixed(2)} GB`],

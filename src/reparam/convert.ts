@@ -1,30 +1,36 @@
-import { createHash } from 'node:crypto';
 import { copyFileSync, readdirSync, rmSync, statSync, statfsSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
 import { TplaError } from '../errors.js';
 import { loadCheckpoint, type Checkpoint } from '../model/checkpoint.js';
 import { readSafetensors } from '../model/safetensors.js';
+import { rankColumns, sharedWidths, type SharedWidths } from '../model/shared_widths.js';
 import { attemptWrite, writeSafetensors } from '../model/safetensors_writer.js';
+import type { ModelSpec } from '../model/spec.js';
 import { Tokenizer } from '../model/tokenizer.js';
 import { native } from '../native/loader.js';
-import type { FitTarget, LayerSample, Sensitivity } from '../native/reparam.js';
+import type { FitTarget } from '../native/reparam.js';
 import type { Weights } from '../native/types.js';
 import { captureLayers, loadSample, readCalibrationText, sampleBytes, type CalibrationOptions, type CalibrationText } from './calibration.js';
 import { fitTarget, type Device } from './device.js';
 import { Journal } from './journal.js';
-import { designLayer, type LayerDesign } from './layer.js';
-import { fitWeights, layerShape, layerTensors, readSourceLayer, type OutputDType, type StoredTensor } from './layer_tensors.js';
+import { heldOut } from './layer.js';
+import type { OutputDType } from './layer_tensors.js';
 import { writeManifest, type LayerRecord } from './manifest.js';
-import { hasRankWeights, hasTransform, needsCalibration, rankWidth, validateMethod, type Method } from './method.js';
+import { needsCalibration, validateMethod, type Method } from './method.js';
 import type { Progress } from '../report/progress.js';
 import { StageClock, type Stage } from './stages.js';
+import { fingerprintOf, reparameteriseLayer, tplaSection, type FitContext, type LayerOptions } from './reparameterise.js';
 import { isWritten, planBytes, planShards, writeShard } from './shards.js';
+import { checkCandidates, uniformWidth, widthBytes, type WidthBudget, type WidthShape } from './width_choice.js';
+import { closedForms, WidthSearch, type WidthChoice } from './width_search.js';
 
 export interface ConversionOptions {
   model: string;
   out: string;
   methodName: string;
   method: Method;
+  /** Width of the shared subspace in each layer, or what they may cost; null for the method's own in all. */
+  widths: { byLayer: number[] } | { budget: WidthBudget } | null;
   groups: number;
   /** null only for methods that look at no data. */
   calibration: CalibrationOptions | null;
@@ -39,12 +45,17 @@ export interface ConversionResult {
   out: string;
   method: string;
   groups: number;
-  shared: number;
+  shared: SharedWidths;
+  /** Where a budget chose the widths. */
+  width_choice: WidthChoice | null;
   fingerprint: string;
   resumed: boolean;
   layers: LayerRecord[];
   bytes_written: number;
+  /** Mean over layers. */
   kv_values_per_token_per_rank: number;
+  /** All layers, bf16. */
+  kv_bytes_per_token_per_rank: number;
   peak_rss_bytes: number;
   device: FitTarget['device'];
   /** "avx512, 2 threads"; "NVIDIA H100 80GB HBM3, cuBLASLt 13.1.0" */
@@ -64,38 +75,35 @@ export async function convert(options: ConversionOptions, progress: Progress): P
   const { spec } = source;
   if (spec.tpla !== null) throw new TplaError('USAGE', `${source.dir} is already reparameterised (fingerprint ${spec.tpla.fingerprint}); start from the published checkpoint`);
   if (resolve(options.out) === source.dir) throw new TplaError('USAGE', 'the output directory is the model itself; choose another');
-  validateMethod(options.method, { groups: options.groups, kvLoraRank: spec.kvLoraRank });
+  validateWidths(source, options);
   const target = fitTarget(options.device, options.threads);
   const fit: FitContext = { target, deviceName: native().reparamDevice(target), clock: new StageClock() };
   const text = needsCalibration(options.method) ? await calibrationText(source, options) : null;
   checkSpace(source, text, options);
 
   const { journal, resumed } = Journal.open(resolve(options.out), planOf(source, text, options));
-  const layers = await convertLayers(source, text, options, fit, journal, progress);
-  const fingerprint = fingerprintOf(options, layers);
+  await capture(source, text, options, fit, journal, progress);
+  const choice = await widthChoice(source, text, options, fit, journal, progress);
+  const widths = choice?.shared ?? givenWidths(source, options)!;
+  const layers = await convertLayers(source, text !== null, widths, options, fit, journal, progress);
+  const fingerprint = fingerprintOf({ ...options, widths }, layers);
   const written = fit.clock.timeNow('shards', () => writeShards(source, journal, progress));
-  finish(source, journal, { fingerprint, layers, text, options });
+  finish(source, journal, { fingerprint, layers, text, options, widths, choice });
+  const bytes = widthBytes(widths, { groups: options.groups, ...spec });
   return {
-    out: journal.dir, method: options.methodName, groups: options.groups, shared: options.method.shared, fingerprint, resumed, layers,
+    out: journal.dir, method: options.methodName, groups: options.groups, shared: sharedWidths(widths), width_choice: choice, fingerprint, resumed, layers,
     bytes_written: written,
-    kv_values_per_token_per_rank: rankWidth(options.method, { groups: options.groups, kvLoraRank: spec.kvLoraRank }) + spec.qkRopeHeadDim,
+    kv_values_per_token_per_rank: bytes / 2 / spec.layers, kv_bytes_per_token_per_rank: bytes,
     peak_rss_bytes: process.resourceUsage().maxRSS * 1024, device: target.device, device_name: fit.deviceName,
     seconds: (performance.now() - started) / 1000, stage_seconds: fit.clock.seconds,
   };
 }
 
-/** What layers are fitted with, and the clock of it all. */
-export interface FitContext {
-  target: FitTarget;
-  deviceName: string;
-  clock: StageClock;
-  /** Per layer, for methods that are fitted to the same sample one after the other. */
-  statistics?: { known: Sensitivity | null }[];
-}
-
 async function calibrationText(source: Checkpoint, options: ConversionOptions): Promise<CalibrationText> {
   if (options.calibration === null) throw new TplaError('USAGE', `method ${options.methodName} is fitted on text; name one with --calibration FILE`);
-  const columns = rankWidth(options.method, { groups: options.groups, kvLoraRank: source.spec.kvLoraRank }) * options.groups;
+  const { kvLoraRank } = source.spec;
+  const sliced = possibleWidths(source, options).filter((shared) => shared < kvLoraRank);
+  const columns = Math.max(kvLoraRank, ...sliced.map((shared) => rankColumns(kvLoraRank, shared, options.groups) * options.groups));
   return readCalibrationText(Tokenizer.load(source.dir), source.spec, options.calibration, columns);
 }
 
@@ -104,9 +112,9 @@ async function calibrationText(source: Checkpoint, options: ConversionOptions): 
  * by rounding, so a conversion may be resumed on another. The fingerprint is that of the bytes that were written.
  */
 function planOf(source: Checkpoint, text: CalibrationText | null, options: ConversionOptions): object {
-  const { method, groups, output, seed, calibration } = options;
+  const { method, widths, groups, output, seed, calibration } = options;
   return {
-    version: 1, source: source.identity.fingerprint, method, groups, output, seed,
+    version: 1, source: source.identity.fingerprint, method, ...(widths === null ? {} : { widths }), groups, output, seed,
     calibration: text === null ? null : { hash: text.hash, context: calibration!.context, tokens: calibration!.tokens, queries: calibration!.queries, seed: calibration!.seed },
   };
 }
@@ -125,9 +133,16 @@ function checkSpace(source: Checkpoint, text: CalibrationText | null, options: C
   }
   const already = directoryBytes(resolve(options.out));
   const samples = text === null ? 0 : sampleBytes(source.spec, text) * (source.spec.layers - Journal.finished(resolve(options.out), /^layer-\d+\.json$/));
-  const needed = source.shards.reduce((sum, { bytes }) => sum + bytes, 0) * 1.05 + samples - already;
+  const tried = options.widths !== null && 'budget' in options.widths ? options.widths.budget.candidates.reduce((sum, shared) => sum + fittedBytes(source.spec, shared, options.groups), 0) : 0;
+  const needed = source.shards.reduce((sum, { bytes }) => sum + bytes, 0) * 1.05 + samples + tried - already;
   const free = stat.bavail * stat.bsize;
   if (free < needed) throw new TplaError('IO_FAILED', `${options.out}: the disk is full: about ${(needed / 1e9).toFixed(2)} GB are needed, ${(free / 1e9).toFixed(2)} GB are free`);
+}
+
+/** About what closed forms take on disk while widths are chosen, all layers, in bf16. */
+function fittedBytes({ layers, heads, qkNopeHeadDim, vHeadDim, kvLoraRank }: ModelSpec, shared: number, groups: number): number {
+  if (shared === kvLoraRank) return 0;
+  return layers * (heads * (qkNopeHeadDim + vHeadDim) * (kvLoraRank + groups * rankColumns(kvLoraRank, shared, groups)) * 2 + kvLoraRank ** 2 * 4);
 }
 
 function directoryBytes(dir: string): number {
@@ -138,31 +153,91 @@ function directoryBytes(dir: string): number {
   }
 }
 
+// ---------------------------------------------------------------- widths of the shared subspace
+
+const widthShape = ({ spec }: Checkpoint, { groups }: ConversionOptions): WidthShape => ({ ...spec, groups });
+
+/** One a layer; null where a budget is to choose them. */
+function givenWidths({ spec }: Checkpoint, { method, widths }: ConversionOptions): number[] | null {
+  if (widths === null) return new Array<number>(spec.layers).fill(method.shared);
+  return 'byLayer' in widths ? widths.byLayer : null;
+}
+
+function possibleWidths(source: Checkpoint, options: ConversionOptions): number[] {
+  return givenWidths(source, options) ?? (options.widths as { budget: WidthBudget }).budget.candidates;
+}
+
+/** Throws USAGE. */
+function validateWidths(source: Checkpoint, options: ConversionOptions): void {
+  const { kvLoraRank, layers } = source.spec;
+  const possible = possibleWidths(source, options);
+  if (options.widths !== null) checkCandidates(possible, widthShape(source, options));
+  const sliced = possible.filter((shared) => options.widths === null || shared < kvLoraRank);
+  for (const shared of sliced.length > 0 ? new Set(sliced) : [kvLoraRank]) validateMethod({ ...options.method, shared }, { groups: options.groups, kvLoraRank });
+  if (options.widths === null) return;
+  if ('budget' in options.widths) {
+    uniformWidth(options.widths.budget, widthShape(source, options));
+    if (!needsCalibration(options.method)) throw new TplaError('USAGE', `method ${options.methodName} looks at no text, and a budget's widths are chosen on calibration text; give widths with --shared`);
+  } else if (possible.length !== layers) {
+    throw new TplaError('USAGE', `--shared has ${possible.length} widths, the model ${layers} layers; give one number, or one for each layer`);
+  }
+}
+
 // ---------------------------------------------------------------- layers
 
 const layerName = (layer: number) => `layer-${String(layer).padStart(4, '0')}`;
 const captureName = (layer: number) => `capture-${String(layer).padStart(4, '0')}.safetensors`;
+const lossName = (layer: number, shared: number) => `width-${String(layer).padStart(4, '0')}-${shared}.json`;
 
-async function convertLayers(source: Checkpoint, text: CalibrationText | null, options: ConversionOptions, fit: FitContext, journal: Journal, progress: Progress): Promise<LayerRecord[]> {
+/** Stores what attention of each layer sees of the calibration text, of layers that still need it. */
+async function capture(source: Checkpoint, text: CalibrationText | null, options: ConversionOptions, fit: FitContext, journal: Journal, progress: Progress): Promise<void> {
   const { spec } = source;
-  const isDone = (layer: number) => journal.has(`${layerName(layer)}.json`);
-  const todo = Array.from({ length: spec.layers }, (_, layer) => layer).filter((layer) => !isDone(layer));
-  if (text !== null && todo.some((layer) => !journal.has(captureName(layer)))) {
-    progress.start('calibrate', spec.layers);
-    await fit.clock.time('capture', () => captureLayers(source, text, {
-      seed: options.seed, threads: options.threads,
-      isWanted: (layer) => !isDone(layer) && !journal.has(captureName(layer)),
-      pathOf: (layer) => journal.path(captureName(layer)),
-      onLayer: () => progress.advance(1),
-    }));
-    progress.finish();
+  const given = givenWidths(source, options);
+  const isWanted = (layer: number) => given?.[layer] !== spec.kvLoraRank && !journal.has(`${layerName(layer)}.json`) && !journal.has(captureName(layer));
+  if (text === null || !Array.from({ length: spec.layers }, (_, layer) => layer).some(isWanted)) return;
+  progress.start('calibrate', spec.layers);
+  await fit.clock.time('capture', () => captureLayers(source, text, {
+    seed: options.seed, threads: options.threads, isWanted, pathOf: (layer) => journal.path(captureName(layer)), onLayer: () => progress.advance(1),
+  }));
+  progress.finish();
+}
+
+/** The widths that a budget buys; null where none was given. */
+async function widthChoice(source: Checkpoint, text: CalibrationText | null, options: ConversionOptions, fit: FitContext, journal: Journal, progress: Progress): Promise<WidthChoice | null> {
+  if (options.widths === null || !('budget' in options.widths)) return null;
+  const done = 'widths.json';
+  if (journal.has(done)) return journal.readJson<WidthChoice>(done);
+  const { budget } = options.widths;
+  const weights = new (native().Weights)(source.files, source.tensors);
+  try {
+    const search = new WidthSearch({
+      source, tokenizer: Tokenizer.load(source.dir), shape: widthShape(source, options), directory: journal.path(''), threads: options.threads,
+      sequences: heldOut(text!.sequences),
+      ...closedForms(source, weights, { ...options, fit }, (layer) => fit.clock.timeNow('read', () => loadSample(journal.path(captureName(layer))))),
+    });
+    const losses = await search.losses(budget.candidates, progress, {
+      known: (layer, shared) => (journal.has(lossName(layer, shared)) ? journal.readJson<{ kl: number }>(lossName(layer, shared)).kl : null),
+      keep: (layer, shared, kl) => journal.writeJson(lossName(layer, shared), { kl }),
+    });
+    const choice = await search.choose(losses, budget.bytesPerToken);
+    journal.writeJson(done, choice);
+    journal.remove(/^width-/);
+    return choice;
+  } finally {
+    weights.close();
   }
+}
+
+async function convertLayers(source: Checkpoint, calibrated: boolean, widths: number[], options: ConversionOptions, fit: FitContext, journal: Journal, progress: Progress): Promise<LayerRecord[]> {
+  const { spec } = source;
+  const todo = Array.from({ length: spec.layers }, (_, layer) => layer).filter((layer) => !journal.has(`${layerName(layer)}.json`));
   progress.start('fit layers', spec.layers);
   progress.advance(spec.layers - todo.length);
   const weights = new (native().Weights)(source.files, source.tensors);
   try {
     for (const layer of todo) {
-      await convertLayer(source, weights, layer, text !== null, options, fit, journal);
+      const shared = widths[layer]!;
+      await convertLayer(source, weights, layer, { ...options, method: { ...options.method, shared }, fit }, calibrated && shared < spec.kvLoraRank, journal);
       weights.release();
       progress.advance(1);
     }
@@ -173,40 +248,13 @@ async function convertLayers(source: Checkpoint, text: CalibrationText | null, o
   return Array.from({ length: spec.layers }, (_, layer) => journal.readJson<LayerRecord>(`${layerName(layer)}.json`));
 }
 
-async function convertLayer(source: Checkpoint, weights: Weights, layer: number, calibrated: boolean, options: ConversionOptions, fit: FitContext, journal: Journal): Promise<void> {
-  const sample = calibrated ? fit.clock.timeNow('read', () => loadSample(journal.path(captureName(layer)))) : null;
-  const { tensors, record } = await reparameteriseLayer(source, weights, layer, sample, { ...options, fit });
-  fit.clock.timeNow('store', () => writeSafetensors(journal.path(`${layerName(layer)}.safetensors`), tensors));
+async function convertLayer(source: Checkpoint, weights: Weights, layer: number, options: LayerOptions, calibrated: boolean, journal: Journal): Promise<void> {
+  const { clock } = options.fit;
+  const sample = calibrated ? clock.timeNow('read', () => loadSample(journal.path(captureName(layer)))) : null;
+  const { tensors, record } = await reparameteriseLayer(source, weights, layer, sample, options);
+  clock.timeNow('store', () => writeSafetensors(journal.path(`${layerName(layer)}.safetensors`), tensors));
   journal.writeJson(`${layerName(layer)}.json`, record);
   rmSync(journal.path(captureName(layer)), { force: true });
-}
-
-/** New tensors of one layer, and what the manifest says of them. */
-export async function reparameteriseLayer(
-  source: Checkpoint,
-  weights: Weights,
-  layer: number,
-  sample: LayerSample | null,
-  { method, groups, seed, output, fit }: Pick<ConversionOptions, 'method' | 'groups' | 'seed' | 'output'> & { fit: FitContext },
-): Promise<{ tensors: StoredTensor[]; record: LayerRecord }> {
-  const { target, clock } = fit;
-  const published = clock.timeNow('read', () => readSourceLayer(source, weights, layer));
-  const input = { shape: layerShape(source), weights: clock.timeNow('read', () => fitWeights(source, weights, layer, published)), sample };
-  const design = await designLayer(input, method, { groups, seed: seed + layer, target, clock, statistics: fit.statistics?.[layer] });
-  const tensors = await clock.time('store', () => layerTensors(source, layer, published, design, { transform: hasTransform(method), output, target }));
-  const hash = createHash('sha256');
-  for (const { name, dtype, shape, data } of tensors) hash.update(`${name} ${dtype} ${shape.join('x')}\n`).update(data);
-  return { tensors, record: recordOf(layer, design, hash.digest('hex'), fit) };
-}
-
-function recordOf(layer: number, { basisKind, queries, descended, shares, normScale, error }: LayerDesign, hash: string, { deviceName }: FitContext): LayerRecord {
-  return { layer, hash, basis: basisKind, queries, descended, variance_shares: shares, norm_scale: normScale, output_error: error, fitted_on: deviceName };
-}
-
-export function fingerprintOf({ groups, method }: Pick<ConversionOptions, 'groups' | 'method'>, layers: LayerRecord[]): string {
-  const hash = createHash('sha256').update(`tpla 1 groups ${groups} shared ${method.shared} norm ${method.norm}\n`);
-  for (const layer of layers) hash.update(`${layer.hash} ${layer.norm_scale?.join(',') ?? ''}\n`);
-  return hash.digest('hex').slice(0, 32);
 }
 
 // ---------------------------------------------------------------- output
@@ -227,24 +275,24 @@ function writeShards(source: Checkpoint, journal: Journal, progress: Progress): 
   return total;
 }
 
+interface Made {
+  fingerprint: string;
+  layers: LayerRecord[];
+  text: CalibrationText | null;
+  options: ConversionOptions;
+  widths: number[];
+  choice: WidthChoice | null;
+}
+
 /** The rest of the directory; config.json last, since it is what makes a directory load. */
-function finish(source: Checkpoint, journal: Journal, { fingerprint, layers, text, options }: { fingerprint: string; layers: LayerRecord[]; text: CalibrationText | null; options: ConversionOptions }): void {
-  const { method, groups } = options;
+function finish(source: Checkpoint, journal: Journal, made: Made): void {
+  const { options, layers, fingerprint } = made;
   for (const entry of readdirSync(source.dir, { withFileTypes: true })) {
     if (!entry.isFile() || entry.name === 'config.json' || /\.safetensors(\.index\.json)?$/.test(entry.name)) continue;
     attemptWrite(join(journal.dir, entry.name), () => copyFileSync(join(source.dir, entry.name), join(journal.dir, entry.name)));
   }
-  writeManifest(journal, { source, text, fingerprint, layers, method, methodName: options.methodName, groups, calibration: options.calibration });
-  const config = { ...source.config, tpla: tplaSection(options, layers, fingerprint) };
+  writeManifest(journal, { source, ...options, ...made });
+  const config = { ...source.config, tpla: tplaSection({ ...options, widths: made.widths }, layers, fingerprint) };
   journal.writeText('config.json', `${JSON.stringify(config, null, 2)}\n`);
   journal.close();
-}
-
-/** The `tpla` section of config.json. */
-export function tplaSection({ groups, method }: Pick<ConversionOptions, 'groups' | 'method'>, layers: LayerRecord[], fingerprint: string): object {
-  return {
-    groups, shared: method.shared, norm: method.norm, transform: hasTransform(method), rank_weights: hasRankWeights(method),
-    ...(method.norm === 'sliced' ? { norm_scale: layers.map(({ norm_scale }) => norm_scale) } : {}),
-    fingerprint,
-  };
 }

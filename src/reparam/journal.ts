@@ -58,6 +58,11 @@ export class Journal {
     return existsSync(this.path(name));
   }
 
+  /** Files of steps that later ones have replaced. */
+  remove(names: RegExp): void {
+    for (const name of readdirSync(this.#work)) if (names.test(name)) rmSync(join(this.#work, name), { recursive: true });
+  }
+
   readJson<T>(name: string): T {
     return JSON.parse(readFileSync(this.path(name), 'utf8')) as T;
   }

@@ -45,6 +45,16 @@ const STAGE_OF: Record<FitStep['kind'] | 'error', Stage> = { scales: 'regress', 
 const REFINE_RATE = 0.03;
 const REFINE_BATCH = 256;
 
+/** Of so many calibration sequences those that are fitted on: the first. */
+function trainCount(sequences: number): number {
+  return Math.max(1, sequences - Math.max(1, Math.floor(sequences * TEST_SHARE)));
+}
+
+/** The calibration sequences that nothing is fitted on. */
+export function heldOut<T>(sequences: T[]): T[] {
+  return sequences.slice(trainCount(sequences.length));
+}
+
 export async function designLayer(input: LayerInput, method: Method, options: FitOptions): Promise<LayerDesign> {
   const fit = input.sample === null ? null : openFit(input, options);
   try {
@@ -63,8 +73,7 @@ async function statisticsOf(fit: LayerFit, { clock, statistics }: FitOptions): P
 }
 
 function openFit({ shape, weights, sample }: LayerInput, { target, clock }: FitOptions): LayerFit {
-  const sequences = sample!.sequences.length - 1;
-  const train = Math.max(1, sequences - Math.max(1, Math.floor(sequences * TEST_SHARE)));
+  const train = trainCount(sample!.sequences.length - 1);
   return clock.timeNow('upload', () => new (native().LayerFit)(shape, weights, sample!, { train, target }));
 }
 

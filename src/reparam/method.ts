@@ -1,4 +1,5 @@
 import { TplaError } from '../errors.js';
+import { rankColumns } from '../model/shared_widths.js';
 import { CALIBRATED_BASES, type BasisKind } from './basis.js';
 
 /** How a layer's decode weights are made. Every part can be chosen alone; `METHODS` are the named combinations. */
@@ -61,7 +62,7 @@ export interface MethodShape {
 
 /** Width of the columns one rank caches. */
 export function rankWidth(method: Method, { groups, kvLoraRank }: MethodShape): number {
-  return method.shared + (kvLoraRank - method.shared) / groups;
+  return rankColumns(kvLoraRank, method.shared, groups);
 }
 
 /** Throws USAGE with everything that does not fit together. */
@@ -77,19 +78,4 @@ export function validateMethod(method: Method, { groups, kvLoraRank }: MethodSha
   }
   if (method.queries === 'regressed' && method.scale !== 'none') problems.push('regressed queries already contain every scale; choose one of them');
   if (problems.length > 0) throw new TplaError('USAGE', `this reparameterisation is not possible:\n${problems.map((problem) => `  ${problem}`).join('\n')}`);
-}
-
-/** Bytes of a bf16 cache per token and rank, all layers. */
-export function bytesPerToken(method: Method, shape: MethodShape & { layers: number; qkRopeHeadDim: number }): number {
-  return shape.layers * (rankWidth(method, shape) + shape.qkRopeHeadDim) * 2;
-}
-
-/** Shared widths are multiples of this, which keeps rows aligned for the kernels. */
-const SHARED_STEP = 16;
-
-/** The method with the widest shared subspace that stays within `budget` bytes per token and rank; throws USAGE when none does. */
-export function withinBudget(method: Method, budget: number, shape: MethodShape & { layers: number; qkRopeHeadDim: number }): Method {
-  const fits = (shared: number) => (shape.kvLoraRank - shared) % shape.groups === 0 && bytesPerToken({ ...method, shared }, shape) <= budget;
-  for (let shared = shape.kvLoraRank - SHARED_STEP; shared >= 0; shared -= SHARED_STEP) if (fits(shared)) return { ...method, shared };
-  throw new TplaError('USAGE', `no slicing over ${shape.groups} groups stays within ${budget} bytes per token; without a shared subspace it is ${bytesPerToken({ ...method, shared: 0 }, shape)}`);
 }

@@ -1,6 +1,7 @@
 import { copyFileSync, existsSync, mkdirSync, symlinkSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import type { Checkpoint } from '../model/checkpoint.js';
+import { readSafetensors } from '../model/safetensors.js';
 import { writeSafetensors } from '../model/safetensors_writer.js';
 import type { StoredTensor } from './layer_tensors.js';
 
@@ -30,6 +31,12 @@ export class Overlay {
     const file = `overlay-${layer}.safetensors`;
     writeSafetensors(join(this.dir, file), tensors);
     for (const { name } of tensors) this.#weightMap[name] = file;
+  }
+
+  /** The same from a file that stays where it is. */
+  linkLayer(path: string): void {
+    symlinkSync(path, join(this.dir, basename(path)));
+    for (const { name } of readSafetensors(path).tensors) this.#weightMap[name] = basename(path);
   }
 
   finish(tpla: object): void {

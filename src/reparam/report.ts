@@ -8,16 +8,21 @@ import { TplaError } from '../errors.js';
 import { loadCheckpoint, type Checkpoint } from '../model/checkpoint.js';
 import { Tokenizer } from '../model/tokenizer.js';
 import { native } from '../native/loader.js';
-import type { KvDType, KvForm } from '../native/types.js';
+import { sharedWidths, type SharedWidths } from '../model/shared_widths.js';
+import type { LayerSample } from '../native/reparam.js';
+import type { KvDType, KvForm, Weights } from '../native/types.js';
 import type { Progress } from '../report/progress.js';
 import { scatter } from '../report/scatter.js';
-import { captureLayers, loadSample, readCalibrationText, type CalibrationOptions } from './calibration.js';
-import { fingerprintOf, reparameteriseLayer, tplaSection, type FitContext } from './convert.js';
+import { captureLayers, loadSample, readCalibrationText, type CalibrationOptions, type CalibrationText } from './calibration.js';
 import { fitTarget, type Device } from './device.js';
+import { heldOut } from './layer.js';
 import type { LayerRecord } from './manifest.js';
 import { METHODS, needsCalibration, rankWidth, validateMethod, type Method } from './method.js';
 import { Overlay } from './overlay.js';
+import { fingerprintOf, reparameteriseLayer, tplaSection, type FitContext } from './reparameterise.js';
 import { StageClock } from './stages.js';
+import { candidateWidths, widthBytes } from './width_choice.js';
+import { closedForms, WidthSearch } from './width_search.js';
 
 export interface ReportOptions {
   model: string;
@@ -45,6 +50,8 @@ export interface ReportRow {
   /** What decode leaves exact in this row; only `norm` rows gather logits before the softmax. */
   softmax: 'sliced' | 'exact';
   method: Method | null;
+  /** Width of the shared subspace: of all layers, or of each; null without slices. */
+  shared: SharedWidths | null;
   kv_bytes_per_token_per_rank: number;
   bits_per_byte: number;
   kl_vs_mla: number;
@@ -77,6 +84,8 @@ interface Entry {
   name: string;
   method: Method;
   softmax?: 'exact';
+  /** The method's shared width is the mean, in bytes: each layer's own is chosen. */
+  byLayer?: true;
 }
 
 /** The published forms, each improvement alone, the honest baseline, and ours at several sizes of the shared subspace. */
@@ -84,7 +93,7 @@ export function reportEntries(latent: number, groups: number): Entry[] {
   const { pca, hadamard, identity } = METHODS as Record<string, Method> as { pca: Method; hadamard: Method; identity: Method };
   const ours = METHODS.default!;
   const closed: Method = { ...ours, refine: 0 };
-  const sharedWidths = [latent / 8, latent / 4, latent / 2].filter((shared) => Number.isInteger(shared) && (latent - shared) % groups === 0);
+  const means = [latent / 8, latent / 4, latent / 2].filter((shared) => Number.isInteger(shared) && (latent - shared) % groups === 0);
   return [
     { name: 'hadamard, norm only', method: { ...hadamard, norm: 'sliced', scale: 'reciprocal' }, softmax: 'exact' },
     { name: 'pca, norm only, α printed', method: { ...pca, norm: 'sliced', scale: 'printed' }, softmax: 'exact' },
@@ -105,10 +114,14 @@ export function reportEntries(latent: number, groups: number): Entry[] {
     { name: 'aware, oblique', method: { ...pca, basis: 'aware-oblique' } },
     { name: 'aware + both', method: closed },
     { name: 'default', method: ours },
-    ...sharedWidths.flatMap((shared): Entry[] => [
+    ...means.flatMap((shared): Entry[] => [
       { name: `pca, shared ${shared}`, method: { ...pca, shared } },
       { name: `aware + both, shared ${shared}`, method: { ...closed, shared } },
       { name: `default, shared ${shared}`, method: { ...ours, shared } },
+    ]),
+    ...means.flatMap((shared): Entry[] => [
+      { name: `aware + both, shared ${shared} by layer`, method: { ...closed, shared }, byLayer: true },
+      { name: `default, shared ${shared} by layer`, method: { ...ours, shared }, byLayer: true },
     ]),
   ];
 }
@@ -141,26 +154,29 @@ export async function report(options: ReportOptions, progress: Progress): Promis
     progress.start('calibrate', layers);
     await captureLayers(source, calibration, { seed: options.calibration.seed, threads: options.threads, isWanted: () => true, pathOf: capture, onLayer: () => progress.advance(1) });
     progress.finish();
+    const chosen = await chosenWidths(source, tokenizer, weights, entries, calibration, (layer) => loadSample(capture(layer)), work, options, fit, progress);
     progress.start('methods', entries.length + 2);
     const rows: ReportRow[] = [];
     const cells: Report['recall_cells'] = {};
     for (const form of ['mla', 'dcp'] as const) {
-      rows.push(await measure({ name: form, attention: form, softmax: 'exact', method: null, output_error: null }, source, source, cells, { tokenizer, windows, prompts, options }));
+      rows.push(await measure({ name: form, attention: form, softmax: 'exact', method: null, shared: null, output_error: null }, source, source, cells, { tokenizer, windows, prompts, options }));
       progress.advance(1);
     }
     for (const entry of entries) {
       const overlay = new Overlay(source, join(work, 'model'));
       const records: LayerRecord[] = [];
+      const widths = chosen.get(entry) ?? new Array<number>(layers).fill(entry.method.shared);
+      const made = { groups: options.groups, method: entry.method, widths };
       for (let layer = 0; layer < layers; layer++) {
         const sample = needsCalibration(entry.method) ? loadSample(capture(layer)) : null;
-        const { tensors, record } = await reparameteriseLayer(source, weights, layer, sample, { method: entry.method, groups: options.groups, seed: options.seed, output: 'auto', fit });
+        const { tensors, record } = await reparameteriseLayer(source, weights, layer, sample, { method: { ...entry.method, shared: widths[layer]! }, groups: options.groups, seed: options.seed, output: 'auto', fit });
         overlay.addLayer(layer, tensors);
         records.push(record);
       }
-      overlay.finish(tplaSection({ groups: options.groups, method: entry.method }, records, fingerprintOf({ groups: options.groups, method: entry.method }, records)));
+      overlay.finish(tplaSection(made, records, fingerprintOf(made, records)));
       const errors = records.flatMap(({ output_error }) => (output_error === null ? [] : [output_error]));
       const outputError = errors.length === 0 ? null : errors.reduce((a, b) => a + b, 0) / errors.length;
-      const row = { name: entry.name, attention: 'tpla' as const, softmax: entry.softmax ?? ('sliced' as const), method: entry.method, output_error: outputError };
+      const row = { name: entry.name, attention: 'tpla' as const, softmax: entry.softmax ?? ('sliced' as const), method: entry.method, shared: sharedWidths(widths), output_error: outputError };
       rows.push(await measure(row, loadCheckpoint(overlay.dir), source, cells, { tokenizer, windows, prompts, options }));
       rmSync(overlay.dir, { recursive: true });
       progress.advance(1);
@@ -174,6 +190,29 @@ export async function report(options: ReportOptions, progress: Progress): Promis
   }
 }
 
+/** For entries whose layers differ: the widths that lose least at the bytes of their mean. */
+async function chosenWidths(
+  source: Checkpoint, tokenizer: Tokenizer, weights: Weights, entries: Entry[], calibration: CalibrationText, sampleOf: (layer: number) => LayerSample, directory: string,
+  { groups, seed, threads }: ReportOptions, fit: FitContext, progress: Progress,
+): Promise<Map<Entry, number[]>> {
+  const wanted = entries.filter(({ byLayer }) => byLayer);
+  const chosen = new Map<Entry, number[]>();
+  if (wanted.length === 0) return chosen;
+  const shape = { ...source.spec, groups };
+  const search = new WidthSearch({
+    source, tokenizer, shape, directory, threads, sequences: heldOut(calibration.sequences),
+    ...closedForms(source, weights, { method: wanted[0]!.method, groups, seed, fit }, sampleOf),
+  });
+  const losses = await search.losses(candidateWidths(shape), progress);
+  const byMean = new Map<number, number[]>();
+  for (const entry of wanted) {
+    const { shared } = entry.method;
+    if (!byMean.has(shared)) byMean.set(shared, (await search.choose(losses, widthBytes(new Array<number>(shape.layers).fill(shared), shape))).shared);
+    chosen.set(entry, byMean.get(shared)!);
+  }
+  return chosen;
+}
+
 interface Material {
   tokenizer: Tokenizer;
   windows: Window[];
@@ -182,7 +221,7 @@ interface Material {
 }
 
 async function measure(
-  row: Pick<ReportRow, 'name' | 'attention' | 'softmax' | 'method' | 'output_error'>,
+  row: Pick<ReportRow, 'name' | 'attention' | 'softmax' | 'method' | 'shared' | 'output_error'>,
   checkpoint: Checkpoint,
   reference: Checkpoint,
   cells: Report['recall_cells'],

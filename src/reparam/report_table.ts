@@ -13,6 +13,7 @@ export function printReport({ rows, groups, best_pca: best, picture, reference_b
     '',
     `${groups} ranks; decode path after exact prefill, whose bits per byte are ${reference.toFixed(4)}.`,
     ...(best === null ? [] : [`best single scale: ${best.name}, KL ${best.kl_vs_mla.toFixed(5)}`]),
+    ...rows.flatMap(({ name, shared }) => (shared === null || typeof shared === 'number' ? [] : [`${name}: ${shared.join(', ')}`])),
     ...(picture === null ? [] : [`picture: ${picture}`]),
   ].join('\n');
 }

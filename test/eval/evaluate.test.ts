@@ -25,7 +25,7 @@ test.after(() => rmSync(dir, { recursive: true }));
 const BASE: TextEvaluationOptions = { model: demo, text: join(demo, 'heldout.txt'), phase: 'decode', context: 256, prefix: 128, tokens: 256, seed: 3, dtype: 'f32', threads: 2, quiet: true };
 
 test.before(() => convert({
-  model: demo, out: tpla, methodName: 'default', method: { ...METHODS.default!, shared: 32, refine: 0 }, groups: 2, output: 'auto', seed: 1, device: 'cpu', threads: 2,
+  model: demo, out: tpla, methodName: 'default', method: { ...METHODS.default!, shared: 32, refine: 0 }, widths: null, groups: 2, output: 'auto', seed: 1, device: 'cpu', threads: 2,
   calibration: { file: join(demo, 'calibration.txt'), context: 256, tokens: 8192, queries: 64, seed: 1 },
 }, SILENT).then(() => undefined));
 

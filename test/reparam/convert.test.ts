@@ -13,7 +13,7 @@ import type { JsonObject } from '../../src/model/config.js';
 import { readSafetensors } from '../../src/model/safetensors.js';
 import { convert, type ConversionOptions } from '../../src/reparam/convert.js';
 import type { Device } from '../../src/reparam/device.js';
-import { METHODS, withinBudget, type Method } from '../../src/reparam/method.js';
+import { METHODS, type Method } from '../../src/reparam/method.js';
 import { SILENT } from '../../src/report/progress.js';
 import { TINY_V2, TINY_V3, writeCheckpoint } from '../support/checkpoint.js';
 import { writeTokenizer } from '../support/tokenizer.js';
@@ -33,7 +33,7 @@ let outs = 0;
 function options(method: Partial<Method> & { name?: string }, change: Partial<ConversionOptions> = {}): ConversionOptions {
   const { name = 'pca', ...parts } = method;
   return {
-    model: source, out: join(root, `out-${outs++}`), methodName: name, method: { ...METHODS[name]!, ...parts }, groups: 2,
+    model: source, out: join(root, `out-${outs++}`), methodName: name, method: { ...METHODS[name]!, ...parts }, widths: null, groups: 2,
     calibration: { file: text, context: 96, tokens: 1536, queries: 24, seed: 1 }, output: 'auto', seed: 1, device: 'cpu', threads: 2, ...change,
   };
 }
@@ -123,19 +123,49 @@ test('fp8 blocks come in; bf16 goes out, or fp8 again', async () => {
   assert.ok(difference(await logits(again.out, 'mla', 'prefill'), exact) < 0.3);
 });
 
-test('a budget takes the widest shared subspace within it, and the basis that measures best per layer', async () => {
-  const shape = { groups: 2, kvLoraRank: 128, layers: 7, qkRopeHeadDim: 32 };
-  const base: Method = { ...METHODS.default!, basis: 'best', refine: 0 };
-  assert.is(withinBudget(base, 1344, shape).shared, 0);
-  assert.is(withinBudget(base, 1567, shape).shared, 16);
-  assert.is(withinBudget(base, 1568, shape).shared, 32);
-  assert.throws(() => withinBudget(base, 1343, shape), /without a shared subspace it is 1344/);
+test('the basis that measures best per layer', async () => {
   const plan = options({ name: 'default', basis: 'best', refine: 0 });
   const result = await convert(plan, SILENT);
   for (const basis of ['aware', 'aware-oblique', 'pca'] as const) {
     const single = await convert(options({ name: 'default', basis, refine: 0 }), SILENT);
     result.layers.forEach((layer, i) => assert.ok(layer.output_error! <= single.layers[i]!.output_error! + 1e-9, `${basis}, layer ${i}`));
   }
+});
+
+test('a width for every layer, one of them whole: that layer stays as published, prefill is exact, decode reads such rows', async () => {
+  const plan = options({ name: 'default', refine: 6 }, { widths: { byLayer: [8, 32, 0] } });
+  const result = await convert(plan, SILENT);
+  assert.equal(result.shared, [8, 32, 0]);
+  assert.is(result.kv_bytes_per_token_per_rank, (20 + 32 + 16 + 3 * 8) * 2);
+  const { spec, tensors, identity } = loadCheckpoint(plan.out);
+  assert.equal(spec.tpla!.shared, [8, 32, 0]);
+  const widthOf = (layer: number) => tensors.find(({ name }) => name === `model.layers.${layer}.self_attn.tpla.rank1.w_uk`)?.shape[2];
+  assert.equal([0, 1, 2].map(widthOf), [20, undefined, 16]);
+  const exact = await logits(source, 'mla', 'prefill');
+  assert.ok(difference(await logits(plan.out, 'mla', 'prefill'), exact) < 2e-4, 'prefill');
+  const approximate = difference(await logits(plan.out, 'tpla', 'decode'), exact);
+  assert.ok(approximate > 1e-6 && approximate < 2, `decode, tpla: ${approximate}`);
+  const other = options({ name: 'default', refine: 6 }, { widths: { byLayer: [8, 32, 8] } });
+  assert.is.not((await convert(other, SILENT)).fingerprint, identity.reparam);
+  assert.match((await refusal(options({ name: 'default' }, { widths: { byLayer: [32, 32, 32] } }))).message, 'leaves nothing');
+});
+
+test('a budget chooses widths by what decode loses, and keeps one width where that is better', async () => {
+  const candidates = [0, 8, 16, 32];
+  const bytesPerToken = 3 * (20 + 8) * 2;
+  const plan = options({ name: 'default', refine: 0 }, { widths: { budget: { bytesPerToken, candidates } } });
+  const result = await convert(plan, SILENT);
+  const choice = result.width_choice!;
+  assert.ok(result.kv_bytes_per_token_per_rank <= bytesPerToken);
+  assert.is(choice.uniform, 8);
+  assert.is(choice.losses.length, 3);
+  for (const ofLayer of choice.losses) assert.ok(ofLayer.every((loss, i) => (candidates[i] === 32 ? loss === 0 : loss > 0)), ofLayer.join());
+  assert.equal(typeof result.shared === 'number' ? new Array<number>(3).fill(result.shared) : result.shared, choice.shared);
+  if (choice.kl.chosen > choice.kl.uniform) assert.is(result.shared, 8);
+  const manifest = JSON.parse(readFileSync(join(plan.out, 'tpla.json'), 'utf8')) as { width_choice: object; method: { shared: unknown }; layers: { shared: number }[] };
+  assert.equal(manifest.width_choice, choice);
+  assert.equal(manifest.layers.map(({ shared }) => shared), choice.shared);
+  assert.ok(Number.isFinite(difference(await logits(plan.out, 'tpla', 'decode'), await logits(source, 'mla', 'prefill'))));
 });
 
 test('what is not touched is copied byte for byte; the manifest tells how it was made', async () => {
@@ -173,24 +203,27 @@ test('the sliced norm: one scale per layer and rank', async () => {
 
 const CLI = fileURLToPath(new URL('../../src/reparam/convert.ts', import.meta.url));
 
-test('kill -9 at any moment leaves nothing that loads, and the same command finishes the work', async () => {
-  const plan = options({ name: 'default', refine: 20 });
-  const script = join(root, 'run.mjs');
-  writeFileSync(script, `import { convert } from ${JSON.stringify(CLI)};\nawait convert({ ...${JSON.stringify(plan)}, device: process.argv[2] }, { start() {}, finish() {}, advance() { console.log('step'); } });\nconsole.log('done');\n`);
-  let kills = 0;
-  for (let steps = 2; ; steps += 3) {
-    const done = await runUntil(script, steps, kills % 2 === 0 ? 'cpu' : 'auto');
-    if (done) break;
-    kills++;
-    assert.not(existsSync(join(plan.out, 'config.json')));
-    assert.throws(() => loadCheckpoint(plan.out), (error: TplaError) => error.code === 'CHECKPOINT_INVALID');
-  }
-  assert.ok(kills >= 3, `${kills} kills`);
-  const straight = options({ name: 'default', refine: 20 });
-  await convert(straight, SILENT);
-  assert.is(loadCheckpoint(plan.out).identity.reparam, loadCheckpoint(straight.out).identity.reparam);
-  assert.not(readdirSync(plan.out).some((name) => name.includes('partial') || name.startsWith('.')));
-});
+for (const [what, widths, stride] of [['one width', null, 3], ['widths under a budget', { budget: { bytesPerToken: 168, candidates: [0, 8, 32] } }, 5]] as const) {
+  test(`kill -9 at any moment leaves nothing that loads, and the same command finishes the work: ${what}`, async () => {
+    const change = { widths: widths as ConversionOptions['widths'] };
+    const plan = options({ name: 'default', refine: 20 }, change);
+    const script = join(root, 'run.mjs');
+    writeFileSync(script, `import { convert } from ${JSON.stringify(CLI)};\nawait convert({ ...${JSON.stringify(plan)}, device: process.argv[2] }, { start() {}, finish() {}, advance() { console.log('step'); } });\nconsole.log('done');\n`);
+    let kills = 0;
+    for (let steps = 2; ; steps += stride) {
+      const done = await runUntil(script, steps, kills % 2 === 0 ? 'cpu' : 'auto');
+      if (done) break;
+      kills++;
+      assert.not(existsSync(join(plan.out, 'config.json')));
+      assert.throws(() => loadCheckpoint(plan.out), (error: TplaError) => error.code === 'CHECKPOINT_INVALID');
+    }
+    assert.ok(kills >= 3, `${kills} kills`);
+    const straight = options({ name: 'default', refine: 20 }, change);
+    await convert(straight, SILENT);
+    assert.is(loadCheckpoint(plan.out).identity.reparam, loadCheckpoint(straight.out).identity.reparam);
+    assert.not(readdirSync(plan.out).some((name) => name.includes('partial') || name.startsWith('.')));
+  });
+}
 
 /** Runs a conversion and kills it after so many steps of progress; true when it ended by itself. */
 function runUntil(script: string, steps: number, device: Device): Promise<boolean> {
@@ -224,6 +257,10 @@ async function refusal(plan: ConversionOptions): Promise<TplaError> {
 test('what cannot be done is refused before anything is written', async () => {
   assert.match((await refusal(options({}, { groups: 5 }))).message, "the latent's 32 less the shared 0 is not divisible by 5 groups");
   assert.match((await refusal(options({ shared: 32 }))).message, 'leaves nothing');
+  assert.match((await refusal(options({}, { widths: { byLayer: [0, 8] } }))).message, '--shared has 2 widths, the model 3 layers');
+  assert.match((await refusal(options({}, { widths: { byLayer: [0, 8, 33] } }))).message, 'a shared width of 33 is not possible');
+  assert.match((await refusal(options({}, { widths: { budget: { bytesPerToken: 143, candidates: [0, 8] } } }))).message, 'without a shared subspace it is 144');
+  assert.match((await refusal(options({ name: 'identity' }, { widths: { budget: { bytesPerToken: 200, candidates: [0, 8] } } }))).message, 'looks at no text');
   assert.match((await refusal(options({}, { groups: 1 }))).message, '1 group');
   assert.match((await refusal(options({ norm: 'sliced', shared: 8 }))).message, 'sliced norm needs an orthogonal basis');
   assert.match((await refusal(options({}, { calibration: null }))).message, 'name one with --calibration');

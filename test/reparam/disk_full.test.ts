@@ -29,7 +29,7 @@ check('a conversion that cannot fit is refused before it starts', async () => {
   writeCheckpoint(model);
   writeTokenizer(model);
   try {
-    await convert({ model, out: join(disk, 'out'), methodName: 'identity', method: METHODS.identity!, groups: 2, calibration: null, output: 'auto', seed: 1, device: 'cpu', threads: 1 }, SILENT);
+    await convert({ model, out: join(disk, 'out'), methodName: 'identity', method: METHODS.identity!, widths: null, groups: 2, calibration: null, output: 'auto', seed: 1, device: 'cpu', threads: 1 }, SILENT);
     assert.unreachable();
   } catch (error) {
     assert.is((error as TplaError).code, 'IO_FAILED');
