@@ -1,12 +1,13 @@
 // time limit: 300 s
 /** serve-prefill, serve-decode and kv-pool together: real processes, real hand-offs, real faults. */
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import type { WorkerState } from '../../src/fleet/protocol.js';
 import type { PoolState } from '../../src/kv/pool_protocol.js';
 import type { KvForm } from '../../src/native/types.js';
-import { writeCheckpoint } from '../support/checkpoint.js';
+import { TINY_V3, writeCheckpoint } from '../support/checkpoint.js';
 import { eventually, type RoleProcess } from '../support/role_process.js';
 import { atRest, generate, LAYERS, promptOf, WorkerStack, type GenerateOptions, type Generated } from '../support/worker_stack.js';
 
@@ -201,8 +202,8 @@ forms.run();
 const scarce = suite('too few pages');
 
 /** Texts of eight prompts that run together. */
-async function crowd(worker: RoleProcess, during?: () => Promise<void>): Promise<Generated[]> {
-  const running = Promise.all(Array.from({ length: 8 }, (_, i) => generate(source.client, worker.client, promptOf(70 + i * 23, i), { maxTokens: 250 })));
+async function crowd(worker: RoleProcess, during?: () => Promise<void>, from = source): Promise<Generated[]> {
+  const running = Promise.all(Array.from({ length: 8 }, (_, i) => generate(from.client, worker.client, promptOf(70 + i * 23, i), { maxTokens: 250 })));
   await during?.();
   return running;
 }
@@ -235,6 +236,33 @@ for (const [form, ranks] of [['mla', 1], ['tpla', 2], ['dcp', 2], ['dp', 2]] as 
     await stack.stop(worker);
   });
 }
+
+scarce('tpla with a width for every layer: preempted to the pool and resumed, the text is that of ample pages; other widths find none of it', async () => {
+  const model = join(stack.directory, 'mixed');
+  const tpla = { groups: 2, norm: 'exact', transform: true, rank_weights: true };
+  writeCheckpoint(model, { seed: 5, config: { ...TINY_V3, tpla: { ...tpla, shared: [0, 32, 8], fingerprint: 'mixed' } } });
+  const shelf = await stack.start('pool', stack.poolConfig({ listen: stack.address('shelf'), channel_listen: stack.address('shelf-channel') }));
+  const from = await stack.start('prefill', stack.prefillConfig({ listen: stack.address('mixed-prefill'), model, pool: stack.address('shelf') }));
+  const ample = await stack.start('decode', stack.decodeConfig({ model }));
+  assert.is((await ample.state<WorkerState>()).attention.kv_bytes_per_token_per_rank, (16 + 32 + 20 + 3 * 8) * 4);
+  const wanted = textsOf(await crowd(ample, undefined, from));
+  await stack.stop(ample);
+  const worker = await stack.start('decode', stack.decodeConfig({ model, kv: fewPages('tpla'), pool: stack.address('shelf') }));
+  const results = await crowd(worker, undefined, from);
+  assert.equal(textsOf(results), wanted);
+  assert.ok(results.some(({ report }) => report.preemptions > 0), 'there were too few pages for all');
+  assert.is(await metric(worker, 'tpla_decode_relanded_tokens_total') + await metric(worker, 'tpla_decode_recomputed_tokens_total'), 0);
+  await atRest(from, worker, shelf);
+  const again = await generate(from.client, worker.client, promptOf(70 + 7 * 23, 7), { maxTokens: 1 });
+  assert.ok(again.cachedTokens > 0 || (again.prefill?.pooledTokens ?? 0) > 0, 'the prompt is known');
+
+  const other = join(stack.directory, 'other-widths');
+  writeCheckpoint(other, { seed: 5, config: { ...TINY_V3, tpla: { ...tpla, shared: [8, 32, 0], fingerprint: 'other' } } });
+  const stranger = await stack.start('prefill', stack.prefillConfig({ listen: stack.address('other-prefill'), model: other, pool: stack.address('shelf') }));
+  const refused = await generate(stranger.client, worker.client, promptOf(300, 9)).then(() => null, (error: Error) => error.message);
+  assert.match(refused ?? '', /reparameterisation "other" against "mixed"/);
+  await stack.stop(stranger, worker, from, shelf);
+});
 
 scarce('without a pool they wait instead, and the text is the same', async () => {
   const worker = await stack.start('decode', stack.decodeConfig({ kv: fewPages('tpla') }));
