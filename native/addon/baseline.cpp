@@ -4,8 +4,6 @@
 #include "addon/promise.h"
 #include "addon/transfer_arguments.h"
 
-#include <thread>
-
 #ifdef TPLA_WITH_CUDA
 #include "cuda/bench/prefill_load.h"
 #include "cuda/device_kv.h"
@@ -14,19 +12,6 @@
 namespace tpla::addon {
 
 namespace {
-
-// Runs `body` on a thread of its own: a benchmark must not wait for Node's four.
-Napi::Value on_thread(Napi::Env env, std::function<ThreadPromise::Convert()> body) {
-  const auto promise = ThreadPromise::create(env);
-  std::thread([promise, body = std::move(body)] {
-    try {
-      promise->settle(body());
-    } catch (const Error& error) {
-      promise->settle([error](Napi::Env) -> Napi::Value { throw error; });
-    }
-  }).detach();
-  return promise->promise();
-}
 
 ThreadPromise::Convert number(double value) {
   return [value](Napi::Env env) -> Napi::Value { return Napi::Number::New(env, value); };

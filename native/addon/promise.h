@@ -3,6 +3,7 @@
 #include <memory>
 #include <mutex>
 #include <napi.h>
+#include <thread>
 
 #include "addon/addon.h"
 
@@ -61,5 +62,20 @@ class ThreadPromise {
   bool is_over_ = false;
   ThreadSafeFunction function_;
 };
+
+// A promise of what `body` gives, run on a thread of its own: a benchmark must not wait for Node's four.
+inline Napi::Value on_thread(Napi::Env env, std::function<ThreadPromise::Convert()> body) {
+  const auto promise = ThreadPromise::create(env);
+  std::thread([promise, body = std::move(body)] {
+    try {
+      promise->settle(body());
+    } catch (const Error& error) {
+      promise->settle([error](Napi::Env) -> Napi::Value { throw error; });
+    } catch (const std::exception& error) {
+      promise->settle([text = std::string(error.what())](Napi::Env) -> Napi::Value { throw Error("INTERNAL", text); });
+    }
+  }).detach();
+  return promise->promise();
+}
 
 }  // namespace tpla::addon

@@ -23,7 +23,7 @@ const Candidate kCandidates[] = {
     {"cuBLASLt", {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"}, "dense GEMMs on GPUs"},
     {"NCCL", {"libnccl.so.2", "libnccl.so"}, "collectives between GPUs"},
     {"UCX", {"libucp.so.0", "libucp.so"}, "KV transfer between hosts (RDMA, TCP)"},
-    {"cuFile", {"libcufile.so.0", "libcufile.so"}, "KV blocks from NVMe straight to GPUs"},
+    {"cuFile", {"libcufile.so.0", "libcufile.so", "/usr/local/cuda/lib64/libcufile.so.0"}, "KV blocks from NVMe straight to GPUs"},
 };
 
 LibraryProbe probe_library(const Candidate& candidate) {

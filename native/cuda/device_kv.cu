@@ -1,7 +1,5 @@
 #include "device_kv.h"
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -17,6 +15,7 @@
 #include "core/error.h"
 #include "core/kv_memory.h"
 #include "kv_transfer.h"
+#include "runtime.h"
 #include "transfer/busy_poll.h"
 #include "transfer/reshard.h"
 
@@ -24,31 +23,13 @@ namespace tpla::cuda {
 
 namespace {
 
-void check(cudaError_t status, const char* call) {
-  if (status == cudaSuccess) return;
-  throw Error(status == cudaErrorMemoryAllocation ? "OUT_OF_MEMORY" : "INTERNAL", std::string(call) + ": " + cudaGetErrorString(status));
-}
-
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
-
 // What one launch needs beside its route: how it tells the host that it is done (PutReport), and checksums. Kept and reused.
 struct Lane {
   explicit Lane(int on) : device(on) {
     const OnDevice current(device);
-    check(cudaEventCreateWithFlags(&done, cudaEventDisableTiming | cudaEventBlockingSync), "cudaEventCreateWithFlags");
-    check(cudaMalloc(&ticket, sizeof(uint32_t)), "cudaMalloc");
-    check(cudaMemset(ticket, 0, sizeof(uint32_t)), "cudaMemset");
+    check_runtime(cudaEventCreateWithFlags(&done, cudaEventDisableTiming | cudaEventBlockingSync), "cudaEventCreateWithFlags");
+    check_runtime(cudaMalloc(&ticket, sizeof(uint32_t)), "cudaMalloc");
+    check_runtime(cudaMemset(ticket, 0, sizeof(uint32_t)), "cudaMemset");
     reserve(kUsualWords);
   }
   // Memory is taken while nothing is under way: it makes the GPU wait.
@@ -59,9 +40,9 @@ struct Lane {
     cudaFreeHost(host);
     sums = host = nullptr;
     room = 0;
-    check(cudaMalloc(&sums, words * sizeof(uint64_t)), "cudaMalloc");
-    check(cudaMemset(sums, 0, words * sizeof(uint64_t)), "cudaMemset");
-    check(cudaHostAlloc(&host, (1 + words) * sizeof(uint64_t), cudaHostAllocPortable | cudaHostAllocMapped), "cudaHostAlloc");
+    check_runtime(cudaMalloc(&sums, words * sizeof(uint64_t)), "cudaMalloc");
+    check_runtime(cudaMemset(sums, 0, words * sizeof(uint64_t)), "cudaMemset");
+    check_runtime(cudaHostAlloc(&host, (1 + words) * sizeof(uint64_t), cudaHostAllocPortable | cudaHostAllocMapped), "cudaHostAlloc");
     host[0] = turn;
     room = words;
   }
@@ -115,7 +96,7 @@ struct Way {
   Way(KvRoute made, int on) : route(std::move(made)), device(on) {
     const OnDevice current(device);
     // Below compute's default priority in nothing: a hand-off is short, and its request waits for it.
-    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    check_runtime(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   }
   ~Way() { cudaStreamDestroy(stream); }
   Way(const Way&) = delete;
@@ -280,7 +261,7 @@ void start(const std::shared_ptr<const Way>& way, const RegionPointer& src, cons
       Lane& lane = *flight->lanes.back();
       lane.reserve(flight->words.back());
       way->route.put(layers, part, src_pages, dst_pages, lane.next_report(), way->stream);
-      check(cudaEventRecord(lane.done, way->stream), "cudaEventRecord");
+      check_runtime(cudaEventRecord(lane.done, way->stream), "cudaEventRecord");
     }
   } catch (...) {
     // What was enqueued before writes on: it must not outlive the gate.
@@ -305,8 +286,8 @@ std::shared_ptr<DeviceKv> DeviceKv::create(const KvLayout& layout, int pages, co
   for (int m = 0; m < layout.memories(); m++) {
     memories.push_back(DeviceMemory::create(devices[m % devices.size()], layout.rank_bytes(pages), sharing, devices));
     const OnDevice on(memories.back().device());
-    check(cudaMemset(memories.back().data(), 0, memories.back().size()), "cudaMemset");
-    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    check_runtime(cudaMemset(memories.back().data(), 0, memories.back().size()), "cudaMemset");
+    check_runtime(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
   return std::shared_ptr<DeviceKv>(new DeviceKv(layout, pages, std::move(memories), sharing));
 }
@@ -349,7 +330,7 @@ std::vector<DeviceMemory::IpcHandle> DeviceKv::ipc_handles() const {
 
 void DeviceKv::read_page(int memory, int layer, int page, std::byte* to) const {
   const OnDevice on(memories_[memory].device());
-  check(cudaMemcpy(to, region_.page(memory, layer, page), region_.layout.page_bytes(layer), cudaMemcpyDeviceToHost), "cudaMemcpy");
+  check_runtime(cudaMemcpy(to, region_.page(memory, layer, page), region_.layout.page_bytes(layer), cudaMemcpyDeviceToHost), "cudaMemcpy");
 }
 
 PinnedKv::PinnedKv(std::shared_ptr<const KvRegion> host, int device) : host_(std::move(host)), region_(*host_) {
@@ -389,16 +370,16 @@ double device_plain_copy(const KvRegion& src, const KvRegion& dst, size_t bytes)
   if (bytes > std::min(src.layout.rank_bytes(src.pages), dst.layout.rank_bytes(dst.pages))) throw Error("REQUEST_INVALID", "plain copy beyond the smaller side");
   const OnDevice on(src.device);
   cudaStream_t stream;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  check_runtime(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin), "cudaEventCreate");
-  check(cudaEventCreate(&end), "cudaEventCreate");
-  check(cudaEventRecord(begin, stream), "cudaEventRecord");
-  check(cudaMemcpyAsync(dst.base[0], src.base[0], bytes, cudaMemcpyDefault, stream), "cudaMemcpyAsync");
-  check(cudaEventRecord(end, stream), "cudaEventRecord");
-  check(cudaEventSynchronize(end), "a plain copy on the GPU");
+  check_runtime(cudaEventCreate(&begin), "cudaEventCreate");
+  check_runtime(cudaEventCreate(&end), "cudaEventCreate");
+  check_runtime(cudaEventRecord(begin, stream), "cudaEventRecord");
+  check_runtime(cudaMemcpyAsync(dst.base[0], src.base[0], bytes, cudaMemcpyDefault, stream), "cudaMemcpyAsync");
+  check_runtime(cudaEventRecord(end, stream), "cudaEventRecord");
+  check_runtime(cudaEventSynchronize(end), "a plain copy on the GPU");
   float ms = 0;
-  check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
+  check_runtime(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
   cudaStreamDestroy(stream);

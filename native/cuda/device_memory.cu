@@ -1,7 +1,6 @@
 #include "device_memory.h"
 
 #include <cuda.h>
-#include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -11,22 +10,17 @@
 #include <string>
 #include <utility>
 
-#include "core/error.h"
+#include "runtime.h"
 
 namespace tpla::cuda {
 
 namespace {
 
-void check(cudaError_t status, const char* call) {
-  if (status == cudaSuccess) return;
-  throw Error(status == cudaErrorMemoryAllocation ? "OUT_OF_MEMORY" : "INTERNAL", std::string(call) + ": " + cudaGetErrorString(status));
-}
-
 template <class Function>
 Function entry_point(const char* name) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  check(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found), "cudaGetDriverEntryPointByVersion");
+  check_runtime(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found), "cudaGetDriverEntryPointByVersion");
   if (found != cudaDriverEntryPointSuccess) throw Error("INTERNAL", std::string("the NVIDIA driver has no ") + name + "; it must be of CUDA 12 or newer");
   return reinterpret_cast<Function>(function);
 }
@@ -74,20 +68,6 @@ size_t round_up(size_t bytes, int device) {
   return (bytes + granularity - 1) / granularity * granularity;
 }
 
-// Makes `device` current, with its context, for the life of the object.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
-
 CUdeviceptr map_handle(CUmemGenericAllocationHandle handle, size_t mapped, const std::vector<int>& devices) {
   CUdeviceptr at = 0;
   check_driver(driver().reserve(&at, mapped, 0, 0, 0), "cuMemAddressReserve");
@@ -120,7 +100,7 @@ DeviceMemory DeviceMemory::create(int device, size_t bytes, Sharing sharing, con
   memory.size_ = bytes;
   if (sharing == Sharing::ipc) {
     void* data = nullptr;
-    check(cudaMalloc(&data, bytes), "cudaMalloc");
+    check_runtime(cudaMalloc(&data, bytes), "cudaMalloc");
     memory.data_ = static_cast<std::byte*>(data);
     memory.kind_ = Kind::malloced;
     for (int other : devices) {
@@ -169,7 +149,7 @@ DeviceMemory DeviceMemory::open(int device, size_t bytes, const IpcHandle& handl
   static_assert(sizeof(native) == sizeof(IpcHandle));
   std::memcpy(&native, handle.data(), sizeof(native));
   void* data = nullptr;
-  check(cudaIpcOpenMemHandle(&data, native, cudaIpcMemLazyEnablePeerAccess), "cudaIpcOpenMemHandle");
+  check_runtime(cudaIpcOpenMemHandle(&data, native, cudaIpcMemLazyEnablePeerAccess), "cudaIpcOpenMemHandle");
   DeviceMemory memory;
   memory.device_ = device;
   memory.size_ = bytes;
@@ -213,7 +193,7 @@ UniqueFd DeviceMemory::export_fd() const {
 DeviceMemory::IpcHandle DeviceMemory::export_ipc() const {
   const OnDevice on(device_);
   cudaIpcMemHandle_t native;
-  check(cudaIpcGetMemHandle(&native, data_), "cudaIpcGetMemHandle");
+  check_runtime(cudaIpcGetMemHandle(&native, data_), "cudaIpcGetMemHandle");
   IpcHandle handle;
   std::memcpy(handle.data(), &native, sizeof(native));
   return handle;
@@ -221,7 +201,7 @@ DeviceMemory::IpcHandle DeviceMemory::export_ipc() const {
 
 std::string device_uuid(int device) {
   cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  check_runtime(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
   std::string text;
   for (const char byte : properties.uuid.bytes) {
     char hex[3];
@@ -238,7 +218,7 @@ void enable_peer(int device, int peer) {
     cudaGetLastError();
     return;
   }
-  check(status, "cudaDeviceEnablePeerAccess");
+  check_runtime(status, "cudaDeviceEnablePeerAccess");
 }
 
 namespace {
@@ -269,7 +249,7 @@ RegisteredHost::RegisteredHost(std::byte* data, size_t bytes) : data_(data) {
     cudaError_t status = cudaHostRegister(data, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
     if (status == cudaSuccess && (status = cudaHostGetDevicePointer(&device, data, 0)) != cudaSuccess) cudaHostUnregister(data);
     if (status != cudaSuccess) known.entries.erase(data);
-    check(status, "cudaHostRegister");
+    check_runtime(status, "cudaHostRegister");
     entry.device_data = static_cast<std::byte*>(device);
   }
   entry.owners++;

@@ -5,13 +5,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
+#include <map>
 #include <pthread.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "core/error.h"
-#include "transfer/kv_put.h"
 
 namespace tpla {
 
@@ -21,8 +21,6 @@ constexpr uint64_t kFileMagic = 0x31304b4c42415054;  // "TPABLK01"
 constexpr uint64_t kSlotMagic = 0x31304b4c42544c53;  // "SLTBLK01"
 constexpr size_t kIdBytes = 32;
 constexpr std::chrono::milliseconds kLockTimeout{2000};
-
-size_t aligned(size_t bytes) { return (bytes + kIoAlignment - 1) / kIoAlignment * kIoAlignment; }
 
 // FNV-1a: a header is a hundred bytes.
 uint64_t hash_of(const void* data, size_t bytes) {
@@ -39,7 +37,7 @@ struct FileHeader {
   int32_t rope;
   int32_t page_tokens;
   uint32_t dtype;
-  uint32_t padding;
+  int32_t pages_per_block;
   uint64_t hash;
 };
 
@@ -67,30 +65,25 @@ bool is_sealed(const Header& header, uint64_t magic) {
 
 [[noreturn]] void fail(const std::string& what, const std::string& path) { throw Error("IO_FAILED", what + " " + path + ": " + std::strerror(errno)); }
 
-struct Free {
-  void operator()(std::byte* memory) const { std::free(memory); }
-};
-using AlignedMemory = std::unique_ptr<std::byte, Free>;
-
-AlignedMemory aligned_memory(size_t bytes) {
-  AlignedMemory memory(static_cast<std::byte*>(std::aligned_alloc(kIoAlignment, aligned(bytes))));
-  if (!memory) throw Error("OUT_OF_MEMORY", "no memory for a buffer of " + std::to_string(bytes) + " bytes");
-  std::memset(memory.get(), 0, aligned(bytes));
-  return memory;
+// Canonical ones have no shared columns to differ in.
+bool is_same(const KvLayout& a, const KvLayout& b) {
+  return a.form == b.form && a.ranks == b.ranks && a.layers == b.layers && a.latent == b.latent && a.rope == b.rope && a.dtype == b.dtype && a.page_tokens == b.page_tokens;
 }
 
 }  // namespace
 
 // What a thread moves blocks with.
-struct BlockFile::Buffers {
+struct BlockFile::Tools {
   std::unique_ptr<FileIo> io;
-  AlignedMemory header;
-  AlignedMemory payload;
+  IoMemory header;
+  // By device, -1 for the host.
+  std::map<int, std::unique_ptr<BlockMover>> movers;
 };
 
 BlockFile::BlockFile(const BlockFileOptions& options, Engine engine)
-    : layout_(options.layout), payload_bytes_(layout_.token_bytes() * size_t(layout_.page_tokens)), stride_(kIoAlignment + aligned(payload_bytes_)), engine_(engine),
-      depth_(options.depth) {
+    : layout_(options.layout), pages_per_block_(options.pages_per_block),
+      stride_(kIoAlignment + io_aligned(layout_.token_bytes() * size_t(layout_.page_tokens) * size_t(pages_per_block_))), engine_(engine), depth_(options.depth),
+      device_movers_(options.device_movers) {
   if (layout_.form != KvForm::mla || layout_.memories() != 1) throw Error("REQUEST_INVALID", "a block file holds canonical blocks (mla, one rank)");
   const uint64_t slots = options.bytes < kIoAlignment ? 0 : (options.bytes - kIoAlignment) / stride_;
   if (slots < 1) throw Error("REQUEST_INVALID", std::to_string(options.bytes) + " bytes hold no block, which takes " + std::to_string(stride_ + kIoAlignment));
@@ -98,6 +91,7 @@ BlockFile::BlockFile(const BlockFileOptions& options, Engine engine)
   if (engine != Engine::threads) uses_uring_ = make_uring_io(1) != nullptr;
   if (engine == Engine::uring && !uses_uring_) throw Error("IO_FAILED", "the kernel refuses io_uring");
   open_file(options.path);
+  if (engine == Engine::cufile) std::call_once(device_once_, [this] { choose_for_device(); });
   for (int i = 0; i < options.threads; i++) {
     threads_.emplace_back([this] {
       pthread_setname_np(pthread_self(), "tpla-blocks");
@@ -116,15 +110,11 @@ BlockFile::~BlockFile() {
 }
 
 void BlockFile::open_file(const std::string& path) {
-  file_ = UniqueFd(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_DIRECT, 0600));
-  is_direct_ = bool(file_);
-  // Where the filesystem knows no direct I/O, the page cache does.
-  if (!file_ && errno == EINVAL) file_ = UniqueFd(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
-  if (!file_) fail("cannot open the block file", path);
+  file_ = open_io_file(path, &is_direct_);
   lock_file(path);
-  FileHeader wanted{kFileMagic, layout_.layers, layout_.latent, layout_.rope, layout_.page_tokens, static_cast<uint32_t>(layout_.dtype), 0, 0};
+  FileHeader wanted{kFileMagic, layout_.layers, layout_.latent, layout_.rope, layout_.page_tokens, static_cast<uint32_t>(layout_.dtype), pages_per_block_, 0};
   seal(wanted);
-  const AlignedMemory block = aligned_memory(kIoAlignment);
+  const IoMemory block = make_io_memory(kIoAlignment);
   const std::unique_ptr<FileIo> io = make_plain_io();
   const bool is_ours = io->read(file_.get(), block.get(), kIoAlignment, 0) && std::memcmp(block.get(), &wanted, sizeof(wanted)) == 0;
   if (!is_ours) {
@@ -170,38 +160,82 @@ void BlockFile::run_tasks() {
   }
 }
 
-BlockFile::Buffers& BlockFile::buffers() {
+std::unique_ptr<FileIo> BlockFile::make_io() const {
+  std::unique_ptr<FileIo> io = uses_uring_ ? make_uring_io(depth_) : nullptr;
+  return io ? std::move(io) : make_plain_io();
+}
+
+BlockFile::Tools& BlockFile::tools() {
   // A thread serves one file.
-  thread_local Buffers own;
+  thread_local Tools own;
   if (!own.io) {
-    own.io = uses_uring_ ? make_uring_io(depth_) : nullptr;
-    if (!own.io) own.io = make_plain_io();
-    own.header = aligned_memory(kIoAlignment);
-    own.payload = aligned_memory(payload_bytes_);
+    own.io = make_io();
+    own.header = make_io_memory(kIoAlignment);
   }
   return own;
 }
 
+void BlockFile::choose_for_device() {
+  try {
+    if (engine_ == Engine::cufile || (engine_ == Engine::automatic && CuFile::shared().reaches(file_.get()))) {
+      cufile_ = std::make_shared<const CuFileHandle>(file_.get());
+    }
+    if (engine_ == Engine::automatic && !cufile_) passed_over_ = CuFile::shared().describe() + (CuFile::shared().has_gds() ? ", not for this filesystem" : "");
+  } catch (const Error& error) {
+    if (engine_ == Engine::cufile) throw;
+    passed_over_ = error.what();
+  }
+}
+
+BlockFile::Mechanism BlockFile::mechanism(const KvRegion& region) {
+  if (region.device < 0) {
+    if (engine_ == Engine::cufile) throw Error("REQUEST_INVALID", "cuFile moves GPU memory; these pages are in host memory");
+    return uses_uring_ ? Mechanism::uring : Mechanism::threads;
+  }
+  if (device_movers_ == nullptr) throw Error("REQUEST_INVALID", "this addon was built without CUDA; build it with TPLA_CUDA=on");
+  std::call_once(device_once_, [this] { choose_for_device(); });
+  if (cufile_) return cufile_->is_gds() ? Mechanism::cufile_gds : Mechanism::cufile_compat;
+  return uses_uring_ ? Mechanism::uring : Mechanism::threads;
+}
+
+BlockMover& BlockFile::mover_of(const KvRegion& region) {
+  std::unique_ptr<BlockMover>& mover = tools().movers[region.device];
+  if (!mover) {
+    mechanism(region);
+    if (region.device < 0) mover = make_host_mover(make_io());
+    else mover = cufile_ ? device_movers_->cufile(region.device, cufile_) : device_movers_->staged(region.device, make_io());
+  }
+  return *mover;
+}
+
+void BlockFile::check_block(const BlockPages& block, const BlockRecord& record) const {
+  if (!is_same(block.region->layout, layout_)) throw Error("REQUEST_INVALID", "these pages have another layout than the block file");
+  const size_t filled = (size_t(record.tokens) + layout_.page_tokens - 1) / layout_.page_tokens;
+  if (block.pages.empty() || block.pages.size() != filled || filled > size_t(pages_per_block_)) {
+    throw Error("REQUEST_INVALID", std::to_string(block.pages.size()) + " pages came for " + std::to_string(record.tokens) + " tokens; a block has up to " +
+                                       std::to_string(pages_per_block_) + " pages of " + std::to_string(layout_.page_tokens));
+  }
+}
+
 std::vector<std::pair<int, BlockRecord>> BlockFile::scan() {
-  Buffers& use = buffers();
+  Tools& use = tools();
   std::vector<std::pair<int, BlockRecord>> found;
   for (int slot = 0; slot < slots_; slot++) {
     if (!use.io->read(file_.get(), use.header.get(), kIoAlignment, offset_of(slot))) break;
     SlotHeader header;
     std::memcpy(&header, use.header.get(), sizeof(header));
     if (!is_sealed(header, kSlotMagic) || header.slot != uint64_t(slot)) continue;
-    if (header.tokens < 1 || header.tokens > uint32_t(layout_.page_tokens)) continue;
+    if (header.tokens < 1 || header.tokens > uint32_t(layout_.page_tokens * pages_per_block_)) continue;
     found.push_back({slot, {std::string(header.id, kIdBytes), header.index, header.tokens, header.checksum}});
   }
   return found;
 }
 
-void BlockFile::write(int slot, const KvRegion& region, int page, const BlockRecord& record) {
+void BlockFile::write(int slot, const BlockPages& from, const BlockRecord& record) {
   if (record.id.size() != kIdBytes) throw Error("REQUEST_INVALID", "a block id has " + std::to_string(kIdBytes) + " characters");
+  check_block(from, record);
   erase(slot);
-  Buffers& use = buffers();
-  for (int layer = 0; layer < layout_.layers; layer++) std::memcpy(use.payload.get() + layout_.page_bytes(layer) * layer, region.page(0, layer, page), layout_.page_bytes(layer));
-  use.io->write(file_.get(), use.payload.get(), aligned(payload_bytes_), offset_of(slot) + kIoAlignment);
+  mover_of(*from.region).write(from, file_.get(), offset_of(slot) + kIoAlignment);
   SlotHeader header{};
   header.magic = kSlotMagic;
   header.slot = static_cast<uint64_t>(slot);
@@ -210,13 +244,15 @@ void BlockFile::write(int slot, const KvRegion& region, int page, const BlockRec
   header.checksum = record.checksum;
   header.tokens = record.tokens;
   seal(header);
+  Tools& use = tools();
   std::memset(use.header.get(), 0, kIoAlignment);
   std::memcpy(use.header.get(), &header, sizeof(header));
   use.io->write(file_.get(), use.header.get(), kIoAlignment, offset_of(slot));
 }
 
-bool BlockFile::read(int slot, const KvRegion& region, int page, const BlockRecord& record) {
-  Buffers& use = buffers();
+bool BlockFile::read(int slot, const BlockPages& to, const BlockRecord& record) {
+  check_block(to, record);
+  Tools& use = tools();
   if (!use.io->read(file_.get(), use.header.get(), kIoAlignment, offset_of(slot))) return false;
   SlotHeader header;
   std::memcpy(&header, use.header.get(), sizeof(header));
@@ -224,18 +260,20 @@ bool BlockFile::read(int slot, const KvRegion& region, int page, const BlockReco
       header.tokens != record.tokens || header.checksum != record.checksum) {
     return false;
   }
-  if (!use.io->read(file_.get(), use.payload.get(), aligned(payload_bytes_), offset_of(slot) + kIoAlignment)) return false;
-  for (int layer = 0; layer < layout_.layers; layer++) std::memcpy(region.page(0, layer, page), use.payload.get() + layout_.page_bytes(layer) * layer, layout_.page_bytes(layer));
+  BlockMover& mover = mover_of(*to.region);
+  if (!mover.read(to, file_.get(), offset_of(slot) + kIoAlignment)) return false;
+  // The sums of its pages add up to that of the block.
   PageTables table;
-  table.tables.emplace_back(record.index + 1, 0);
-  table.tables[0].back() = page;
-  const int first = static_cast<int>(record.index) * layout_.page_tokens;
-  const std::vector<uint64_t> sums = kv_checksum(region, table, {0, layout_.layers}, {first, first + static_cast<int>(record.tokens)});
-  return sums.size() == 1 && sums[0] == record.checksum;
+  table.tables.emplace_back(record.index * size_t(pages_per_block_), 0);
+  table.tables[0].insert(table.tables[0].end(), to.pages.begin(), to.pages.end());
+  const int first = static_cast<int>(record.index) * pages_per_block_ * layout_.page_tokens;
+  uint64_t sum = 0;
+  for (const uint64_t page : mover.checksum(to.region, table, {0, layout_.layers}, {first, first + static_cast<int>(record.tokens)})) sum += page;
+  return sum == record.checksum;
 }
 
 void BlockFile::erase(int slot) {
-  Buffers& use = buffers();
+  Tools& use = tools();
   std::memset(use.header.get(), 0, kIoAlignment);
   use.io->write(file_.get(), use.header.get(), kIoAlignment, offset_of(slot));
 }

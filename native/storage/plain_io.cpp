@@ -1,5 +1,6 @@
 #include <cerrno>
 #include <cstring>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include "core/error.h"
@@ -33,6 +34,21 @@ class PlainIo : public FileIo {
 };
 
 }  // namespace
+
+IoMemory make_io_memory(size_t bytes) {
+  IoMemory memory(static_cast<std::byte*>(std::aligned_alloc(kIoAlignment, io_aligned(bytes))));
+  if (!memory) throw Error("OUT_OF_MEMORY", "no memory for a buffer of " + std::to_string(bytes) + " bytes");
+  std::memset(memory.get(), 0, io_aligned(bytes));
+  return memory;
+}
+
+UniqueFd open_io_file(const std::string& path, bool* is_direct) {
+  UniqueFd file(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_DIRECT, 0600));
+  *is_direct = bool(file);
+  if (!file && errno == EINVAL) file = UniqueFd(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+  if (!file) throw Error("IO_FAILED", "cannot open the file " + path + ": " + std::strerror(errno));
+  return file;
+}
 
 std::unique_ptr<FileIo> make_plain_io() { return std::make_unique<PlainIo>(); }
 

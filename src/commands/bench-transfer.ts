@@ -1,16 +1,18 @@
 import { writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { Flags } from '@oclif/core';
-import { expand, MODELS, type BenchCase, type KvShape, type ModelName } from '../bench/transfer/cases.js';
+import { expand, expandStorage, MODELS, STORAGE_DIRECTIONS, type BenchCase, type KvShape, type ModelName } from '../bench/transfer/cases.js';
 import { collationCases, collationTable } from '../bench/transfer/collation.js';
 import { benchTransfer, benchTransferBesidePrefill, serveBench, type BenchOptions } from '../bench/transfer/command.js';
 import { overlapTable, type OverlapRow } from '../bench/transfer/overlap.js';
-import { availablePaths, BENCH_PATHS } from '../bench/transfer/paths.js';
+import { availablePaths, BENCH_PATHS, isHandoff } from '../bench/transfer/paths.js';
 import { plotOf, tableOf, toCsv, type BenchRow } from '../bench/transfer/rows.js';
 import { timelineTable } from '../bench/transfer/timeline.js';
 import { BaseCommand } from '../cli/base_command.js';
 import { TplaError } from '../errors.js';
 import { createLogger } from '../log.js';
-import { PATHS, type TransferPath } from '../transfer/types.js';
+import { STORAGE_ENGINES } from '../native/types.js';
+import { DIRECTIONS, PATHS, type TransferPath } from '../transfer/types.js';
 
 export default class BenchTransfer extends BaseCommand {
   static override summary = 'Measure KV hand-offs between two processes, verified';
@@ -25,6 +27,9 @@ Without --listen or --connect the other end is started here and ended afterwards
 Paths:
 ${Object.entries(BENCH_PATHS).map(([name, { summary }]) => `  ${name.padEnd(14)}  ${summary}`).join('\n')}
 
+nvme hands nothing off: blocks of a sequence go from pages to a file and back, verified, and the path column says what moved them: cufile-gds
+(GPUDirect Storage), cufile-compat (cuFile through host memory), io_uring or threads. Its plain copy is one file written or read from begin to end.
+
 --preset collation reproduces LMCache's experiment: 16-token pages against 128-token slabs, by a call a piece and in one pass.
 --preset overlap computes prefill's attention of the prompt on the first GPU and pushes each group of layers as it is computed: how much later than
 without a hand-off decode has the prompt.`;
@@ -33,6 +38,7 @@ without a hand-off decode has the prompt.`;
     '<%= config.bin %> <%= command.id %> --page-tokens 16,64,256 --view mla,tpla2,tpla2+64,dcp2 --path shm,tcp --csv sweep.csv --plot sweep.svg',
     '<%= config.bin %> <%= command.id %> --preset collation --path all',
     '<%= config.bin %> <%= command.id %> --path cuda-fd --target-dtype fp8 --require-path cuda-fd --json',
+    '<%= config.bin %> <%= command.id %> --path nvme --directory /mnt/nvme --memory host,gpu --page-tokens 16,64 --pages-per-block 1,8 --queue-depth 4,16,64',
     '<%= config.bin %> <%= command.id %> --listen tcp://10.0.0.2:7400',
     '<%= config.bin %> <%= command.id %> --connect tcp://10.0.0.2:7400 --path tcp',
   ];
@@ -43,8 +49,8 @@ without a hand-off decode has the prompt.`;
     latent: Flags.integer({ min: 1, max: 65536, description: "in place of the model's" }),
     rope: Flags.integer({ min: 0, max: 65536, description: "in place of the model's" }),
     tokens: Flags.string({ default: '7500', description: 'tokens of the prompt; list' }),
-    path: Flags.string({ default: 'shm', description: 'how bytes move, see above; list, or all that this machine has' }),
-    direction: Flags.string({ default: 'push', description: 'push: prefill writes; pull: decode reads; list' }),
+    path: Flags.string({ default: 'shm', description: 'how bytes move, see above; list, or all hand-offs that this machine has' }),
+    direction: Flags.string({ description: 'push: prefill writes (default); pull: decode reads; of nvme write, read (default both); list' }),
     view: Flags.string({ default: 'mla', description: "decode's layout: mla, tplaN, tplaN+SHARED, tplaN+SHARED/SHARED (layers by turns), dcpN, dpN; list" }),
     'page-tokens': Flags.string({ default: '64', description: "tokens of prefill's pages: with the row they make the piece; list" }),
     'target-page-tokens': Flags.string({ description: "tokens of decode's pages; list; default as prefill's" }),
@@ -52,6 +58,12 @@ without a hand-off decode has the prompt.`;
     'target-dtype': Flags.string({ description: "decode's KV; list; default as prefill's" }),
     'layers-per-push': Flags.string({ description: 'layers that one call covers; list; default a quarter' }),
     'tokens-per-push': Flags.string({ description: 'tokens that one call covers; list; default all' }),
+    directory: Flags.string({ description: 'where nvme keeps its files while it runs; default the temporary directory' }),
+    memory: Flags.string({ description: 'of nvme: host (default), gpu; list' }),
+    mechanism: Flags.string({ description: `what moves nvme's blocks: ${STORAGE_ENGINES.join(', ')}; auto (default) takes the best there is; list` }),
+    'pages-per-block': Flags.string({ description: "pages that lie together in nvme's file; list; default 1" }),
+    'queue-depth': Flags.string({ description: "pieces of a block that io_uring keeps under way for nvme; list; default 16" }),
+    threads: Flags.string({ description: 'blocks that nvme moves at a time; list; default 2' }),
     preset: Flags.string({ options: ['collation', 'overlap'], description: 'an experiment in place of the sweep, see above' }),
     heads: Flags.integer({ min: 1, max: 1024, default: 128, description: 'attention heads of --preset overlap' }),
     iterations: Flags.integer({ min: 1, default: 20, description: 'measured hand-offs a row' }),
@@ -73,11 +85,16 @@ without a hand-off decode has the prompt.`;
       return { rows: [] };
     }
     const cases = casesOf(flags);
+    const notes = new Set<string>();
     const isQuiet = this.jsonEnabled() || cases.length === 1;
     const options: BenchOptions = {
       iterations: flags.iterations, warmup: flags.warmup, verify: flags.verify, requirePath: flags['require-path'] as TransferPath | undefined,
       log: createLogger('bench-transfer', 'prefill', 'error'),
-      onRow: (row) => { if (!isQuiet) process.stderr.write(`${row.path} ${row.view} ${row.piece_bytes} B: ${row.gb_per_s.toFixed(2)} GB/s\n`); },
+      onRow: (row) => {
+        if (row.storage?.passed_over) notes.add(`GPU memory goes through host memory: ${row.storage.passed_over}`);
+        if (row.storage?.direct_io === false) notes.add(`the filesystem of ${flags.directory ?? tmpdir()} knows no direct I/O: its page cache is measured, not a disk`);
+        if (!isQuiet) process.stderr.write(`${row.path} ${row.view} ${row.piece_bytes} B: ${row.gb_per_s.toFixed(2)} GB/s\n`);
+      },
     };
     if (flags.timeline) options.onTimeline = (what, handoffs) => this.log(`${what.path} ${what.view}, ${what.tokens} tokens\n${timelineTable(handoffs)}`);
     if (flags.preset === 'overlap') {
@@ -88,6 +105,7 @@ without a hand-off decode has the prompt.`;
     }
     const rows = await benchTransfer(cases, flags.connect, options);
     this.log(flags.preset === 'collation' ? collationTable(rows) : tableOf(rows));
+    for (const note of notes) process.stderr.write(`${note}\n`);
     if (flags.csv !== undefined) writeFileSync(flags.csv, toCsv(rows));
     if (flags.plot !== undefined) writeFileSync(flags.plot, plotOf(rows));
     return { rows };
@@ -101,7 +119,7 @@ interface CaseFlags {
   rope: number | undefined;
   tokens: string;
   path: string;
-  direction: string;
+  direction: string | undefined;
   view: string;
   'page-tokens': string;
   'target-page-tokens': string | undefined;
@@ -110,26 +128,63 @@ interface CaseFlags {
   'layers-per-push': string | undefined;
   'tokens-per-push': string | undefined;
   preset: string | undefined;
+  directory: string | undefined;
+  memory: string | undefined;
+  mechanism: string | undefined;
+  'pages-per-block': string | undefined;
+  'queue-depth': string | undefined;
+  threads: string | undefined;
+  'require-path': string | undefined;
 }
 
 function casesOf(flags: CaseFlags): BenchCase[] {
   const model = MODELS[flags.model as ModelName];
   const shape: KvShape = { layers: flags.layers ?? model.layers, latent: flags.latent ?? model.latent, rope: flags.rope ?? model.rope };
   const paths = flags.path === 'all' ? availablePaths() : words(flags.path);
-  const layersPerPush = flags['layers-per-push'] === undefined ? [Math.ceil(shape.layers / 4)] : numbers('layers-per-push', flags['layers-per-push']);
   const tokens = numbers('tokens', flags.tokens);
+  const layersPerPush = flags['layers-per-push'] === undefined ? [Math.ceil(shape.layers / 4)] : numbers('layers-per-push', flags['layers-per-push']);
+  const handoffs = paths.filter(isHandoff);
+  const hasStorage = handoffs.length < paths.length;
+  checkStorageFlags(flags, handoffs.length > 0, hasStorage);
   if (flags.preset === 'collation') return collationCases(paths, shape, tokens[0]!, layersPerPush[0]!);
-  return expand({
-    shape, paths, directions: words(flags.direction), tokens, views: words(flags.view),
-    pageTokens: numbers('page-tokens', flags['page-tokens']), targetPageTokens: numbers('target-page-tokens', flags['target-page-tokens']),
-    dtypes: words(flags.dtype), targetDTypes: words(flags['target-dtype']),
-    layersPerPush, tokensPerPush: numbers('tokens-per-push', flags['tokens-per-push']),
+  const directions = words(flags.direction);
+  const of = (known: readonly string[], otherwise: string[]) => (directions.length === 0 ? otherwise : directions.filter((direction) => known.includes(direction)));
+  const [dtypes, pageTokens] = [words(flags.dtype), numbers('page-tokens', flags['page-tokens'])];
+  const storage = !hasStorage ? [] : expandStorage({
+    shape, directory: flags.directory ?? tmpdir(), directions: of(STORAGE_DIRECTIONS, [...STORAGE_DIRECTIONS]), tokens, dtypes, pageTokens,
+    pagesPerBlock: numbersOr(1, 'pages-per-block', flags['pages-per-block']), memories: words(flags.memory ?? 'host'), engines: words(flags.mechanism ?? 'auto'),
+    queueDepths: numbersOr(16, 'queue-depth', flags['queue-depth']), threads: numbersOr(2, 'threads', flags.threads),
   });
+  return [...expand({
+    shape, paths: handoffs, directions: of(DIRECTIONS, ['push']), tokens, views: words(flags.view),
+    pageTokens, targetPageTokens: numbers('target-page-tokens', flags['target-page-tokens']),
+    dtypes, targetDTypes: words(flags['target-dtype']),
+    layersPerPush, tokensPerPush: numbers('tokens-per-push', flags['tokens-per-push']),
+  }), ...storage];
+}
+
+const STORAGE_FLAGS = ['directory', 'memory', 'mechanism', 'pages-per-block', 'queue-depth', 'threads'] as const;
+const HANDOFF_FLAGS = ['target-page-tokens', 'target-dtype', 'layers-per-push', 'tokens-per-push', 'require-path'] as const;
+
+/** Refuses what would be left out in silence. */
+function checkStorageFlags(flags: CaseFlags, hasHandoff: boolean, hasStorage: boolean): void {
+  const known: readonly string[] = [...(hasHandoff ? DIRECTIONS : []), ...(hasStorage ? STORAGE_DIRECTIONS : [])];
+  const stray = words(flags.direction).find((direction) => !known.includes(direction));
+  if (stray !== undefined) throw new TplaError('USAGE', `direction "${stray}" is none of ${known.join(', ')}, which --path ${flags.path} takes`);
+  const lost = hasStorage ? undefined : STORAGE_FLAGS.find((flag) => flags[flag] !== undefined);
+  if (lost !== undefined) throw new TplaError('USAGE', `--${lost} is for --path nvme`);
+  if (hasStorage && flags.preset !== undefined) throw new TplaError('USAGE', `--preset ${flags.preset} is for hand-offs, and path nvme is none`);
+  if (hasHandoff) return;
+  const unused = HANDOFF_FLAGS.find((flag) => flags[flag] !== undefined);
+  if (unused !== undefined) throw new TplaError('USAGE', `--${unused} is for hand-offs, and path nvme is none${unused === 'require-path' ? '; --mechanism says what must move its blocks' : ''}`);
+  if (flags.view !== 'mla') throw new TplaError('USAGE', `--view ${flags.view}: blocks on a disk are canonical, path nvme takes mla`);
 }
 
 function words(list: string | undefined): string[] {
   return list === undefined ? [] : list.split(',').map((word) => word.trim()).filter((word) => word !== '');
 }
+
+const numbersOr = (otherwise: number, flag: string, list: string | undefined): number[] => (list === undefined ? [otherwise] : numbers(flag, list));
 
 function numbers(flag: string, list: string | undefined): number[] {
   return words(list).map((word) => {

@@ -76,3 +76,8 @@ export function setUcxEnvironment(options: Record<string, string>, env: Environm
   for (const [name, value] of Object.entries(UCX_DEFAULTS)) env[name] ??= value;
   Object.assign(env, options);
 }
+
+/** cuFile keeps a log in cufile.log of the current directory unless it is told where; where it cannot open one it says so on our standard output. What the user has set stays. */
+export function setCuFileEnvironment(env: Environment = process.env): void {
+  env['CUFILE_LOGFILE_PATH'] ??= '/dev/null';
+}

@@ -1,4 +1,4 @@
-import { nixlLibraryFromEnv, setUcxEnvironment } from '../config/env.js';
+import { nixlLibraryFromEnv, setCuFileEnvironment, setUcxEnvironment } from '../config/env.js';
 import { toTplaError } from '../errors.js';
 import { native } from '../native/loader.js';
 import type { ProbeResult } from '../native/types.js';
@@ -37,8 +37,9 @@ const OPEN_FILES_WANTED = 4096;
 export async function examine(version: string): Promise<Examination> {
   const limits = readLimits();
   const facts = { version, node: process.version, platform: `${process.platform}-${process.arch}`, limits };
-  // The probe loads UCX, which reads its settings then.
+  // The probe loads UCX and cuFile, which read their settings then.
   setUcxEnvironment({});
+  setCuFileEnvironment();
   let probe: ProbeResult;
   try {
     probe = native().probe();
@@ -51,22 +52,34 @@ export async function examine(version: string): Promise<Examination> {
     addon: { loaded: true, error: null },
     cpu: probe.cpu,
     cuda: { ...probe.cuda, devices: probe.cuda.devices.map(({ memoryBytes, ...device }) => ({ ...device, memory_bytes: memoryBytes })) },
-    libraries: [...await Promise.all(probe.libraries.map(askUcx)), await askNixl()],
+    libraries: [...await Promise.all(probe.libraries.map(askLibrary)), await askNixl()],
     findings: [...machineFindings(probe), ...limitFindings(limits)],
   };
 }
 
-/** UCX says itself which transports it has here. */
-async function askUcx(library: ProbeResult['libraries'][number]): Promise<ProbeResult['libraries'][number]> {
-  if (library.name !== 'UCX' || library.path === null) return library;
+type Library = ProbeResult['libraries'][number];
+
+/** What a library says itself of this machine, where it can be asked. */
+async function askLibrary(library: Library): Promise<Library> {
+  const ask = library.path === null ? undefined : ASKABLE[library.name];
+  if (!ask) return library;
   try {
-    const ucx = await native().openUcx(library.path);
-    ucx.close();
-    return { ...library, detail: describeUcx(ucx) };
+    return { ...library, detail: await ask(library.path!) };
   } catch (error) {
     return { ...library, detail: toTplaError(error).message };
   }
 }
+
+const ASKABLE: Record<string, (path: string) => string | Promise<string>> = {
+  /** Which transports it has here. */
+  UCX: async (path) => {
+    const ucx = await native().openUcx(path);
+    ucx.close();
+    return describeUcx(ucx);
+  },
+  /** Whether it is GPUDirect Storage or its compatibility mode. */
+  cuFile: () => native().describeCuFile().detail,
+};
 
 /** NIXL says which plug-ins it has; its usual backend, where it starts, which memory it carries. */
 async function askNixl(): Promise<ProbeResult['libraries'][number]> {

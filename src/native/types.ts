@@ -417,6 +417,9 @@ export interface BlockRecord {
   checksum: string;
 }
 
+/** What moves pages between memory and a file: cuFile by GPUDirect Storage or in its compatibility mode, io_uring, or plain calls of threads. */
+export type StorageMechanism = 'cufile-gds' | 'cufile-compat' | 'io_uring' | 'threads';
+
 /** Canonical blocks in the slots of one file (native/storage/block_file.h). Calls queue up behind its threads; pages are the caller's while one is under way. */
 export interface BlockFile {
   readonly engine: 'io_uring' | 'threads';
@@ -427,10 +430,13 @@ export interface BlockFile {
   readonly slots: number;
   /** What the slots say they hold; rows are verified when they are read. */
   scan(): Promise<(BlockRecord & { slot: number })[]>;
-  write(slot: number, region: KvRegion, page: number, record: BlockRecord): Promise<void>;
+  /** In host memory, or of one GPU; a page, or as many as the record's tokens fill, in their order. */
+  write(slot: number, region: KvRegion | KvArena, pages: number | Int32Array, record: BlockRecord): Promise<void>;
   /** False where the slot does not hold, whole, what the record says. */
-  read(slot: number, region: KvRegion, page: number, record: BlockRecord): Promise<boolean>;
+  read(slot: number, region: KvRegion | KvArena, pages: number | Int32Array, record: BlockRecord): Promise<boolean>;
   erase(slot: number): Promise<void>;
+  /** What moves this memory, and for GPU memory why not GPUDirect Storage. The first question about GPU memory loads cuFile. */
+  mechanism(region: KvRegion | KvArena): Promise<{ mechanism: StorageMechanism; passedOver: string | null }>;
   /** Waits for what is under way. */
   close(): void;
 }
@@ -443,7 +449,21 @@ export interface BlockFileOptions {
   /** Transfers at a time, and pieces of one under way at a time. */
   threads: number;
   depth: number;
-  engine?: 'auto' | 'io_uring' | 'threads';
+  /** 1 when left out. */
+  pagesPerBlock?: number;
+  /** auto: GPU memory by cuFile where that is GPUDirect Storage, else through pinned host memory. With cufile nothing but GPU memory is moved. */
+  engine?: StorageEngine;
+}
+
+export const STORAGE_ENGINES = ['auto', 'cufile', 'io_uring', 'threads'] as const;
+export type StorageEngine = (typeof STORAGE_ENGINES)[number];
+
+/** A file from its begin to its end, by one thread: what blocks on disk are measured against. Times in seconds. */
+export interface PlainFile {
+  readonly direct: boolean;
+  write(bytes: number): Promise<number>;
+  read(bytes: number): Promise<number>;
+  close(): void;
 }
 
 // ---------------------------------------------------------------- module
@@ -457,6 +477,10 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   measureCpu(threads: number, isa?: string): CpuRates;
   /** Throws IO_FAILED, REQUEST_INVALID where `bytes` hold no block. */
   openBlockFile(options: BlockFileOptions): BlockFile;
+  /** For benchmarks. Makes the file. */
+  openPlainFile(path: string, engine: StorageEngine, depth: number): PlainFile;
+  /** What cuFile says of itself. Loads it; throws REQUEST_INVALID where it is not installed or does not start. */
+  describeCuFile(): { path: string; version: string; gds: boolean; detail: string };
   /** Loads UCX from the absolute path of libucp, under the UCX_… settings of the environment. Throws CONFIG_INVALID saying what is wrong with either. */
   openUcx(library: string): Promise<Ucx>;
   /** Loads NIXL's C API from a file, or by a name that the loader knows, and starts the named backends; none just asks for plug-ins. Throws CONFIG_INVALID. */

@@ -68,6 +68,77 @@ for (const engine of ['io_uring', 'threads'] as const) {
   }
 }
 
+for (const engine of ['io_uring', 'threads'] as const) {
+  test(`blocks of several pages are one record, and the last one may be shorter: ${engine}`, async () => {
+    const layout = { ...ODD, pageTokens: 16 };
+    const arena = filled(layout, 12);
+    const file = path();
+    const blocks = open({ path: file, layout, engine, pagesPerBlock: 4 });
+    assert.equal(await blocks.mechanism(arena), { mechanism: engine, passedOver: null });
+    const records = await Promise.all(([[0, Int32Array.of(5, 1, 3, 0), 64], [1, Int32Array.of(2, 4), 21]] as const).map(async ([index, pages, tokens]) => {
+      const table = new Int32Array(index * 4 + pages.length);
+      table.set(pages, index * 4);
+      const sums = await addon.kvChecksum(arena, [0, layout.layers], [index * 64, index * 64 + tokens], [table]);
+      return { pages, record: { id: id(index), index, tokens, checksum: String(sums.reduce((sum, one) => BigInt.asUintN(64, sum + one), 0n)) } };
+    }));
+    await Promise.all(records.map(({ pages, record: entry }, slot) => blocks.write(slot, arena, pages, entry)));
+    blocks.close();
+    // A block is not a page: the same file with another cut is another file.
+    const again = open({ path: file, layout, engine, pagesPerBlock: 4 });
+    assert.equal(await again.scan(), records.map(({ record: entry }, slot) => ({ slot, ...entry })));
+    assert.ok(await again.read(0, arena, Int32Array.of(8, 9, 10, 11), records[0]!.record));
+    for (const [from, to] of [[5, 8], [1, 9], [3, 10], [0, 11]] as const) assert.is(Buffer.compare(pageOf(arena, from), pageOf(arena, to)), 0);
+    assert.ok(await again.read(1, arena, Int32Array.of(6, 7), records[1]!.record));
+    // Pages in another order are not what was stored.
+    const swapped = Int32Array.of(7, 6);
+    assert.ok(await again.read(1, arena, swapped, records[1]!.record));
+    assert.is(Buffer.compare(pageOf(arena, 2), pageOf(arena, 7)), 0);
+    for (const pages of [Int32Array.of(6), Int32Array.of(6, 7, 8), new Int32Array(0)]) {
+      assert.match((await failure(again.read(1, arena, pages, records[1]!.record))).message, /pages came for 21 tokens/);
+    }
+    again.close();
+    const other = open({ path: file, layout, engine, pagesPerBlock: 3 });
+    assert.ok(other.fresh);
+    other.close();
+    arena.close();
+  });
+}
+
+test('memory of another layout is refused, and so is host memory where cuFile is wanted', async () => {
+  const arena = filled({ ...ALIGNED, layers: 2 }, 1);
+  const blocks = open({ path: path() });
+  assert.match((await failure(blocks.write(0, arena, 0, await record(arena, 0, 16)))).message, /another layout/);
+  blocks.close();
+  arena.close();
+  const same = filled(ALIGNED, 1);
+  // Where cuFile is not installed the file cannot be opened for it; where it is, the pages are on the wrong side.
+  const wanted = await failure((async () => {
+    const file = open({ path: path(), engine: 'cufile' });
+    try {
+      await file.write(0, same, 0, await record(same, 0, 16));
+    } finally {
+      file.close();
+    }
+  })());
+  assert.is(wanted.code, 'REQUEST_INVALID');
+  assert.match(wanted.message, /cuFile is not installed|cuFile does not start|cuFile moves GPU memory/);
+  same.close();
+});
+
+test('a plain file is as long as what was written, and a shorter one cannot be read', async () => {
+  const file = path();
+  for (const engine of ['auto', 'threads'] as const) {
+    const plain = addon.openPlainFile(file, engine, 4);
+    assert.ok(await plain.write(5_000_000) > 0);
+    assert.is(statSync(file).size, Math.ceil(5_000_000 / 4096) * 4096);
+    assert.ok(await plain.read(5_000_000) > 0);
+    truncateSync(file, 4_000_000);
+    assert.is((await failure(plain.read(5_000_000))).code, 'IO_FAILED');
+    plain.close();
+    assert.is((await failure(Promise.resolve().then(() => plain.read(1)))).code, 'IO_FAILED');
+  }
+});
+
 async function oneBlock(): Promise<{ file: string; arena: KvArena; entry: BlockRecord; reopen(): BlockFile }> {
   const arena = filled(ALIGNED, 2);
   const file = path();

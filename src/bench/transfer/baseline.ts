@@ -8,8 +8,8 @@ import { bytesLanded, memoryBytes, pagesFor, type BenchCase } from './cases.js';
 import type { Control } from './control.js';
 import type { HandoffPath } from './paths.js';
 
-/** memcpy over all cores, one GPU copy, or TCP sockets (as many as the hand-off has) whose reader throws the bytes away. */
-export type Baseline = 'memcpy' | 'gpu-copy' | 'sockets';
+/** memcpy over all cores, one GPU copy, TCP sockets (as many as the hand-off has) whose reader throws the bytes away, or one file from begin to end. */
+export type Baseline = 'memcpy' | 'gpu-copy' | 'sockets' | 'file';
 
 const SOCKETS = 4;
 const MAX_THREADS = 16;

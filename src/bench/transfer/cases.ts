@@ -1,6 +1,6 @@
 /** What a benchmark moves: the KV of one sequence, from prefill's canonical pages into decode's layout. */
 import { TplaError } from '../../errors.js';
-import type { KvDType, KvForm, KvLayout } from '../../native/types.js';
+import { STORAGE_ENGINES, type KvDType, type KvForm, type KvLayout, type StorageEngine } from '../../native/types.js';
 import { copiesOf, rowBytes, tokenBytes } from '../../kv/layout.js';
 import { sharedWidths, type SharedWidths } from '../../model/shared_widths.js';
 import { DIRECTIONS, type HandoffDirection } from '../../transfer/types.js';
@@ -22,6 +22,22 @@ export interface PushShape {
   tokens: number;
 }
 
+/** To a disk and from it. */
+export const STORAGE_DIRECTIONS = ['write', 'read'] as const;
+export type StorageDirection = (typeof STORAGE_DIRECTIONS)[number];
+
+/** Where blocks of the sequence are kept on a disk, and what moves them. */
+export interface StorageShape {
+  directory: string;
+  direction: StorageDirection;
+  memory: 'host' | 'gpu';
+  engine: StorageEngine;
+  pagesPerBlock: number;
+  /** Pieces of a transfer under way where io_uring serves, and transfers at a time. */
+  queueDepth: number;
+  threads: number;
+}
+
 export interface BenchCase {
   /** Name in the registry of paths. */
   path: string;
@@ -33,6 +49,8 @@ export interface BenchCase {
   view: string;
   push: PushShape;
   direction: HandoffDirection;
+  /** Of path nvme, which hands nothing off: the source's pages go to a disk or come from it. */
+  storage?: StorageShape;
 }
 
 export interface Sweep {
@@ -68,6 +86,39 @@ export function expand(sweep: Sweep): BenchCase[] {
   return cases;
 }
 
+export interface StorageSweep {
+  shape: KvShape;
+  directory: string;
+  directions: string[];
+  tokens: number[];
+  dtypes: string[];
+  pageTokens: number[];
+  pagesPerBlock: number[];
+  memories: string[];
+  engines: string[];
+  queueDepths: number[];
+  threads: number[];
+}
+
+/** Every combination for path nvme but host memory with cuFile: blocks on a disk are canonical. */
+export function expandStorage(sweep: StorageSweep): BenchCase[] {
+  const cases: BenchCase[] = [];
+  if (sweep.engines.includes('cufile') && !sweep.memories.includes('gpu')) throw new TplaError('USAGE', 'mechanism cufile moves GPU memory: --memory gpu');
+  for (const memory of sweep.memories.map(parseMemory)) for (const engine of sweep.engines.map(parseEngine)) for (const direction of sweep.directions.map(parseStorageDirection)) {
+    if (engine === 'cufile' && memory === 'host') continue;
+    for (const tokens of sweep.tokens) for (const dtype of sweep.dtypes) for (const pageTokens of sweep.pageTokens) {
+      for (const pagesPerBlock of sweep.pagesPerBlock) for (const queueDepth of sweep.queueDepths) for (const threads of sweep.threads) {
+        const layout = canonical(sweep.shape, parseDType(dtype), pageTokens);
+        cases.push({
+          path: 'nvme', direction: 'push', tokens, view: 'mla', push: { layers: sweep.shape.layers, tokens }, source: layout, target: layout,
+          storage: { directory: sweep.directory, direction, memory, engine, pagesPerBlock, queueDepth, threads },
+        });
+      }
+    }
+  }
+  return cases;
+}
+
 const orSame = <T>(list: T[], same: T): T[] => (list.length > 0 ? list : [same]);
 
 export function canonical(shape: KvShape, dtype: KvDType, pageTokens: number): KvLayout {
@@ -89,6 +140,22 @@ export function parseView(text: string, layers: number): { form: KvForm; ranks: 
 function parseDirection(text: string): HandoffDirection {
   if (text !== 'push' && text !== 'pull') throw new TplaError('USAGE', `direction "${text}" is none of ${DIRECTIONS.join(', ')}`);
   return text;
+}
+
+function parseStorageDirection(text: string): StorageDirection {
+  if (text !== 'write' && text !== 'read') throw new TplaError('USAGE', `direction "${text}" is none of ${STORAGE_DIRECTIONS.join(', ')}, which path nvme takes`);
+  return text;
+}
+
+function parseMemory(text: string): 'host' | 'gpu' {
+  if (text !== 'host' && text !== 'gpu') throw new TplaError('USAGE', `memory "${text}" is none of host, gpu`);
+  return text;
+}
+
+function parseEngine(text: string): StorageEngine {
+  const engine = STORAGE_ENGINES.find((known) => known === text);
+  if (engine === undefined) throw new TplaError('USAGE', `mechanism "${text}" is none of ${STORAGE_ENGINES.join(', ')}`);
+  return engine;
 }
 
 function parseDType(text: string): KvDType {

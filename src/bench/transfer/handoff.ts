@@ -8,10 +8,11 @@ import type { KvArena } from '../../native/types.js';
 import { createHandoffSender } from '../../transfer/sender.js';
 import type { HandoffSender, HandoffSession, PrefillStats, TransferPath } from '../../transfer/types.js';
 import { openPlainCopy, type TargetMemory } from './baseline.js';
-import { pagesFor, rectangles, scatteredPages, type BenchCase } from './cases.js';
+import { pagesFor, rectangles, type BenchCase } from './cases.js';
 import type { Control } from './control.js';
 import { benchHandshake } from './handshake.js';
-import { handoffPath, newArena, openLink, type HandoffPath, type OpenLink } from './paths.js';
+import { handoffPath, openLink, type HandoffPath, type OpenLink } from './paths.js';
+import { patternArena } from './pattern.js';
 import { monotonicUs, type HandoffTimeline } from './timeline.js';
 import { handoffRow, plainRow, type BenchRow, type HandoffSample } from './rows.js';
 
@@ -81,7 +82,7 @@ export class Ends {
   static async open(control: Control, what: BenchCase, { log, requirePath }: HandoffOptions): Promise<Ends> {
     const path = handoffPath(what.path);
     const { answer, fds } = await control.ask({ op: 'setup', path: what.path, direction: what.direction, target: what.target, pages: pagesFor(what.target, what.tokens) });
-    const source = await newSource(path, what);
+    const source = await patternArena(path.source, what.source, what.tokens, SEED);
     const link = await openLink(path);
     const sender = createHandoffSender({
       handshake: benchHandshake(what.source), arena: source.arena, log, clock: systemClock, ...link.options, ...(requirePath === undefined ? {} : { requirePath }),
@@ -156,18 +157,3 @@ async function pushAll(session: HandoffSession, what: BenchCase, pages: Int32Arr
 export const nothingComputed = ({ tokens }: BenchCase): { firstTokens: []; prefill: PrefillStats } => ({
   firstTokens: [], prefill: { promptTokens: tokens, pooledTokens: 0, skippedTokens: 0, computedTokens: tokens, queueMs: 0, computeMs: 0 },
 });
-
-/** Prefill's canonical KV: made in host memory, and copied where it is to lie. */
-async function newSource(path: HandoffPath, { source, tokens }: BenchCase): Promise<{ arena: KvArena; pages: Int32Array }> {
-  const addon = native();
-  const pages = scatteredPages(source, tokens, SEED + 1);
-  const host = new addon.KvArena(source, pagesFor(source, tokens));
-  await addon.kvFillPattern(host, pages, [0, tokens], 0, SEED);
-  if (path.source.kind === 'host') return { arena: host, pages: pages[0]! };
-  const arena = newArena(path.source, source, host.pages);
-  const pinned = addon.pinKvRegion(host, 0);
-  await addon.kvPut({ src: pinned, dst: arena, layers: [0, source.layers], tokens: [0, tokens], srcPages: pages, dstPages: pages });
-  pinned.close();
-  host.close();
-  return { arena, pages: pages[0]! };
-}

@@ -2,18 +2,14 @@
 import { nixlLibraryFromEnv } from '../../config/env.js';
 import { TplaError } from '../../errors.js';
 import { native } from '../../native/loader.js';
-import type { KvArena, KvLayout } from '../../native/types.js';
 import type { HandoffEndpointOptions } from '../../transfer/types.js';
 import { findNixl, NIXL_BY_NAME, openNixl } from '../../transfer/nixl.js';
 import { findUcx, openUcx } from '../../transfer/ucx.js';
 import type { BenchCase } from './cases.js';
 import type { Baseline } from './baseline.js';
+import { gpu, HOST, type Memory } from './memory.js';
 import type { BenchRow } from './rows.js';
-
-export type Memory =
-  | { kind: 'host' }
-  /** GPU `index` of the process, -1 for its last. */
-  | { kind: 'gpu'; index: number; sharing: 'descriptor' | 'ipc' };
+import { benchStorage } from './storage.js';
 
 /** Two processes hand KV over: how the ends are set up so that it takes this path. The hand-off states the one it took. */
 export interface HandoffPath {
@@ -43,9 +39,6 @@ export interface LocalPath {
 }
 
 export type BenchPath = HandoffPath | LocalPath;
-
-const HOST: Memory = { kind: 'host' };
-const gpu = (index: number, sharing: 'descriptor' | 'ipc' = 'descriptor'): Memory => ({ kind: 'gpu', index, sharing });
 
 async function ucxLink(): Promise<OpenLink> {
   const ucx = (await openUcx({ use: 'always', library: null, options: {} }))!;
@@ -91,6 +84,7 @@ export const BENCH_PATHS: Record<string, BenchPath> = {
     missing: () => (findUcx() === null ? 'no UCX is installed (Debian, Ubuntu: apt-get install libucx0)' : null),
     source: HOST, target: HOST, channel: 'tcp', baseline: 'sockets', link: ucxLink,
   },
+  nvme: { summary: 'blocks to a file of --directory and back, from host or GPU memory; by cuFile, io_uring or threads', missing: always, run: benchStorage },
   tcp: { summary: 'host memory to host memory over TCP', missing: always, source: HOST, target: HOST, channel: 'tcp', baseline: 'sockets' },
 };
 
@@ -108,20 +102,18 @@ export function availablePath(name: string): BenchPath {
   return path;
 }
 
-/** Names of what can run here. */
+/** Names of the hand-offs that can run here. */
 export function availablePaths(): string[] {
-  return Object.keys(BENCH_PATHS).filter((name) => BENCH_PATHS[name]!.missing() === null);
+  return Object.keys(BENCH_PATHS).filter((name) => isHandoff(name) && BENCH_PATHS[name]!.missing() === null);
+}
+
+/** Two processes take part; for a name that is none of ours, too. */
+export function isHandoff(name: string): boolean {
+  return !Object.hasOwn(BENCH_PATHS, name) || !('run' in BENCH_PATHS[name]!);
 }
 
 export function handoffPath(name: string): HandoffPath {
   const path = availablePath(name);
   if ('run' in path) throw new TplaError('REQUEST_INVALID', `path ${name} has no other end`);
   return path;
-}
-
-export function newArena(memory: Memory, layout: KvLayout, pages: number): KvArena {
-  const addon = native();
-  if (memory.kind === 'host') return new addon.KvArena(layout, pages);
-  const device = memory.index < 0 ? addon.probe().cuda.devices.length + memory.index : memory.index;
-  return new addon.CudaKvArena(layout, pages, [device], memory.sharing);
 }

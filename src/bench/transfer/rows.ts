@@ -1,16 +1,17 @@
 /** Results: one object a row, and how rows become a table, CSV and a plot. */
 import { scatter } from '../../report/scatter.js';
 import { table } from '../../report/table.js';
+import type { StorageMechanism } from '../../native/types.js';
 import type { HandoffDirection, TransferPath } from '../../transfer/types.js';
 import type { Baseline } from './baseline.js';
-import { pieces, type BenchCase } from './cases.js';
+import { pieces, type BenchCase, type StorageDirection } from './cases.js';
 import { median, summarise, type Latency } from './statistics.js';
 
 /** What a row is about: known before it is run. */
 export interface RowShape {
   /** Name of the path that was set up. */
   setup: string;
-  direction: HandoffDirection;
+  direction: HandoffDirection | StorageDirection;
   view: string;
   tokens: number;
   layers: number;
@@ -25,8 +26,8 @@ export interface RowShape {
 }
 
 export interface BenchRow extends RowShape {
-  /** The path that the hand-off stated, or what copied plainly. */
-  path: TransferPath | `plain-${Baseline}` | 'nvme';
+  /** The path that the hand-off stated, what moved blocks to or from a disk, or what copied plainly. */
+  path: TransferPath | StorageMechanism | `plain-${Baseline}`;
   /** Put into decode's pages, and what travelled for it. */
   bytes: number;
   wire_bytes: number;
@@ -45,8 +46,32 @@ export interface BenchRow extends RowShape {
   /** From the first push until the last byte is in place. */
   put_us: Latency;
   iterations: number;
-  /** Decode's pages were compared with what they must hold. */
+  /** Decode's pages, or what came back from the disk, were compared with what they must hold. */
   verified: boolean;
+  /** Of path nvme. */
+  storage?: StorageState;
+}
+
+/** How blocks were kept on a disk. */
+export interface StorageState {
+  memory: 'host' | 'gpu';
+  pages_per_block: number;
+  block_bytes: number;
+  /** Pieces of a transfer under way where io_uring serves, and transfers at a time. */
+  queue_depth: number;
+  threads: number;
+  /** Past the page cache; else that is what was measured. */
+  direct_io: boolean;
+  /** Why GPU memory went through host memory, or null. */
+  passed_over: string | null;
+}
+
+export interface StorageSample {
+  bytes: number;
+  /** With headers, and what fills the disk's blocks. */
+  diskBytes: number;
+  postUs: number;
+  latencyUs: number;
 }
 
 export interface HandoffSample {
@@ -64,7 +89,7 @@ export function shapeOfRow(what: BenchCase): RowShape {
   const { bytes, count } = pieces(what);
   const { source, target, push } = what;
   return {
-    setup: what.path, direction: what.direction, view: what.view, tokens: what.tokens, layers: source.layers,
+    setup: what.path, direction: what.storage?.direction ?? what.direction, view: what.view, tokens: what.tokens, layers: source.layers,
     source_page_tokens: source.pageTokens, target_page_tokens: target.pageTokens, source_dtype: source.dtype, target_dtype: target.dtype,
     layers_per_push: push.layers, tokens_per_push: push.tokens, piece_bytes: bytes, pieces: count,
   };
@@ -87,8 +112,21 @@ function acceptedOf(samples: HandoffSample[]): Latency | null {
   return times.length === 0 ? null : summarise(times);
 }
 
+/** Blocks to or from a disk; a block that came back has been verified when it counts as there. */
+export function storageRow(what: BenchCase, mechanism: StorageMechanism, storage: StorageState, samples: StorageSample[], copy: BenchRow, verified: boolean): BenchRow {
+  const latency = summarise(samples.map(({ latencyUs }) => latencyUs));
+  const { bytes, diskBytes } = samples[0]!;
+  const rate = bytes / latency.p50 / 1e3;
+  return {
+    path: mechanism, ...shapeOfRow(what), bytes, wire_bytes: diskBytes,
+    gb_per_s: rate, single_copy_gb_per_s: copy.gb_per_s, fraction_of_single_copy: rate / copy.gb_per_s,
+    latency_us: latency, accepted_us: null, prepare_us: summarise(samples.map(() => 0)), post_us: summarise(samples.map(({ postUs }) => postUs)), put_us: latency,
+    iterations: samples.length, verified, storage,
+  };
+}
+
 /** The plain copy as a row of its own: one piece, nothing prepared. */
-export function plainRow(what: BenchCase, kind: Baseline, bytes: number, seconds: number[]): BenchRow {
+export function plainRow(what: BenchCase, kind: Baseline, bytes: number, seconds: number[], storage?: StorageState): BenchRow {
   const times = summarise(seconds.map((time) => time * 1e6));
   const nothing = summarise(seconds.map(() => 0));
   const rate = bytes / median(seconds) / 1e9;
@@ -96,6 +134,7 @@ export function plainRow(what: BenchCase, kind: Baseline, bytes: number, seconds
     path: `plain-${kind}`, ...shapeOfRow(what), piece_bytes: bytes, pieces: 1, bytes, wire_bytes: bytes,
     gb_per_s: rate, single_copy_gb_per_s: rate, fraction_of_single_copy: 1,
     latency_us: times, accepted_us: null, prepare_us: nothing, post_us: nothing, put_us: times, iterations: seconds.length, verified: false,
+    ...(storage && { storage }),
   };
 }
 
@@ -113,28 +152,48 @@ export function tableOf(rows: BenchRow[]): string {
   return table(HEAD, rows.map((row) => [
     row.piece_bytes, row.pieces, row.gb_per_s.toFixed(2), us(row.latency_us.avg), us(row.prepare_us.avg), us(row.prepare_us.p99),
     us(row.post_us.avg), us(row.post_us.p99), us(row.put_us.avg), us(row.put_us.p99),
-    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), (row.wire_bytes / 1e6).toFixed(1), row.path, row.accepted_us ? us(row.accepted_us.p50) : '', isPlain(row) ? '' : row.direction, row.view, row.tokens,
-    `${row.source_page_tokens}→${row.target_page_tokens}`, row.source_dtype === row.target_dtype ? row.source_dtype : `${row.source_dtype}→${row.target_dtype}`,
+    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), (row.wire_bytes / 1e6).toFixed(1), pathOf(row), row.accepted_us ? us(row.accepted_us.p50) : '', directionOf(row), row.view, row.tokens,
+    row.storage ? `${row.storage.pages_per_block}×${row.source_page_tokens}` : `${row.source_page_tokens}→${row.target_page_tokens}`, row.source_dtype === row.target_dtype ? row.source_dtype : `${row.source_dtype}→${row.target_dtype}`,
     isPlain(row) ? '' : `${(100 * row.fraction_of_single_copy).toFixed(0)} %`,
   ]), HEAD.map((name) => (TEXT_COLUMNS.has(name) ? 'left' : 'right')));
 }
 
+const pathOf = ({ path, storage }: BenchRow) => (storage?.direct_io === false ? `${path} (page cache)` : path);
+
+function directionOf(row: BenchRow): string {
+  if (row.storage) return row.direction === 'write' ? `${row.storage.memory} to file` : `file to ${row.storage.memory}`;
+  return isPlain(row) ? '' : row.direction;
+}
+
+type Cell = string | number | boolean | null | undefined;
+
+/** Columns that only some rows have are empty in the others. */
 export function toCsv(rows: object[]): string {
   const records = rows.map(flatten);
-  const head = Object.keys(records[0] ?? {});
-  return `${[head, ...records.map((record) => head.map((name) => record[name]))].map((cells) => cells.join(',')).join('\n')}\n`;
+  const head = [...new Set(records.flatMap((record) => Object.keys(record)))];
+  return `${[head, ...records.map((record) => head.map((name) => csvCell(record[name])))].map((cells) => cells.join(',')).join('\n')}\n`;
+}
+
+function csvCell(value: Cell): string {
+  const text = String(value ?? '');
+  return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
 /** `latency_us.p50` becomes the column `latency_us_p50`. */
-function flatten(row: object): Record<string, string | number | boolean> {
+function flatten(row: object): Record<string, Cell> {
   return Object.fromEntries(Object.entries(row).flatMap(([name, value]) =>
-    value !== null && typeof value === 'object' ? Object.entries(value as Latency).map(([part, number]) => [`${name}_${part}`, number]) : [[name, value]]));
+    typeof value === 'object' && value !== null ? Object.entries(value as Record<string, Cell>).map(([part, cell]) => [`${name}_${part}`, cell]) : [[name, value as Cell]]));
+}
+
+function seriesOf(row: BenchRow): string {
+  if (row.storage) return `${pathOf(row)}, ${directionOf(row)}`;
+  return `${row.setup}, ${row.view}${row.direction === 'pull' ? ', pull' : ''}`;
 }
 
 /** GB/s against piece size, a line for each path and view. */
 export function plotOf(rows: BenchRow[]): string {
   const marks = rows.filter((row) => !isPlain(row)).map((row) => ({
-    x: row.piece_bytes / 1024, y: row.gb_per_s, series: `${row.setup}, ${row.view}${row.direction === 'pull' ? ', pull' : ''}`, label: `${row.path} ${row.view}, ${row.tokens} tokens, ${row.source_dtype} to ${row.target_dtype}`,
+    x: row.piece_bytes / 1024, y: row.gb_per_s, series: seriesOf(row), label: `${row.path} ${row.view}, ${row.tokens} tokens, ${row.source_dtype} to ${row.target_dtype}`,
   }));
   return scatter(marks, { title: 'KV hand-off: bandwidth by piece size', xLabel: 'piece, KiB', yLabel: 'GB/s (1e9)', lines: [...new Set(marks.map(({ series }) => series))] });
 }
