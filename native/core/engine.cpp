@@ -31,7 +31,7 @@ void check_compatible(const ModelSpec& spec, const KvLayout& layout, bool exact_
   const TplaSpec& tpla = *spec.tpla;
   if (tpla.rank_weights) {
     check_match("ranks", layout.ranks, tpla.groups);
-    for (int layer = 0; layer < spec.layers; ++layer) check_match(("shared width of layer " + std::to_string(layer)).c_str(), layout.shared[layer], tpla.shared[layer]);
+    for (int layer = 0; layer < spec.layers; ++layer) check_match(("a shared width in layer " + std::to_string(layer) + " of").c_str(), layout.shared[layer], tpla.shared[layer]);
     if (exact_softmax) refuse("exactSoftmax needs a checkpoint without matrices per rank");
   }
   if (tpla.sliced_norm) {

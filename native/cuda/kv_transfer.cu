@@ -30,6 +30,8 @@ constexpr int kAhead = 8;
 constexpr size_t kBatchBytes = 5632;
 // Shared memory holds, beside the batches, a key for each word of a row and a source for each of its chunks.
 constexpr size_t kMaxRowBytes = 8 * 1024;
+// Of one launch: a place for each in shared memory.
+constexpr int kMaxLayers = 128;
 // What a small launch carries in its parameters; a large one takes the 32 KiB of CUDA 12.1.
 constexpr int kSmallTables = 800;
 
@@ -159,23 +161,26 @@ template <int kTables>
 __device__ Unit unit_of(const Launch<kTables>& launch, const LayerPlace* places, uint32_t index, uint32_t units_per_layer) {
   const uint32_t layer = index / units_per_layer;
   const uint32_t start = (launch.begin / kUnitTokens + index - layer * units_per_layer) * kUnitTokens;
-  const LayerPlace* const at = places + layer;
-  return {{__ldg(&at->src), __ldg(&at->dst), __ldg(&at->layer)}, max(launch.begin, start), min(launch.end, start + kUnitTokens)};
+  return {places[layer], max(launch.begin, start), min(launch.end, start + kUnitTokens)};
 }
 
 struct Shared {
   std::byte* batches;  // of this warp, two
   uint64_t* keys;
   Origin* origins;
+  LayerPlace* places;  // of the launch's layers: from device memory each unit would wait for its own
 };
 
-__device__ Shared load_shared(const Plan& plan, const RowShape& rows, uint32_t copy, bool builds) {
+template <int kTables>
+__device__ Shared load_shared(const Plan& plan, const RowShape& rows, const Launch<kTables>& launch, uint32_t copy, bool builds) {
   extern __shared__ __align__(128) std::byte shared[];
   Shared views;
   views.batches = shared + threadIdx.x / 32 * 2 * rows.batch_stride;
   views.origins = reinterpret_cast<Origin*>(shared + (builds ? kWarps * 2 * rows.batch_stride : 0));
   views.keys = reinterpret_cast<uint64_t*>(views.origins + rows.chunks);
+  views.places = reinterpret_cast<LayerPlace*>(views.keys + rows.words);
   for (uint32_t i = threadIdx.x; i < rows.words; i += kThreads) views.keys[i] = plan.keys[i];
+  for (uint32_t i = threadIdx.x; i < launch.layers; i += kThreads) views.places[i] = plan.layers[launch.first_place + i];
   for (uint32_t i = threadIdx.x; i < rows.chunks; i += kThreads) {
     const Source source = plan.sources[copy * rows.chunks + i];
     const uint64_t base = source.memory == kHolder ? 0 : reinterpret_cast<uint64_t>(plan.src.base[source.memory]);
@@ -312,15 +317,14 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ La
   const uint32_t copy = blockIdx.y;
   const uint32_t hashed_copy = checksum_copy(plan.dst, copy);
   const uint32_t src_row_bytes = plan.src.row_bytes;
-  const LayerPlace* const places = plan.layers + launch.first_place;
-  const Shared shared = load_shared(plan, shape, copy, kStores);
+  const Shared shared = load_shared(plan, shape, launch, copy, kStores);
   const int lane = threadIdx.x % 32;
   const Lanes lanes(lane);
   Outbox outbox(shared.batches, shape.batch_stride, lane);
   const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
 
   for (uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32; index < launch.layers * units_per_layer; index += gridDim.x * kWarps) {
-    const Unit unit = unit_of(launch, places, index, units_per_layer);
+    const Unit unit = unit_of(launch, shared.places, index, units_per_layer);
     const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.at.src, unit.begin);
     const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.at.dst, unit.begin);
     const uint64_t src_rows = unit_address(plan.src, from);
@@ -516,14 +520,13 @@ __global__ void __launch_bounds__(kThreads, 2) convert_rows(const __grid_constan
   const uint32_t copy = blockIdx.y;
   const uint32_t hashed_copy = checksum_copy(plan.dst, copy);
   const uint32_t src_row_bytes = plan.src.row_bytes;
-  const LayerPlace* const places = plan.layers + launch.first_place;
-  const Shared shared = load_shared(plan, shape, copy, true);
+  const Shared shared = load_shared(plan, shape, launch, copy, true);
   const int lane = threadIdx.x % 32;
   Outbox outbox(shared.batches, shape.batch_stride, lane);
   const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
 
   for (uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32; index < launch.layers * units_per_layer; index += gridDim.x * kWarps) {
-    const Unit unit = unit_of(launch, places, index, units_per_layer);
+    const Unit unit = unit_of(launch, shared.places, index, units_per_layer);
     const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.at.src, unit.begin);
     const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.at.dst, unit.begin);
     const uint64_t src_rows = unit_address(plan.src, from);
@@ -693,7 +696,7 @@ struct KvRoute::Group {
   bool is_copy = true;
   int chunk_bytes = 16;  // where no value changes
   int load_bytes = 16;   // of an octet's parts, where values convert
-  size_t shared_bytes = 0;
+  size_t shared_bytes = 0;  // without the places of a launch's layers
   Plan* plan = nullptr;
   LayerPlace* layers = nullptr;
   uint64_t* keys = nullptr;
@@ -837,8 +840,9 @@ void KvRoute::Group::launch(Launch<kTables>& parameters, int blocks, CUstream_st
   const int wanted = blocks > 0 ? blocks : multiprocessors * (is_copy && !is_checksum ? 1 : 2);
   const dim3 grid(std::min<uint32_t>(wanted, (units + kWarps - 1) / kWarps), copies);
   const void* function = kernel<kTables>();
-  if (shared_bytes > 48 * 1024) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), "cudaFuncSetAttribute");
-  check(cudaLaunchKernel(function, grid, dim3(kThreads), arguments, shared_bytes, stream), "launching a KV transfer");
+  const size_t bytes = shared_bytes + parameters.layers * sizeof(LayerPlace);
+  if (bytes > 48 * 1024) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "cudaFuncSetAttribute");
+  check(cudaLaunchKernel(function, grid, dim3(kThreads), arguments, bytes, stream), "launching a KV transfer");
 }
 
 KvRoute::KvRoute(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -892,16 +896,18 @@ void KvRoute::enqueue(Range layers, Range tokens, const PageTables& src_pages, c
     int32_t* id = parameters.tables;
     for (int page = from.begin; page < from.end; page++) *id++ = place_of(state_->src, src_pages, page).page;
     for (int page = to.begin; page < to.end; page++) *id++ = place_of(state_->dst, dst_pages, page).page;
-    const auto last = std::find_if(state_->groups.rbegin(), state_->groups.rend(), [&](const auto& group) { return group->places(layers).size() > 0; });
+    int left = layers.size();
     for (const auto& group : state_->groups) {
       const Range places = group->places(layers);
-      if (places.size() == 0) continue;
       parameters.plan = group->plan;
-      parameters.first_place = places.begin;
-      parameters.layers = places.size();
-      // What a stream was given before is done when this is.
-      parameters.report = group == *last ? report : PutReport{report.sums, nullptr, nullptr, 0};
-      group->launch(parameters, blocks, stream);
+      for (int first = places.begin; first < places.end; first += kMaxLayers) {
+        parameters.first_place = first;
+        parameters.layers = std::min(kMaxLayers, places.end - first);
+        left -= parameters.layers;
+        // What a stream was given before is done when its last is.
+        parameters.report = left == 0 ? report : PutReport{report.sums, nullptr, nullptr, 0};
+        group->launch(parameters, blocks, stream);
+      }
     }
   };
   if (entries <= kSmallTables) {

@@ -309,6 +309,15 @@ for (const [name, section] of REPARAMETERISED) {
   });
 }
 
+test('an arena of other widths than the checkpoint\'s matrices is refused, and which layer it is', () => {
+  const loaded = load({ config: { ...TINY_V3, tpla: { fingerprint: 'x', groups: 2, shared: [8, 32, 0], transform: true, rank_weights: true } } });
+  for (const [shared, layer] of [[8, 1], [[8, 32, 16], 2], [[0, 32, 8], 0]] as const) {
+    const arena = arenaFor(loaded.spec, { form: 'tpla', ranks: 2, shared });
+    assert.throws(() => new native.Engine({ spec: loaded.spec, weights: loaded.weights, arena, threads: 1 }), new RegExp(`a shared width in layer ${layer} of`));
+    arena.close();
+  }
+});
+
 test('tpla with the softmax gathered equals mla: the slicing itself is right', async () => {
   const loaded = load();
   const sequences = [prompt(50, 320, 1), prompt(20, 320, 2)];
