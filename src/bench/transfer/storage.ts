@@ -90,27 +90,26 @@ class StorageRun {
     const fileBytes = ALIGNMENT + slots * (ALIGNMENT + Math.ceil(blockBytes / ALIGNMENT) * ALIGNMENT);
     const open: { close(): void }[] = [];
     try {
-      const [file, plain] = await describingTheDisk(what, async () => {
-        const [blocksAt, plainAt] = ['blocks', 'plain'].map((kind) => join(storage.directory, `tpla-bench-${process.pid}.${kind}`)) as [string, string];
-        try {
-          const blocks = addon.openBlockFile({
-            path: blocksAt, layout, bytes: fileBytes, threads: storage.threads, depth: storage.queueDepth, pagesPerBlock: storage.pagesPerBlock, engine: storage.engine,
-          });
-          open.push(blocks);
-          const beside = addon.openPlainFile(plainAt, storage.engine, storage.queueDepth);
-          open.push(beside);
-          return [blocks, beside] as const;
-        } finally {
-          rmSync(blocksAt, { force: true });
-          rmSync(plainAt, { force: true });
-        }
-      });
       const memory = storage.memory === 'gpu' ? gpu(0) : HOST;
       const { arena, pages } = await patternArena(memory, layout, tokens, SEED);
       open.push(arena);
       const back = newArena(memory, layout, pagesFor(layout, tokens));
       open.push(back);
-      const { mechanism, passedOver } = await file.mechanism(arena);
+      const [blocksAt, plainAt] = ['blocks', 'plain'].map((kind) => join(storage.directory, `tpla-bench-${process.pid}.${kind}`)) as [string, string];
+      const { file, plain, mechanism, passedOver } = await describingTheDisk(what, async () => {
+        try {
+          const options = { path: blocksAt, layout, bytes: fileBytes, threads: storage.threads, depth: storage.queueDepth, pagesPerBlock: storage.pagesPerBlock, engine: storage.engine };
+          const blockFile = addon.openBlockFile(options);
+          open.push(blockFile);
+          const plainFile = addon.openPlainFile(plainAt, storage.engine, storage.queueDepth);
+          open.push(plainFile);
+          // cuFile takes files with a name only.
+          return { file: blockFile, plain: plainFile, ...await blockFile.mechanism(arena) };
+        } finally {
+          rmSync(blocksAt, { force: true });
+          rmSync(plainAt, { force: true });
+        }
+      });
       const blocks = await cut(what, arena, pages);
       const state: StorageState = {
         memory: storage.memory, pages_per_block: storage.pagesPerBlock, block_bytes: blockBytes, queue_depth: storage.queueDepth, threads: storage.threads,

@@ -1,4 +1,4 @@
-import { Registry } from 'prom-client';
+import { Gauge, Registry } from 'prom-client';
 import { observedCounter, observedGauge } from '../metrics.js';
 import type { BlockPool } from './block_pool.js';
 
@@ -17,6 +17,13 @@ export function poolMetrics(pool: BlockPool): Registry {
   counter('tpla_pool_stored_blocks_total', 'Blocks written and verified', () => pool.counters.storedBlocks);
   counter('tpla_pool_refused_blocks_total', 'Blocks written whose checksum did not match', () => pool.counters.refusedBlocks);
   counter('tpla_pool_evicted_blocks_total', 'Blocks evicted to make room, or on request', () => pool.evictions);
+  new Gauge({
+    name: 'tpla_pool_nvme_info', help: 'What moves blocks to and from the disk, and whether past the page cache', labelNames: ['engine', 'direct'], registers: [registry],
+    collect() {
+      this.reset();
+      if (pool.nvme) this.set({ engine: pool.nvme.engine, direct: String(pool.nvme.direct) }, 1);
+    },
+  });
   gauge('tpla_pool_nvme_blocks', 'Blocks on disk', () => pool.nvme?.blocks ?? 0);
   gauge('tpla_pool_nvme_slots', 'Blocks the disk has room for', () => pool.nvme?.slots ?? 0);
   counter('tpla_pool_nvme_spilled_blocks_total', 'Blocks written to disk', () => pool.nvmeCounters.spilledBlocks);

@@ -69,7 +69,7 @@ class Pool {
   }
 
   async metric(name: string): Promise<number> {
-    return Number(new RegExp(`^${name} (\\d+)`, 'm').exec(await this.http.text('/metrics'))?.[1] ?? NaN);
+    return Number(new RegExp(`^${name.replace(/[{}]/g, '\\$&')} (\\d+)`, 'm').exec(await this.http.text('/metrics'))?.[1] ?? NaN);
   }
 
   /** Stores blocks two at a time, each pair once the one before is on disk. */
@@ -110,6 +110,7 @@ test('what memory has no room for goes to disk and comes back when it is asked f
   await pool.fill(source, BLOCKS);
   const { nvme } = await pool.state();
   assert.ok(['io_uring', 'threads'].includes(nvme!.engine));
+  assert.is(await pool.metric(`tpla_pool_nvme_info{engine="${nvme!.engine}",direct="${nvme!.direct}"}`), 1);
   assert.ok(nvme!.blocks >= BLOCKS - DRAM_SLOTS, `${nvme!.blocks} blocks on disk`);
   assert.is(await pool.check(source, 0, 4), 4);
   assert.ok(await pool.metric('tpla_pool_nvme_loaded_blocks_total') >= 4);
