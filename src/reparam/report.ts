@@ -120,8 +120,8 @@ export function reportEntries(latent: number, groups: number): Entry[] {
       { name: `default, shared ${shared}`, method: { ...ours, shared } },
     ]),
     ...means.flatMap((shared): Entry[] => [
-      { name: `aware + both, shared ${shared} by layer`, method: { ...closed, shared }, byLayer: true },
-      { name: `default, shared ${shared} by layer`, method: { ...ours, shared }, byLayer: true },
+      { name: `aware + both by layer, mean ${shared}`, method: { ...closed, shared }, byLayer: true },
+      { name: `default by layer, mean ${shared}`, method: { ...ours, shared }, byLayer: true },
     ]),
   ];
 }
@@ -279,13 +279,12 @@ function drawReport(rows: ReportRow[], model: string, groups: number): string {
   const seriesOf = ({ name, method, softmax }: ReportRow) => {
     if (method === null) return name;
     if (softmax === 'exact') return 'norm only';
-    if (name.startsWith('default')) return 'default';
-    if (name.startsWith('aware + both')) return 'aware + both';
+    for (const series of ['default by layer', 'default', 'aware + both by layer', 'aware + both']) if (name.startsWith(series)) return series;
     if (name.startsWith('pca, shared') || name === 'pca') return 'pca';
     return name.startsWith('low rank') ? 'low rank' : 'others';
   };
   return scatter(
     rows.filter(({ kl_vs_mla }) => kl_vs_mla > 0).map((row) => ({ x: row.kv_bytes_per_token_per_rank, y: row.kl_vs_mla, label: row.name, series: seriesOf(row) })),
-    { title: `${model}: what decode loses, ${groups} ranks`, xLabel: 'KV bytes per token and rank, all layers', yLabel: 'KL to exact MLA, nats per token', lines: ['default', 'aware + both', 'pca'] },
+    { title: `${model}: what decode loses, ${groups} ranks`, xLabel: 'KV bytes per token and rank, all layers', yLabel: 'KL to exact MLA, nats per token', lines: ['default by layer', 'default', 'aware + both by layer', 'aware + both', 'pca'] },
   );
 }
