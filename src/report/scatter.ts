@@ -18,7 +18,7 @@ export interface ScatterOptions {
 const WIDTH = 860;
 const HEIGHT = 520;
 const MARGIN = { left: 84, right: 210, top: 44, bottom: 60 };
-const COLOURS = ['#4269d0', '#efb118', '#ff725c', '#6cc5b0', '#3ca951', '#a463f2', '#97bbf5', '#9c6b4e'];
+const COLOURS = ['#4269d0', '#efb118', '#ff725c', '#6cc5b0', '#3ca951', '#a463f2', '#97bbf5', '#9c6b4e', '#ff8ab7', '#9498a0'];
 
 /** An SVG scatter plot with a logarithmic y axis: values over orders of magnitude against a linear x. */
 export function scatter(marks: Mark[], options: ScatterOptions): string {
