@@ -24,6 +24,8 @@ export interface StorageBenchOptions {
 
 /** Two rows: the plain file, then the blocks. Each run of one is followed by a run of the other, so that both see the same disk. */
 export async function benchStorage(what: BenchCase, { iterations, warmup, verify }: StorageBenchOptions): Promise<BenchRow[]> {
+  if (what.storage!.memory === 'gpu') requireGpu();
+  setCuFileEnvironment();
   const run = await StorageRun.open(what);
   try {
     const plainSeconds: number[] = [];
@@ -41,6 +43,11 @@ export async function benchStorage(what: BenchCase, { iterations, warmup, verify
   } finally {
     run.close();
   }
+}
+
+function requireGpu(): void {
+  const { devices, reason } = native().probe().cuda;
+  if (devices.length === 0) throw new TplaError('GPU_UNAVAILABLE', `--memory gpu needs an NVIDIA GPU: ${reason ?? 'none was found'}`);
 }
 
 interface Block {
@@ -76,52 +83,29 @@ class StorageRun {
     this.#plain = plain;
   }
 
-  /** The files have no name any more when this resolves: whatever ends the process ends them. */
   static async open(what: BenchCase): Promise<StorageRun> {
     const { source: layout, tokens } = what;
     const storage = what.storage!;
-    const addon = native();
-    const { devices, reason } = storage.memory === 'gpu' ? addon.probe().cuda : { devices: [0], reason: null };
-    if (devices.length === 0) throw new TplaError('GPU_UNAVAILABLE', `--memory gpu needs an NVIDIA GPU: ${reason ?? 'none was found'}`);
-    setCuFileEnvironment();
-    const blockTokens = storage.pagesPerBlock * layout.pageTokens;
-    const blockBytes = blockTokens * tokenBytes(layout);
-    const slots = Math.ceil(tokens / blockTokens);
-    const fileBytes = ALIGNMENT + slots * (ALIGNMENT + Math.ceil(blockBytes / ALIGNMENT) * ALIGNMENT);
-    const open: { close(): void }[] = [];
+    const memory = storage.memory === 'gpu' ? gpu(0) : HOST;
+    const opened: { close(): void }[] = [];
     try {
-      const memory = storage.memory === 'gpu' ? gpu(0) : HOST;
       const { arena, pages } = await patternArena(memory, layout, tokens, SEED);
-      open.push(arena);
+      opened.push(arena);
       const back = newArena(memory, layout, pagesFor(layout, tokens));
-      open.push(back);
-      const [blocksAt, plainAt] = ['blocks', 'plain'].map((kind) => join(storage.directory, `tpla-bench-${process.pid}.${kind}`)) as [string, string];
-      const { file, plain, mechanism, passedOver } = await describingTheDisk(what, async () => {
-        try {
-          const options = { path: blocksAt, layout, bytes: fileBytes, threads: storage.threads, depth: storage.queueDepth, pagesPerBlock: storage.pagesPerBlock, engine: storage.engine };
-          const blockFile = addon.openBlockFile(options);
-          open.push(blockFile);
-          const plainFile = addon.openPlainFile(plainAt, storage.engine, storage.queueDepth);
-          open.push(plainFile);
-          // cuFile takes files with a name only.
-          return { file: blockFile, plain: plainFile, ...await blockFile.mechanism(arena) };
-        } finally {
-          rmSync(blocksAt, { force: true });
-          rmSync(plainAt, { force: true });
-        }
-      });
-      const blocks = await cut(what, arena, pages);
+      opened.push(back);
+      const { file, plain, mechanism, passedOver } = await openFiles(what, arena);
+      opened.push(file, plain);
       const state: StorageState = {
-        memory: storage.memory, pages_per_block: storage.pagesPerBlock, block_bytes: blockBytes, queue_depth: storage.queueDepth, threads: storage.threads,
+        memory: storage.memory, pages_per_block: storage.pagesPerBlock, block_bytes: blockBytes(what), queue_depth: storage.queueDepth, threads: storage.threads,
         direct_io: file.direct, passed_over: passedOver,
       };
-      const run = new StorageRun(what, mechanism, state, arena, back, blocks, file, plain);
+      const run = new StorageRun(what, mechanism, state, arena, back, await cut(what, arena, pages), file, plain);
       // What is read must be there, and what is written first takes its room on the disk.
       await run.#writeBlocks();
       await describingTheDisk(what, () => plain.write(run.bytes));
       return run;
     } catch (error) {
-      open.reverse().forEach((opened) => opened.close());
+      opened.reverse().forEach((one) => one.close());
       throw error;
     }
   }
@@ -177,23 +161,53 @@ class StorageRun {
     });
     const { source } = this.#what;
     const pageBytes = source.pageTokens * tokenBytes(source);
-    const diskBytes = this.#blocks.reduce((sum, { pages }) => sum + headers * ALIGNMENT + Math.ceil(pages.length * pageBytes / ALIGNMENT) * ALIGNMENT, 0);
+    const diskBytes = this.#blocks.reduce((sum, { pages }) => sum + headers * ALIGNMENT + aligned(pages.length * pageBytes), 0);
     return { bytes: this.bytes, diskBytes, postUs: (posted - started) * 1e3, latencyUs: (performance.now() - started) * 1e3 };
   }
 }
 
+const blockTokens = ({ source, storage }: BenchCase) => storage!.pagesPerBlock * source.pageTokens;
+const blockBytes = (what: BenchCase) => blockTokens(what) * tokenBytes(what.source);
+const aligned = (bytes: number) => Math.ceil(bytes / ALIGNMENT) * ALIGNMENT;
+
+/** Neither file has a name any more when this resolves: whatever ends the process ends them. */
+function openFiles(what: BenchCase, arena: KvArena): Promise<{ file: BlockFile; plain: PlainFile; mechanism: StorageMechanism; passedOver: string | null }> {
+  const { directory, engine, queueDepth, threads, pagesPerBlock } = what.storage!;
+  const path = (kind: string) => join(directory, `tpla-bench-${process.pid}.${kind}`);
+  const slots = Math.ceil(what.tokens / blockTokens(what));
+  return describingTheDisk(what, async () => {
+    const opened: { close(): void }[] = [];
+    try {
+      const file = native().openBlockFile({
+        path: path('blocks'), layout: what.source, bytes: ALIGNMENT + slots * (ALIGNMENT + aligned(blockBytes(what))), threads, depth: queueDepth, pagesPerBlock, engine,
+      });
+      opened.push(file);
+      const plain = native().openPlainFile(path('plain'), engine, queueDepth);
+      opened.push(plain);
+      // cuFile takes only files that have a name.
+      return { file, plain, ...await file.mechanism(arena) };
+    } catch (error) {
+      opened.forEach((one) => one.close());
+      throw error;
+    } finally {
+      for (const kind of ['blocks', 'plain']) rmSync(path(kind), { force: true });
+    }
+  });
+}
+
 /** The sequence as blocks, with the checksums under which they are stored. */
-async function cut({ source: layout, tokens, storage }: BenchCase, arena: KvArena, pages: Int32Array): Promise<Block[]> {
+async function cut(what: BenchCase, arena: KvArena, pages: Int32Array): Promise<Block[]> {
+  const { source: layout, tokens, storage } = what;
   const pagesPerBlock = storage!.pagesPerBlock;
   const sums = await native().kvChecksum(arena, [0, layout.layers], [0, tokens], [pages]);
   const backPages = scatteredPages(layout, tokens, SEED)[0]!;
-  const blockTokens = pagesPerBlock * layout.pageTokens;
-  return Array.from({ length: Math.ceil(tokens / blockTokens) }, (_, index): Block => {
+  const size = blockTokens(what);
+  return Array.from({ length: Math.ceil(tokens / size) }, (_, index): Block => {
     const [begin, end] = [index * pagesPerBlock, Math.min((index + 1) * pagesPerBlock, pages.length)];
     const checksum = sums.slice(begin, end).reduce((sum, page) => BigInt.asUintN(64, sum + page), 0n);
     return {
       slot: index, pages: pages.slice(begin, end), backPages: backPages.slice(begin, end),
-      record: { id: index.toString(16).padStart(32, '0'), index, tokens: Math.min(blockTokens, tokens - index * blockTokens), checksum: String(checksum) },
+      record: { id: index.toString(16).padStart(32, '0'), index, tokens: Math.min(size, tokens - index * size), checksum: String(checksum) },
     };
   });
 }
