@@ -175,6 +175,7 @@ function validateWidths(source: Checkpoint, options: ConversionOptions): void {
   const sliced = possible.filter((shared) => options.widths === null || shared < kvLoraRank);
   for (const shared of sliced.length > 0 ? new Set(sliced) : [kvLoraRank]) validateMethod({ ...options.method, shared }, { groups: options.groups, kvLoraRank });
   if (options.widths === null) return;
+  if (options.method.norm === 'sliced') throw new TplaError('USAGE', 'a sliced norm takes no shared subspace, so that widths by layer are not possible; leave them out or use --norm exact');
   if ('budget' in options.widths) {
     uniformWidth(options.widths.budget, widthShape(source, options));
     if (!needsCalibration(options.method)) throw new TplaError('USAGE', `method ${options.methodName} looks at no text, and a budget's widths are chosen on calibration text; give widths with --shared`);

@@ -260,6 +260,7 @@ test('what cannot be done is refused before anything is written', async () => {
   assert.match((await refusal(options({}, { widths: { byLayer: [0, 8] } }))).message, '--shared has 2 widths, the model 3 layers');
   assert.match((await refusal(options({}, { widths: { byLayer: [0, 8, 33] } }))).message, 'a shared width of 33 is not possible');
   assert.match((await refusal(options({}, { widths: { budget: { bytesPerToken: 143, candidates: [0, 8] } } }))).message, 'without a shared subspace it is 144');
+  assert.match((await refusal(options({ norm: 'sliced' }, { widths: { byLayer: [0, 32, 0] } }))).message, 'a sliced norm takes no shared subspace');
   assert.match((await refusal(options({ name: 'identity' }, { widths: { budget: { bytesPerToken: 200, candidates: [0, 8] } } }))).message, 'looks at no text');
   assert.match((await refusal(options({}, { groups: 1 }))).message, '1 group');
   assert.match((await refusal(options({ norm: 'sliced', shared: 8 }))).message, 'sliced norm needs an orthogonal basis');
