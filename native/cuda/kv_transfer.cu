@@ -22,6 +22,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 // A unit of work: tokens that start at a multiple of 16 and so lie in one page on both sides.
 constexpr int kUnitTokens = 16;
+constexpr int kParts = 4;
+constexpr int kPartTokens = kUnitTokens / kParts;
 constexpr int kOctet = 8;
 constexpr int kGroupLanes = kFp8ScaleGroup / kOctet;
 // Octets a lane loads before it uses the first.
@@ -157,12 +159,42 @@ struct Unit {
   uint32_t end;
 };
 
-template <int kTables>
-__device__ Unit unit_of(const Launch<kTables>& launch, const LayerPlace* places, uint32_t index, uint32_t units_per_layer) {
-  const uint32_t layer = index / units_per_layer;
-  const uint32_t start = (launch.begin / kUnitTokens + index - layer * units_per_layer) * kUnitTokens;
-  return {places[layer], max(launch.begin, start), min(launch.end, start + kUnitTokens)};
-}
+// How units are dealt to warps: one each as often as there is one for every warp, then what is left over in quarters, or most warps would wait a
+// whole turn for the few that have another unit.
+class Deal {
+ public:
+  template <int kTables>
+  __device__ explicit Deal(const Launch<kTables>& launch)
+      : per_layer_((launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens), first_(launch.begin / kUnitTokens) {
+    const uint32_t units = launch.layers * per_layer_;
+    whole_ = units - units % (gridDim.x * kWarps);
+    size_ = whole_ + (units - whole_) * kParts;
+  }
+
+  // The index of this warp's first, and how far it is to its next.
+  __device__ static uint32_t begin() { return blockIdx.x * kWarps + threadIdx.x / 32; }
+  __device__ static uint32_t step() { return gridDim.x * kWarps; }
+  __device__ uint32_t end() const { return size_; }
+
+  // Has no rows where the part lies outside the launch.
+  template <int kTables>
+  __device__ Unit operator()(const Launch<kTables>& launch, const LayerPlace* places, uint32_t index) const {
+    const bool is_part = index >= whole_;
+    const uint32_t rest = index - whole_;
+    const uint32_t unit = is_part ? whole_ + rest / kParts : index;
+    const uint32_t layer = unit / per_layer_;
+    const uint32_t start = (first_ + unit - layer * per_layer_) * kUnitTokens + (is_part ? rest % kParts * kPartTokens : 0);
+    const uint32_t begin = max(launch.begin, start);
+    const uint32_t end = min(launch.end, start + (is_part ? kPartTokens : kUnitTokens));
+    return {places[layer], begin, max(begin, end)};
+  }
+
+ private:
+  uint32_t per_layer_;
+  uint32_t first_;
+  uint32_t whole_;
+  uint32_t size_;
+};
 
 struct Shared {
   std::byte* batches;  // of this warp, two
@@ -321,10 +353,11 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ La
   const int lane = threadIdx.x % 32;
   const Lanes lanes(lane);
   Outbox outbox(shared.batches, shape.batch_stride, lane);
-  const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
+  const Deal deal(launch);
 
-  for (uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32; index < launch.layers * units_per_layer; index += gridDim.x * kWarps) {
-    const Unit unit = unit_of(launch, shared.places, index, units_per_layer);
+  for (uint32_t index = Deal::begin(); index < deal.end(); index += Deal::step()) {
+    const Unit unit = deal(launch, shared.places, index);
+    if (unit.begin == unit.end) continue;
     const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.at.src, unit.begin);
     const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.at.dst, unit.begin);
     const uint64_t src_rows = unit_address(plan.src, from);
@@ -523,10 +556,11 @@ __global__ void __launch_bounds__(kThreads, 2) convert_rows(const __grid_constan
   const Shared shared = load_shared(plan, shape, launch, copy, true);
   const int lane = threadIdx.x % 32;
   Outbox outbox(shared.batches, shape.batch_stride, lane);
-  const uint32_t units_per_layer = (launch.end + kUnitTokens - 1) / kUnitTokens - launch.begin / kUnitTokens;
+  const Deal deal(launch);
 
-  for (uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32; index < launch.layers * units_per_layer; index += gridDim.x * kWarps) {
-    const Unit unit = unit_of(launch, shared.places, index, units_per_layer);
+  for (uint32_t index = Deal::begin(); index < deal.end(); index += Deal::step()) {
+    const Unit unit = deal(launch, shared.places, index);
+    if (unit.begin == unit.end) continue;
     const Place from = place_of(plan.src, launch, 0, launch.first_src_page, launch.src_rank, unit.at.src, unit.begin);
     const Place to = place_of(plan.dst, launch, launch.dst_table, launch.first_dst_page, launch.dst_rank, unit.at.dst, unit.begin);
     const uint64_t src_rows = unit_address(plan.src, from);
@@ -838,7 +872,7 @@ void KvRoute::Group::launch(Launch<kTables>& parameters, int blocks, CUstream_st
   const uint32_t units = parameters.layers * ((parameters.end + kUnitTokens - 1) / kUnitTokens - parameters.begin / kUnitTokens);
   // Measured on H200: copies fill the link with one block a multiprocessor, conversions and hashing take two.
   const int wanted = blocks > 0 ? blocks : multiprocessors * (is_copy && !is_checksum ? 1 : 2);
-  const dim3 grid(std::min<uint32_t>(wanted, (units + kWarps - 1) / kWarps), copies);
+  const dim3 grid(std::min<uint32_t>(wanted, (units * kParts + kWarps - 1) / kWarps), copies);
   const void* function = kernel<kTables>();
   const size_t bytes = shared_bytes + parameters.layers * sizeof(LayerPlace);
   if (bytes > 48 * 1024) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "cudaFuncSetAttribute");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <optional>
 #include <string>
 
 #include "core/error.h"
@@ -64,6 +65,24 @@ void check_range(const char* what, Range range, int end) {
   if (range.begin < 0 || range.begin >= range.end || range.end > end) refuse(std::string(what) + " " + text(range) + " are not a range within " + text({0, end}));
 }
 
+// All ids are pages of the region. A bit a page, kept from call to call and all zero between them: a put is checked before it is sent off, and
+// sorting the pages of a long prompt would hold it up for longer than launching it takes.
+std::optional<int> page_named_twice(const KvRegion& region, const PageTables& tables, Range pages) {
+  thread_local std::vector<uint64_t> seen;
+  const size_t bits = size_t(region.layout.memories()) * region.pages;
+  if (seen.size() * 64 < bits) seen.resize((bits + 63) / 64);
+  const auto bit_of = [&](const PagePlace& place) { return size_t(place.memory) * region.pages + place.page; };
+  std::optional<int> twice;
+  for (int page = pages.begin; page < pages.end; page++) {
+    const PagePlace place = place_of(region.layout, tables, page);
+    const size_t bit = bit_of(place);
+    if (seen[bit / 64] >> bit % 64 & 1) twice = place.page;
+    seen[bit / 64] |= uint64_t(1) << bit % 64;
+  }
+  for (int page = pages.begin; page < pages.end; page++) seen[bit_of(place_of(region.layout, tables, page)) / 64] = 0;
+  return twice;
+}
+
 int threads_for(size_t bytes) { return static_cast<int>(std::min<size_t>(1 + bytes / kBytesPerThread, transfer_threads())); }
 
 }  // namespace
@@ -104,8 +123,6 @@ void check_pages(const char* side, const KvRegion& region, const PageTables& tab
     refuse(std::string(side) + ": rank " + std::to_string(tables.rank) + " of " + std::to_string(layout.ranks));
   }
   const Range pages = pages_of(layout, tokens);
-  std::vector<std::pair<int, int>> places;
-  places.reserve(pages.size());
   for (int page = pages.begin; page < pages.end; page++) {
     const size_t table = layout.form == KvForm::dcp ? page % layout.ranks : 0;
     const size_t entry = layout.form == KvForm::dcp ? page / layout.ranks : page;
@@ -117,11 +134,8 @@ void check_pages(const char* side, const KvRegion& region, const PageTables& tab
     if (place.page < 0 || place.page >= region.pages) {
       refuse(std::string(side) + ": page id " + std::to_string(place.page) + " is outside [0, " + std::to_string(region.pages) + ")");
     }
-    places.emplace_back(place.memory, place.page);
   }
-  std::sort(places.begin(), places.end());
-  const auto twice = std::adjacent_find(places.begin(), places.end());
-  if (twice != places.end()) refuse(std::string(side) + ": page id " + std::to_string(twice->second) + " appears twice");
+  if (const std::optional<int> twice = page_named_twice(region, tables, pages)) refuse(std::string(side) + ": page id " + std::to_string(*twice) + " appears twice");
 }
 
 KvPutResult kv_put(const KvPut& put) {

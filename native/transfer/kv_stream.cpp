@@ -15,6 +15,7 @@
 #include <optional>
 #include <poll.h>
 #include <pthread.h>
+#include <span>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <thread>
@@ -23,23 +24,24 @@
 
 #include "core/error.h"
 #include "transfer/grant_book.h"
+#include "transfer/parallel.h"
 #include "transfer/reshard.h"
-#include "transfer/row_mover.h"
 
 namespace tpla {
 
 namespace {
 
-constexpr uint32_t kMagic = 0x31564b54;  // "TKV1"
+constexpr uint32_t kMagic = 0x32564b54;  // "TKV2"
 constexpr uint64_t kRefusedBit = uint64_t(1) << 63;
-// Small enough that a frame made by a core is still in its cache when the kernel copies it.
+// A frame that a core has hashed or made is still in its cache when the kernel copies it. Of 32 to 512 KiB this takes the least time of the two
+// cores it was tried on, by a quarter.
 constexpr size_t kFrameBytes = 128 * 1024;
 constexpr int kMaxUnknownConnections = 64;
 constexpr int kKeyTimeoutMs = 3000;
 constexpr int kConnectTimeoutMs = 5000;
 constexpr int kMaxConnections = 64;
-constexpr int kMakers = 2;   // threads of one connection: while one sends its frame, the other makes the next
-constexpr int kBuffers = 4;  // frames of one of them that the kernel may hold
+constexpr int kMostMakers = 2;  // threads of one connection: while one sends its frame, the other makes the next
+constexpr int kBuffers = 4;     // frames of one of them that the kernel may hold
 constexpr size_t kMaxVector = 512;
 
 struct FrameHeader {
@@ -73,6 +75,19 @@ bool receive_all(int socket, void* data, size_t bytes) {
   return true;
 }
 
+// Takes `bytes` off the front of what begins at `at`; returns what begins then.
+size_t skip(std::vector<iovec>& vector, size_t at, size_t bytes) {
+  while (bytes > 0) {
+    iovec& first = vector[at];
+    const size_t part = std::min(bytes, first.iov_len);
+    first.iov_base = static_cast<char*>(first.iov_base) + part;
+    first.iov_len -= part;
+    bytes -= part;
+    if (first.iov_len == 0) at++;
+  }
+  return at;
+}
+
 bool send_all(int socket, const void* data, size_t bytes) {
   const auto* at = static_cast<const char*>(data);
   while (bytes > 0) {
@@ -98,8 +113,8 @@ struct StreamReceiver::Core : ChannelListener::Events, std::enable_shared_from_t
   void shut_down(const std::string& key);
   void read_frames(int socket, const GrantBook::Client& client);
   bool check_frame(const FrameHeader& frame, const Grant& grant) const;
-  bool read_payload(int socket, const FrameHeader& frame, const Grant& grant, const GrantBook::Client& client, bool& refused) const;
-  std::vector<iovec> places_of(const FrameHeader& frame, const Grant& grant) const;
+  bool read_payload(int socket, const FrameHeader& frame, const Grant& grant, const GrantBook::Client& client, bool& refused, FrameHeader& next) const;
+  void append_places(const FrameHeader& frame, const Grant& grant, std::vector<iovec>& places) const;
 
   GrantBook book;
   const int copies;
@@ -194,14 +209,26 @@ void StreamReceiver::Core::serve(UniqueFd socket) {
 // Until the connection ends, or breaks a rule.
 void StreamReceiver::Core::read_frames(int socket, const GrantBook::Client& client) {
   FrameHeader frame;
-  while (receive_all(socket, &frame, sizeof(frame))) {
+  uint64_t refused_put = 0;
+  bool is_there = receive_all(socket, &frame, sizeof(frame));
+  while (is_there) {
+    if (frame.begin == frame.end) {
+      if (frame.magic != kMagic || !send_all(socket, &frame.put, sizeof(frame.put))) return;
+      is_there = receive_all(socket, &frame, sizeof(frame));
+      continue;
+    }
     const std::shared_ptr<const Grant> grant = client.grant(frame.slot);
     // A frame of an earlier session on the slot has no pages of its own any more, and its size cannot be checked: it must still be read past.
     if (!grant || !check_frame(frame, *grant)) return;
     bool refused = frame.epoch != grant->epoch;
-    if (!read_payload(socket, frame, *grant, client, refused)) return;
-    const uint64_t answer = frame.put | (refused ? kRefusedBit : 0);
-    if (!send_all(socket, &answer, sizeof(answer))) return;
+    FrameHeader next;
+    is_there = read_payload(socket, frame, *grant, client, refused, next);
+    if (refused && frame.put != refused_put) {
+      refused_put = frame.put;
+      const uint64_t answer = frame.put | kRefusedBit;
+      if (!send_all(socket, &answer, sizeof(answer))) return;
+    }
+    frame = next;
   }
 }
 
@@ -213,9 +240,8 @@ bool StreamReceiver::Core::check_frame(const FrameHeader& frame, const Grant& gr
   return frame.epoch != grant.epoch || (frame.begin >= uint32_t(grant.tokens.begin) && frame.end <= uint32_t(grant.tokens.end));
 }
 
-std::vector<iovec> StreamReceiver::Core::places_of(const FrameHeader& frame, const Grant& grant) const {
+void StreamReceiver::Core::append_places(const FrameHeader& frame, const Grant& grant, std::vector<iovec>& places) const {
   const KvLayout& layout = book.region().layout;
-  std::vector<iovec> places;
   for (int copy = 0; copy < copies; copy++) {
     for (int token = frame.begin; token < int(frame.end);) {
       const int end = std::min<int>(frame.end, (token / layout.page_tokens + 1) * layout.page_tokens);
@@ -224,15 +250,19 @@ std::vector<iovec> StreamReceiver::Core::places_of(const FrameHeader& frame, con
       token = end;
     }
   }
-  return places;
 }
 
-// False when the connection ended. The gate is passed for each read by itself: revoking never waits for the network.
-bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, const Grant& grant, const GrantBook::Client& client, bool& refused) const {
+// Reads the rows, and the header that follows them; false when the connection ended before. The gate is passed for each read by itself: revoking
+// never waits for the network.
+bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, const Grant& grant, const GrantBook::Client& client, bool& refused, FrameHeader& next) const {
   thread_local std::vector<char> scrap(64 * 1024);
+  thread_local std::vector<iovec> places;
+  places.clear();
+  if (!refused) append_places(frame, grant, places);
+  // Most often it has arrived by the time its predecessor has.
+  places.push_back({&next, sizeof(next)});
   size_t left = size_t(frame.end - frame.begin) * book.region().layout.row_bytes(int(frame.layer)) * copies;
-  std::vector<iovec> places = refused ? std::vector<iovec>{} : places_of(frame, grant);
-  size_t next = 0;
+  size_t at = 0;
   while (left > 0) {
     if (!refused && !client.gate().enter(frame.slot, frame.epoch)) refused = true;
     ssize_t got;
@@ -240,31 +270,28 @@ bool StreamReceiver::Core::read_payload(int socket, const FrameHeader& frame, co
       got = recv(socket, scrap.data(), std::min(left, scrap.size()), MSG_DONTWAIT);
     } else {
       msghdr message{};
-      message.msg_iov = &places[next];
-      message.msg_iovlen = std::min(places.size() - next, kMaxVector);
+      message.msg_iov = &places[at];
+      message.msg_iovlen = std::min(places.size() - at, kMaxVector);
       got = recvmsg(socket, &message, MSG_DONTWAIT);
       const int error = errno;
       client.gate().leave(frame.slot);
       errno = error;
     }
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) {
-      // Outside the gate: revoking never waits for the network.
+      // Outside the gate.
       pollfd readable{socket, POLLIN, 0};
       if (poll(&readable, 1, -1) < 0 && errno != EINTR) return false;
       continue;
     }
     if (got <= 0) return false;
-    left -= static_cast<size_t>(got);
-    for (size_t taken = static_cast<size_t>(got); !refused && taken > 0;) {
-      iovec& place = places[next];
-      const size_t part = std::min(taken, place.iov_len);
-      place.iov_base = static_cast<char*>(place.iov_base) + part;
-      place.iov_len -= part;
-      taken -= part;
-      if (place.iov_len == 0) next++;
+    if (!refused) at = skip(places, at, static_cast<size_t>(got));
+    if (static_cast<size_t>(got) > left) {
+      const size_t more = static_cast<size_t>(got) - left;
+      return receive_all(socket, reinterpret_cast<std::byte*>(&next) + more, sizeof(next) - more);
     }
+    left -= static_cast<size_t>(got);
   }
-  return true;
+  return receive_all(socket, &next, sizeof(next));
 }
 
 // ---------------------------------------------------------------- sender
@@ -321,57 +348,61 @@ class ZeroCopySends {
 }  // namespace
 
 struct StreamSender::Core : std::enable_shared_from_this<StreamSender::Core> {
-  struct Job {
-    Job(LinkPut what, const KvLayout& dst, Done finished) : put(std::move(what)), mover(*put.src, dst, false), done(std::move(finished)) {}
-    LinkPut put;
-    RowMover mover;
-    Done done;
+  struct Put {
+    Put(LinkPut what, const KvLayout& dst, Done done) : job(std::move(what), dst, kFrameBytes, std::move(done)) {}
+    PutJob job;
     uint64_t id = 0;
-    // Frames: layer by layer, token ranges that begin at pages of the destination.
-    std::vector<Range> ranges;
-    size_t frames = 0;
-    std::atomic<size_t> next{0};
-    std::atomic<size_t> answered{0};
-    std::atomic<bool> is_refused{false};
-    std::atomic<bool> is_over{false};
-    KvPutResult result;
+  };
+  // Pieces of one put that went over one connection.
+  struct Sent {
+    std::shared_ptr<Put> put;
+    size_t pieces = 0;
   };
   struct Connection {
     UniqueFd socket;   // closed, under the mutex, by the last of its threads
-    int threads = kMakers + 1;
+    int threads = 0;
     // One frame at a time goes out; zero-copy is counted in the same order.
     std::mutex sending;
     bool zero_copy = false;
     ZeroCopySends sends;
+    // What went out since the receiver was last asked.
+    Sent open;
+    // What it was asked for and has not answered.
+    std::mutex asking;
+    std::deque<Sent> asked;
   };
-  // A frame's memory.
-  struct Buffer {
-    std::vector<std::byte> bytes;
-    // The kernel may read from it until this send has completed.
+  // A frame on its way out.
+  struct Frame {
+    FrameHeader header;
+    std::vector<std::byte> made;
+    std::vector<std::span<const std::byte>> rows;
+    std::vector<iovec> vector;
+    // The kernel may read `header` and `made` until this send has completed. Rows that are sent from where they stand belong to the put until it ends.
     std::optional<uint64_t> lent_until;
   };
 
-  explicit Core(const KvLayout& layout) : dst(layout), copies(copies_per_page(layout)) {}
+  explicit Core(const KvLayout& layout) : dst(layout) {}
 
   void send_frames(Connection& connection);
   void read_answers(Connection& connection);
-  bool await_release(Connection& connection, Buffer& buffer);
-  void make_frame(Job& job, size_t index, std::vector<std::byte>& bytes);
-  bool send_frame(Connection& connection, Buffer& buffer);
-  std::shared_ptr<Job> next_job(size_t& frame);
-  void end(const std::shared_ptr<Job>& job, std::unique_ptr<Error> error);
+  bool await_release(Connection& connection, Frame& frame);
+  void fill(Put& put, size_t unit, Frame& frame);
+  bool send_unit(Connection& connection, const std::shared_ptr<Put>& put, size_t unit, Frame& frame);
+  bool send_frame(Connection& connection, Frame& frame);
+  bool ask(Connection& connection);
+  std::shared_ptr<Put> next_put(size_t& unit, bool waits);
+  void end(const std::shared_ptr<Put>& put, std::unique_ptr<Error> error);
   void fail(const std::string& reason);
 
   const KvLayout dst;
-  const int copies;
   std::vector<std::unique_ptr<Connection>> connections;
   ZeroCopy mode = ZeroCopy::automatic;
   std::atomic<bool> uses_zero_copy{false};
 
   std::mutex mutex;
   std::condition_variable work;
-  std::deque<std::shared_ptr<Job>> waiting;              // with frames to send
-  std::map<uint64_t, std::shared_ptr<Job>> under_way;    // with answers to come
+  std::deque<std::shared_ptr<Put>> waiting;              // with frames to send
+  std::map<uint64_t, std::shared_ptr<Put>> under_way;    // with answers to come
   uint64_t next_id = 1;
   std::string failure;
 };
@@ -392,7 +423,9 @@ StreamSender::StreamSender(const SocketAddress& address, const std::string& key,
     if (!send_all(socket, key.data(), key.size())) throw Error("IO_FAILED", "cannot open a data connection to " + address.text());
     core_->connections.push_back(std::move(connection));
   }
+  const int makers = std::clamp(transfer_threads() / (2 * connections), 1, kMostMakers);
   for (const auto& connection : core_->connections) {
+    connection->threads = makers + 1;
     const auto run = [core = core_, at = connection.get()](auto body, const char* name) {
       std::thread([core, at, body, name] {
         pthread_setname_np(pthread_self(), name);
@@ -401,7 +434,7 @@ StreamSender::StreamSender(const SocketAddress& address, const std::string& key,
         if (--at->threads == 0) at->socket.reset();
       }).detach();
     };
-    for (int maker = 0; maker < kMakers; maker++) run(&Core::send_frames, "tpla-send");
+    for (int maker = 0; maker < makers; maker++) run(&Core::send_frames, "tpla-send");
     run(&Core::read_answers, "tpla-answers");
   }
 }
@@ -413,80 +446,67 @@ void StreamSender::close() { core_->fail("the sender was closed"); }
 bool StreamSender::is_zero_copy() const { return core_->uses_zero_copy; }
 
 void StreamSender::put(LinkPut put, Done done) {
-  check_compatible(put.src->layout, core_->dst);
-  check_pages("source", *put.src, put.src_pages, put.layers, put.tokens);
-  const KvLayout& dst = core_->dst;
-  const size_t token_bytes = dst.widest_row_bytes() * core_->copies;
-  if (token_bytes > kMaxFrameBytes) throw Error("REQUEST_INVALID", "a token takes " + std::to_string(token_bytes) + " bytes per layer, more than a frame");
-  auto job = std::make_shared<Core::Job>(std::move(put), dst, std::move(done));
-  const Range tokens = job->put.tokens;
-  const int most = std::max<int>(1, static_cast<int>(kFrameBytes / token_bytes));
-  for (int begin = tokens.begin; begin < tokens.end;) {
-    const int end = std::min(tokens.end, begin + most);
-    job->ranges.push_back({begin, end});
-    begin = end;
-  }
-  job->frames = job->ranges.size() * job->put.layers.size();
-  job->result.bytes = dst.token_bytes(job->put.layers.begin, job->put.layers.end) * core_->copies * tokens.size();
-  job->result.wire_bytes = job->result.bytes + job->frames * (sizeof(FrameHeader) + sizeof(uint64_t));
-  job->result.checksums.assign(size_t(pages_of(dst, tokens).size()) * core_->copies, 0);
+  const auto started = std::make_shared<Core::Put>(std::move(put), core_->dst, std::move(done));
   {
     const std::lock_guard lock(core_->mutex);
     if (core_->failure.empty()) {
-      job->id = core_->next_id++;
-      core_->under_way[job->id] = job;
-      core_->waiting.push_back(job);
+      started->id = core_->next_id++;
+      core_->under_way[started->id] = started;
+      core_->waiting.push_back(started);
       core_->work.notify_all();
       return;
     }
   }
-  job->done({}, std::make_unique<Error>("IO_FAILED", core_->failure));
+  started->job.end(std::make_unique<Error>("IO_FAILED", core_->failure));
 }
 
-// The next frame to send; null when the sender has failed.
-std::shared_ptr<StreamSender::Core::Job> StreamSender::Core::next_job(size_t& frame) {
+// The next frame to send; null when the sender has failed, or there is none and the caller does not wait.
+std::shared_ptr<StreamSender::Core::Put> StreamSender::Core::next_put(size_t& unit, bool waits) {
   std::unique_lock lock(mutex);
   while (true) {
-    work.wait(lock, [this] { return !waiting.empty() || !failure.empty(); });
-    if (!failure.empty()) return nullptr;
-    std::shared_ptr<Job> job = waiting.front();
-    frame = job->is_over ? job->frames : job->next.fetch_add(1);
-    if (frame + 1 >= job->frames) waiting.pop_front();
-    if (frame < job->frames) return job;
+    if (waits) work.wait(lock, [this] { return !waiting.empty() || !failure.empty(); });
+    if (!failure.empty() || waiting.empty()) return nullptr;
+    std::shared_ptr<Put> put = waiting.front();
+    if (put->job.take(unit)) return put;
+    waiting.pop_front();
   }
 }
 
 void StreamSender::Core::send_frames(Connection& connection) {
   const auto self = shared_from_this();
-  std::array<Buffer, kBuffers> buffers;
+  std::array<Frame, kBuffers> frames;
   size_t turn = 0;
-  size_t frame = 0;
-  while (const std::shared_ptr<Job> job = next_job(frame)) {
-    Buffer& buffer = buffers[turn++ % kBuffers];
-    bool is_fine = await_release(connection, buffer);
-    if (is_fine) {
-      make_frame(*job, frame, buffer.bytes);
-      const std::lock_guard lock(connection.sending);
-      is_fine = send_frame(connection, buffer);
+  size_t unit = 0;
+  while (true) {
+    std::shared_ptr<Put> put = next_put(unit, false);
+    bool is_fine = true;
+    if (!put) {
+      {
+        const std::lock_guard lock(connection.sending);
+        is_fine = ask(connection);
+      }
+      if (is_fine) put = next_put(unit, true);
+      if (is_fine && !put) break;
     }
+    if (is_fine) is_fine = send_unit(connection, put, unit, frames[turn++ % kBuffers]);
     if (!is_fine) {
       fail(std::string("data connection lost: ") + std::strerror(errno));
       break;
     }
   }
   // The kernel may still read: after a failure the connection is reset, else all was acknowledged.
-  for (Buffer& buffer : buffers) await_release(connection, buffer);
+  for (Frame& frame : frames) await_release(connection, frame);
 }
 
-// Waits until the kernel reads no more from a buffer.
-bool StreamSender::Core::await_release(Connection& connection, Buffer& buffer) {
+// Waits until the kernel reads no more of what a frame owns.
+bool StreamSender::Core::await_release(Connection& connection, Frame& frame) {
   const int socket = connection.socket.get();
-  while (buffer.lent_until) {
+  while (frame.lent_until) {
     {
       const std::lock_guard lock(connection.sending);
       connection.sends.read_completions(socket);
-      if (connection.sends.is_done(*buffer.lent_until)) {
-        buffer.lent_until.reset();
+      if (connection.sends.is_done(*frame.lent_until)) {
+        frame.lent_until.reset();
         break;
       }
     }
@@ -498,45 +518,64 @@ bool StreamSender::Core::await_release(Connection& connection, Buffer& buffer) {
   return true;
 }
 
-void StreamSender::Core::make_frame(Job& job, size_t index, std::vector<std::byte>& bytes) {
-  const int layer = job.put.layers.begin + static_cast<int>(index / job.ranges.size());
-  const Range tokens = job.ranges[index % job.ranges.size()];
-  const size_t row_bytes = dst.row_bytes(layer);
-  bytes.resize(sizeof(FrameHeader) + row_bytes * tokens.size() * copies);
-  const FrameHeader header{kMagic, uint32_t(job.put.slot), job.put.epoch, uint32_t(layer), uint32_t(tokens.begin), uint32_t(tokens.end), job.id};
-  std::memcpy(bytes.data(), &header, sizeof(header));
-  const KvLayout& src = job.put.src->layout;
-  const int first_page = pages_of(dst, job.put.tokens).begin;
-  std::byte* to[kMaxCopies];
-  for (int copy = 0; copy < copies; copy++) to[copy] = bytes.data() + sizeof(FrameHeader) + row_bytes * tokens.size() * copy;
-  for (int token = tokens.begin; token < tokens.end;) {
-    const int end = std::min({tokens.end, (token / src.page_tokens + 1) * src.page_tokens, (token / dst.page_tokens + 1) * dst.page_tokens});
-    uint64_t sums[kMaxCopies];
-    std::fill_n(sums, copies, 0);
-    job.mover.move({place_of(src, job.put.src_pages, token / src.page_tokens), {token, end}, layer}, to, sums);
-    for (int copy = 0; copy < copies; copy++) {
-      const size_t entry = size_t(token / dst.page_tokens - first_page) * copies + copy;
-      std::atomic_ref(job.result.checksums[entry]).fetch_add(sums[copy], std::memory_order_relaxed);
-      to[copy] += row_bytes * (end - token);
-    }
-    token = end;
+// Rows that are the same on both sides are hashed where they stand, and the kernel reads them from the near cache; others are made.
+void StreamSender::Core::fill(Put& put, size_t index, Frame& frame) {
+  const PutJob::Unit unit = put.job.unit(index);
+  const LinkPut& what = put.job.what();
+  frame.header = {kMagic, uint32_t(what.slot), what.epoch, uint32_t(unit.layer), uint32_t(unit.tokens.begin), uint32_t(unit.tokens.end), put.id};
+  frame.rows.clear();
+  if (put.job.keeps_rows(unit)) {
+    put.job.find(unit, frame.rows);
+  } else {
+    frame.made.resize(put.job.bytes_of(unit));
+    put.job.make(unit, frame.made.data());
+    frame.rows.emplace_back(frame.made);
   }
+  frame.vector.clear();
+  frame.vector.push_back({&frame.header, sizeof(frame.header)});
+  for (const auto& rows : frame.rows) frame.vector.push_back({const_cast<std::byte*>(rows.data()), rows.size()});
+}
+
+bool StreamSender::Core::send_unit(Connection& connection, const std::shared_ptr<Put>& put, size_t unit, Frame& frame) {
+  if (!await_release(connection, frame)) return false;
+  fill(*put, unit, frame);
+  const std::lock_guard lock(connection.sending);
+  if (connection.open.put != put && !ask(connection)) return false;
+  connection.open.put = put;
+  connection.open.pieces += put->job.count_pieces(put->job.unit(unit));
+  put->job.add_wire_bytes(sizeof(frame.header));
+  return send_frame(connection, frame);
+}
+
+// Asks for what went out since it did so last. The caller holds connection.sending.
+bool StreamSender::Core::ask(Connection& connection) {
+  if (!connection.open.put) return true;
+  const FrameHeader header{kMagic, 0, 0, 0, 0, 0, connection.open.put->id};
+  connection.open.put->job.add_wire_bytes(sizeof(header) + sizeof(uint64_t));
+  {
+    const std::lock_guard lock(connection.asking);
+    connection.asked.push_back(std::move(connection.open));
+  }
+  connection.open = {};
+  return send_all(connection.socket.get(), &header, sizeof(header));
 }
 
 // The caller holds connection.sending.
-bool StreamSender::Core::send_frame(Connection& connection, Buffer& buffer) {
+bool StreamSender::Core::send_frame(Connection& connection, Frame& frame) {
   const int socket = connection.socket.get();
-  const std::vector<std::byte>& bytes = buffer.bytes;
-  if (!connection.zero_copy) return send_all(socket, bytes.data(), bytes.size());
-  for (size_t at = 0; at < bytes.size();) {
-    const ssize_t sent = send(socket, bytes.data() + at, bytes.size() - at, MSG_NOSIGNAL | MSG_ZEROCOPY);
-    if (sent < 0 && errno == EINTR) continue;
+  for (size_t at = 0; at < frame.vector.size();) {
+    msghdr message{};
+    message.msg_iov = &frame.vector[at];
+    message.msg_iovlen = std::min(frame.vector.size() - at, kMaxVector);
+    ssize_t sent = sendmsg(socket, &message, MSG_NOSIGNAL | (connection.zero_copy ? MSG_ZEROCOPY : 0));
+    if (sent > 0 && connection.zero_copy) frame.lent_until = connection.sends.sent();
     // No room to pin pages: this piece goes the ordinary way, which is not counted.
-    if (sent < 0 && errno == ENOBUFS) return send_all(socket, bytes.data() + at, bytes.size() - at);
+    if (sent < 0 && errno == ENOBUFS && connection.zero_copy) sent = sendmsg(socket, &message, MSG_NOSIGNAL);
+    if (sent < 0 && errno == EINTR) continue;
     if (sent <= 0) return false;
-    buffer.lent_until = connection.sends.sent();
-    at += static_cast<size_t>(sent);
+    at = skip(frame.vector, at, static_cast<size_t>(sent));
   }
+  if (!connection.zero_copy) return true;
   connection.sends.read_completions(socket);
   if (mode == ZeroCopy::automatic && connection.sends.was_copied()) {
     // The kernel copied after all (loopback does): plain sends are cheaper.
@@ -550,37 +589,39 @@ void StreamSender::Core::read_answers(Connection& connection) {
   const auto self = shared_from_this();
   uint64_t answer;
   while (receive_all(connection.socket.get(), &answer, sizeof(answer))) {
-    std::shared_ptr<Job> job;
-    {
-      const std::lock_guard lock(mutex);
-      const auto found = under_way.find(answer & ~kRefusedBit);
-      if (found == under_way.end()) continue;
-      job = found->second;
-    }
     if (answer & kRefusedBit) {
-      job->is_refused = true;
-      end(job, std::make_unique<Error>("CANCELLED", "the receiver has taken its pages back"));
-    } else if (job->answered.fetch_add(1) + 1 == job->frames && !job->is_refused) {
-      end(job, nullptr);
+      std::shared_ptr<Put> put;
+      {
+        const std::lock_guard lock(mutex);
+        const auto found = under_way.find(answer & ~kRefusedBit);
+        if (found == under_way.end()) continue;
+        put = found->second;
+      }
+      end(put, std::make_unique<Error>("CANCELLED", "the receiver has taken its pages back"));
+      continue;
     }
+    Sent sent;
+    {
+      const std::lock_guard lock(connection.asking);
+      if (connection.asked.empty() || connection.asked.front().put->id != answer) return fail("the receiver answered what it was not asked");
+      sent = std::move(connection.asked.front());
+      connection.asked.pop_front();
+    }
+    if (sent.put->job.confirm(sent.pieces)) end(sent.put, nullptr);
   }
   fail("the receiver closed the data connection");
 }
 
-void StreamSender::Core::end(const std::shared_ptr<Job>& job, std::unique_ptr<Error> error) {
-  if (job->is_over.exchange(true)) return;
+void StreamSender::Core::end(const std::shared_ptr<Put>& put, std::unique_ptr<Error> error) {
   {
     const std::lock_guard lock(mutex);
-    under_way.erase(job->id);
+    under_way.erase(put->id);
   }
-  // After an error other threads may still be making a frame of it.
-  KvPutResult result;
-  if (!error) result = std::move(job->result);
-  job->done(std::move(result), std::move(error));
+  put->job.end(std::move(error));
 }
 
 void StreamSender::Core::fail(const std::string& reason) {
-  std::map<uint64_t, std::shared_ptr<Job>> lost;
+  std::map<uint64_t, std::shared_ptr<Put>> lost;
   {
     const std::lock_guard lock(mutex);
     if (failure.empty()) failure = reason;
@@ -591,9 +632,7 @@ void StreamSender::Core::fail(const std::string& reason) {
       if (connection->socket) shutdown(connection->socket.get(), SHUT_RDWR);
     }
   }
-  for (const auto& [id, job] : lost) {
-    if (!job->is_over.exchange(true)) job->done({}, std::make_unique<Error>("IO_FAILED", reason));
-  }
+  for (const auto& [id, put] : lost) put->job.end(std::make_unique<Error>("IO_FAILED", reason));
 }
 
 }  // namespace tpla

@@ -5,6 +5,7 @@
 
 #include "transfer/channel.h"
 #include "transfer/kv_link.h"
+#include "transfer/put_job.h"
 #include "transfer/socket.h"
 
 namespace tpla {
@@ -13,9 +14,10 @@ namespace tpla {
 // receiver straight into its pages. Both ends are little-endian.
 //
 // A connection begins with the receiver's 32-byte key. Then frames of at most kMaxFrameBytes: a FrameHeader and, for each copy of the page,
-// the rows of the tokens. Each frame is answered with the 8 bytes of its `put`, the top bit set where the gate was shut.
+// the rows of the tokens. A frame without tokens asks, and is answered with the 8 bytes of its `put` once all that came before it on this connection
+// is in place. Where the gate is shut the answer comes at once, its top bit set.
 
-inline constexpr size_t kMaxFrameBytes = size_t(4) << 20;
+inline constexpr size_t kMaxFrameBytes = PutJob::kMaxUnitBytes;
 
 // Decode's side: one for a process.
 class StreamReceiver : public LinkReceiver {

@@ -27,9 +27,10 @@ size_t PutJob::unit_capacity(const KvLayout& dst) {
   return std::max(kUnitBytes, token);
 }
 
-PutJob::PutJob(LinkPut put, const KvLayout& dst, LinkSender::Done done)
+PutJob::PutJob(LinkPut put, const KvLayout& dst, size_t unit_bytes, LinkSender::Done done)
     : put_(checked(std::move(put), dst)), dst_(dst), mover_(*put_.src, dst, false), done_(std::move(done)) {
-  const int most = static_cast<int>(unit_capacity(dst) / widest_token(dst));
+  const size_t most_bytes = std::min(unit_bytes, unit_capacity(dst));
+  const int most = std::max<int>(1, static_cast<int>(most_bytes / widest_token(dst)));
   for (int begin = put_.tokens.begin; begin < put_.tokens.end; begin += most) {
     ranges_.push_back({begin, std::min(put_.tokens.end, begin + most)});
     pieces_ += size_t(pages_of(dst, ranges_.back()).size()) * copies_per_page(dst) * put_.layers.size();
@@ -54,23 +55,48 @@ std::vector<Piece> PutJob::pieces_of(const Unit& unit) const {
   return pieces;
 }
 
-void PutJob::make(const Unit& unit, std::byte* to) {
+size_t PutJob::count_pieces(const Unit& unit) const { return size_t(pages_of(dst_, unit.tokens).size()) * copies_per_page(dst_); }
+
+RowMover::Rows PutJob::rows_from(const Unit& unit, int token) const {
   const KvLayout& src = put_.src->layout;
+  const int end = std::min({unit.tokens.end, (token / src.page_tokens + 1) * src.page_tokens, (token / dst_.page_tokens + 1) * dst_.page_tokens});
+  return {place_of(src, put_.src_pages, token / src.page_tokens), {token, end}, unit.layer};
+}
+
+void PutJob::add_sums(int token, const uint64_t* sums) {
   const int copies = copies_per_page(dst_);
-  const int first_page = pages_of(dst_, put_.tokens).begin;
+  const size_t entry = size_t(token / dst_.page_tokens - pages_of(dst_, put_.tokens).begin) * copies;
+  for (int copy = 0; copy < copies; copy++) std::atomic_ref(result_.checksums[entry + copy]).fetch_add(sums[copy], std::memory_order_relaxed);
+}
+
+void PutJob::make(const Unit& unit, std::byte* to) {
+  const int copies = copies_per_page(dst_);
   const size_t row_bytes = dst_.row_bytes(unit.layer);
   std::byte* rows[kMaxCopies];
   for (int copy = 0; copy < copies; copy++) rows[copy] = to + row_bytes * unit.tokens.size() * copy;
-  for (int token = unit.tokens.begin; token < unit.tokens.end;) {
-    const int end = std::min({unit.tokens.end, (token / src.page_tokens + 1) * src.page_tokens, (token / dst_.page_tokens + 1) * dst_.page_tokens});
-    uint64_t sums[kMaxCopies] = {};
-    mover_.move({place_of(src, put_.src_pages, token / src.page_tokens), {token, end}, unit.layer}, rows, sums);
-    for (int copy = 0; copy < copies; copy++) {
-      const size_t entry = size_t(token / dst_.page_tokens - first_page) * copies + copy;
-      std::atomic_ref(result_.checksums[entry]).fetch_add(sums[copy], std::memory_order_relaxed);
-      rows[copy] += row_bytes * (end - token);
-    }
-    token = end;
+  for (RowMover::Rows part = rows_from(unit, unit.tokens.begin);;) {
+    const bool is_last = part.tokens.end == unit.tokens.end;
+    const RowMover::Rows next = is_last ? part : rows_from(unit, part.tokens.end);
+    uint64_t sums[kMaxCopies];
+    std::fill_n(sums, copies, 0);
+    mover_.move(part, rows, sums, is_last ? nullptr : &next);
+    add_sums(part.tokens.begin, sums);
+    for (int copy = 0; copy < copies; copy++) rows[copy] += row_bytes * part.tokens.size();
+    if (is_last) return;
+    part = next;
+  }
+}
+
+void PutJob::find(const Unit& unit, std::vector<std::span<const std::byte>>& rows) {
+  const size_t row_bytes = dst_.row_bytes(unit.layer);
+  for (RowMover::Rows part = rows_from(unit, unit.tokens.begin);;) {
+    const bool is_last = part.tokens.end == unit.tokens.end;
+    const RowMover::Rows next = is_last ? part : rows_from(unit, part.tokens.end);
+    uint64_t sum = 0;
+    rows.emplace_back(mover_.hash(part, sum, is_last ? nullptr : &next), row_bytes * part.tokens.size());
+    add_sums(part.tokens.begin, &sum);
+    if (is_last) return;
+    part = next;
   }
 }
 

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstddef>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "transfer/grant_book.h"
@@ -28,8 +29,8 @@ class PutJob {
   // Bytes that hold any unit of this layout. Throws REQUEST_INVALID where a token takes more than kMaxUnitBytes.
   static size_t unit_capacity(const KvLayout& dst);
 
-  // Throws REQUEST_INVALID.
-  PutJob(LinkPut put, const KvLayout& dst, LinkSender::Done done);
+  // Units of about `unit_bytes`. Throws REQUEST_INVALID.
+  PutJob(LinkPut put, const KvLayout& dst, size_t unit_bytes, LinkSender::Done done);
 
   const LinkPut& what() const { return put_; }
   size_t units() const { return ranges_.size() * put_.layers.size(); }
@@ -39,17 +40,26 @@ class PutJob {
   std::vector<Piece> pieces_of(const Unit& unit) const;
   // Makes the unit's rows and adds their checksums to the result.
   void make(const Unit& unit, std::byte* to);
+  // Whether the unit's rows are the same on both sides, so that they can be sent from where they stand.
+  bool keeps_rows(const Unit& unit) const { return mover_.keeps_rows(unit.layer); }
+  // The same for rows that are kept: appends where they stand, in order.
+  void find(const Unit& unit, std::vector<std::span<const std::byte>>& rows);
 
   // The next unit to make; false when none is left, or the job is over.
   bool take(size_t& index);
   bool is_over() const { return is_over_; }
   // Counts pieces that the receiver has in its pages; true with the last.
   bool confirm(size_t pieces);
+  size_t count_pieces(const Unit& unit) const;
   void add_wire_bytes(size_t bytes) { wire_bytes_ += bytes; }
   // Reports the result, or the error; only the first call does.
   void end(std::unique_ptr<Error> error);
 
  private:
+  // Part of a unit that stands in one page on either side, and its rows at the source.
+  RowMover::Rows rows_from(const Unit& unit, int token) const;
+  void add_sums(int token, const uint64_t* sums);
+
   const LinkPut put_;
   const KvLayout dst_;
   const RowMover mover_;

@@ -82,6 +82,27 @@ const std::byte* RowMover::first_row(const Rows& rows, int memory) const {
   return region_.row(memory == kHolder ? rows.from.memory : memory, rows.layer, rows.from.page, rows.tokens.begin % region_.layout.page_tokens);
 }
 
+bool RowMover::keeps_rows(int layer) const {
+  const Making& making = making_of(layer);
+  if (copies_ != 1 || !making.is_copy || making.src_bytes != making.dst_bytes) return false;
+  const std::vector<ByteSegment>& segments = making.plans[0].segments;
+  return segments.size() == 1 && segments[0].src_offset == 0 && segments[0].bytes == making.dst_bytes;
+}
+
+const std::byte* RowMover::hash(const Rows& rows, uint64_t& sum, const Rows* next) const {
+  const Making& making = making_of(rows.layer);
+  const int memory = making.plans[0].segments[0].src_memory;
+  const std::byte* const first = first_row(rows, memory);
+  const std::byte* const coming = next == nullptr ? first : first_row(*next, memory);
+  const int count = rows.tokens.size();
+  for (int row = 0; row < count; row++) {
+    const int ahead = row + making.rows_ahead;
+    const std::byte* const soon = ahead < count ? first + ahead * making.src_bytes : next == nullptr ? first : coming + std::min(ahead - count, next->tokens.size() - 1) * making.src_bytes;
+    sum += row_value(kernels_.hash(first + row * making.src_bytes, making.src_bytes / 4, 0, soon), 0, rows.layer, rows.tokens.begin + row);
+  }
+  return first;
+}
+
 void RowMover::copy_rows(const Making& making, const Rows& rows, const Rows* next, std::byte* const* to, uint64_t* sums) const {
   // Where a segment of the first row is, and of the first row to come.
   struct Track {

@@ -32,6 +32,11 @@ class RowMover {
   void move(const Rows& rows, std::byte* const* to, uint64_t* sums, const Rows* next = nullptr) const;
   void fence() const { kernels_.fence(); }
 
+  // Whether rows of the layer are the same on both sides, so that they can be sent from where they stand.
+  bool keeps_rows(int layer) const;
+  // Of a layer that keeps its rows: what move() would add, and where the first row stands. The rows are in a near cache afterwards.
+  const std::byte* hash(const Rows& rows, uint64_t& sum, const Rows* next = nullptr) const;
+
  private:
   // How rows of some layers are made.
   struct Making {

@@ -54,6 +54,8 @@ class Receiver implements HandoffReceiver {
   readonly address: string;
   readonly #handshake: Handshake;
   readonly #arena: KvArena;
+  /** Of the arena, which makes it anew each time it is asked. */
+  readonly #layout: KvLayout;
   readonly #log: Logger;
   readonly #clock: Clock;
   readonly #server: ChannelServer;
@@ -68,6 +70,7 @@ class Receiver implements HandoffReceiver {
   constructor(target: Address, landings: Landings, { handshake, arena, log, clock, direction = 'push' }: HandoffReceiverOptions & { log: Logger; clock: Clock }) {
     this.#handshake = handshake;
     this.#arena = arena;
+    this.#layout = arena.layout;
     this.#log = log;
     this.#clock = clock;
     this.#direction = direction;
@@ -86,7 +89,7 @@ class Receiver implements HandoffReceiver {
 
   open(grant: HandoffGrant): OpenHandoff {
     if (this.#isClosing) throw new TplaError('DRAINING', 'decode is closing and takes no more hand-offs');
-    const session = new Session(randomBytes(18).toString('base64url'), grant, this.#arena.layout.layers, this.#clock.now());
+    const session = new Session(randomBytes(18).toString('base64url'), grant, this.#layout.layers, this.#clock.now());
     this.#sessions.set(session.id, session);
     this.#followLeases();
     const ticket: HandoffTicket = { address: this.address, session: session.id, tokens: grant.tokens };
@@ -238,7 +241,7 @@ class Receiver implements HandoffReceiver {
 
   #verified(session: Session, { layers, tokens }: Rectangle): void {
     session.verified++;
-    session.bytes += bytesOf(this.#arena, layers, tokens);
+    session.bytes += bytesOf(this.#layout, layers, tokens);
     session.lastVerified = performance.now();
     this.#finish(session);
   }
@@ -461,6 +464,6 @@ class Session {
 const text = ([begin, end]: [number, number]) => `[${begin}, ${end})`;
 
 /** Bytes the arena keeps for a rectangle, over all copies. */
-function bytesOf({ layout }: KvArena, layers: [number, number], tokens: [number, number]): number {
+function bytesOf(layout: KvLayout, layers: [number, number], tokens: [number, number]): number {
   return tokenBytes(layout, layers) * copiesOf(layout) * (tokens[1] - tokens[0]);
 }

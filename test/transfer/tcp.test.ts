@@ -155,7 +155,7 @@ async function raw(port: number): Promise<Socket & { ended: Promise<void> }> {
 
 function frame(fields: { magic?: number; slot?: number; epoch?: number; layer?: number; begin?: number; end?: number }): Buffer {
   const bytes = Buffer.alloc(32);
-  bytes.writeUInt32LE(fields.magic ?? 0x31564b54, 0);
+  bytes.writeUInt32LE(fields.magic ?? 0x32564b54, 0);
   bytes.writeUInt32LE(fields.slot ?? 1, 4);
   bytes.writeUInt32LE(fields.epoch ?? 1, 8);
   bytes.writeUInt32LE(fields.layer ?? 0, 12);
@@ -191,7 +191,7 @@ test('a data connection without the key, or with frames outside the grant, ends;
     const bytes = Buffer.concat([Buffer.from(KEY), frame({ begin: 16, end: 32, layer: random() % 8 }), Buffer.alloc(random() % 3000)]);
     // The frame's position in the layer is left alone only where it lands outside the grant.
     for (let edits = 1 + random() % 3; edits > 0; edits--) bytes[32 + random() % 12] = random() & 255;
-    if (bytes.readUInt32LE(32) === 0x31564b54 && bytes.readUInt32LE(36) === 1 && bytes.readUInt32LE(40) === at.epoch) bytes[32] = 0;
+    if (bytes.readUInt32LE(32) === 0x32564b54 && bytes.readUInt32LE(36) === 1 && bytes.readUInt32LE(40) === at.epoch) bytes[32] = 0;
     socket.write(bytes);
     socket.end();
     await socket.ended;

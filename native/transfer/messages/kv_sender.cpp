@@ -87,7 +87,7 @@ KvMessageSender::~KvMessageSender() { close(); }
 void KvMessageSender::close() { core_->fail("the sender was closed"); }
 
 void KvMessageSender::put(LinkPut put, Done done) {
-  const auto job = std::make_shared<PutJob>(std::move(put), core_->dst, std::move(done));
+  const auto job = std::make_shared<PutJob>(std::move(put), core_->dst, PutJob::kUnitBytes, std::move(done));
   {
     const std::lock_guard lock(core_->mutex);
     if (core_->failure.empty()) {
