@@ -156,6 +156,11 @@ KvPutResult kv_put(const KvPut& put) {
     const Run& run = runs[unit % runs.size()];
     return RowMover::Rows{run.src, run.tokens, put.layers.begin + static_cast<int>(unit / runs.size())};
   };
+  const auto place_for = [&](size_t unit, size_t copy) {
+    const Run& run = runs[unit % runs.size()];
+    const int memory = put.dst->layout.form == KvForm::tpla ? static_cast<int>(copy) : run.dst.memory;
+    return put.dst->row(memory, put.layers.begin + static_cast<int>(unit / runs.size()), run.dst.page, run.tokens.begin % put.dst->layout.page_tokens);
+  };
   parallel_for((units + grain - 1) / grain, threads_for(result.bytes), [&](size_t part) {
     const GatedWrite write(put.pass);
     const size_t end = std::min(units, (part + 1) * grain);
@@ -166,9 +171,9 @@ KvPutResult kv_put(const KvPut& put) {
       std::byte* to[kMaxCopies];
       uint64_t sums[kMaxCopies];
       std::fill_n(sums, copies, 0);  // not all 64: a long string store costs as much as several rows
-      for (size_t copy = 0; copy < copies; copy++) {
-        const int memory = put.dst->layout.form == KvForm::tpla ? static_cast<int>(copy) : run.dst.memory;
-        to[copy] = put.dst->row(memory, rows.layer, run.dst.page, run.tokens.begin % put.dst->layout.page_tokens);
+      for (size_t copy = 0; copy < copies; copy++) to[copy] = place_for(unit, copy);
+      if (unit + 1 < end) {
+        for (size_t copy = 0; copy < copies; copy++) translate_soon(place_for(unit + 1, copy), put.dst->layout.row_bytes(next.layer) * next.tokens.size());
       }
       mover.move(rows, to, sums, unit + 1 < end ? &next : nullptr);
       for (size_t copy = 0; copy < copies; copy++) std::atomic_ref(result.checksums[run.page * copies + copy]).fetch_add(sums[copy], std::memory_order_relaxed);
@@ -186,19 +191,42 @@ std::vector<uint64_t> kv_checksum(const KvRegion& region, const PageTables& page
   std::vector<uint64_t> checksums(size_t(touched.size()) * copies, 0);
   const RowKernels& kernels = row_kernels();
   const size_t bytes = layout.token_bytes(layers.begin, layers.end) * tokens.size() * copies;
-  parallel_for(checksums.size() * layers.size(), threads_for(bytes), [&](size_t unit) {
+  // Rows of one page, copy and layer, as they stand.
+  struct Stand {
+    const std::byte* rows;
+    int first;  // token
+    int count;
+    int copy;
+    int page;
+    int layer;
+  };
+  const auto stand_of = [&](size_t unit) {
     const int copy = static_cast<int>(unit % copies);
     const int page = static_cast<int>(unit / copies % touched.size());
     const int layer = layers.begin + static_cast<int>(unit / copies / touched.size());
     const PagePlace place = place_of(layout, pages, touched.begin + page);
     const int first = (touched.begin + page) * layout.page_tokens;
-    const size_t row_words = layout.row_bytes(layer) / 4;
-    uint64_t sum = 0;
-    for (int token = std::max(tokens.begin, first); token < std::min(tokens.end, first + layout.page_tokens); token++) {
-      const std::byte* row = region.row(layout.form == KvForm::tpla ? copy : place.memory, layer, place.page, token - first);
-      sum += row_value(kernels.hash(row, row_words, 0, row + kRowsAheadBytes), copy, layer, token);
+    const int begin = std::max(tokens.begin, first);
+    const std::byte* rows = region.row(layout.form == KvForm::tpla ? copy : place.memory, layer, place.page, begin - first);
+    return Stand{rows, begin, std::min(tokens.end, first + layout.page_tokens) - begin, copy, page, layer};
+  };
+  const size_t units = checksums.size() * layers.size();
+  const size_t grain = std::max<size_t>(1, kGrainBytes * units / std::max<size_t>(bytes, 1));
+  parallel_for((units + grain - 1) / grain, threads_for(bytes), [&](size_t part) {
+    const size_t end = std::min(units, (part + 1) * grain);
+    for (size_t unit = part * grain; unit < end; unit++) {
+      const Stand at = stand_of(unit);
+      const Stand next = stand_of(std::min(unit + 1, end - 1));
+      const size_t row_bytes = layout.row_bytes(at.layer);
+      const int rows_ahead = static_cast<int>((kRowsAheadBytes + row_bytes - 1) / row_bytes);
+      uint64_t sum = 0;
+      for (int row = 0; row < at.count; row++) {
+        const int ahead = row + rows_ahead;
+        const std::byte* const soon = ahead < at.count ? at.rows + ahead * row_bytes : next.rows + std::min(ahead - at.count, next.count - 1) * layout.row_bytes(next.layer);
+        sum += row_value(kernels.hash(at.rows + row * row_bytes, row_bytes / 4, 0, soon), at.copy, at.layer, at.first + row);
+      }
+      std::atomic_ref(checksums[at.page * copies + at.copy]).fetch_add(sum, std::memory_order_relaxed);
     }
-    std::atomic_ref(checksums[page * copies + copy]).fetch_add(sum, std::memory_order_relaxed);
   });
   return checksums;
 }
