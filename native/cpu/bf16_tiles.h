@@ -38,6 +38,9 @@ struct TileKernels {
   void (*pack_x)(const float* x, int64_t ldx, int64_t rows, int64_t k, int parts, uint16_t* tiles);
   // Rows [row0, row0 + n) of W, columns [col0, col0 + k), without block scales.
   void (*pack_w)(const WeightView& w, int64_t row0, int64_t n, int64_t col0, int64_t k, int parts, uint16_t* tiles);
+  // The same from transposed fp32 storage: x as [k, rows], W as [k, n].
+  void (*pack_x_transposed)(const float* x, int64_t ldx, int64_t rows, int64_t k, int parts, uint16_t* tiles);
+  void (*pack_w_transposed)(const float* w, int64_t ldw, int64_t n, int64_t k, int parts, uint16_t* tiles);
   void (*multiply)(const TileProduct& product);
   // For measuring the machine: nothing but tile products, returning how many operations were made.
   int64_t (*product_loop)(int64_t rounds);

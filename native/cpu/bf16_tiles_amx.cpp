@@ -92,7 +92,7 @@ int64_t product_loop(int64_t rounds) {
 }  // namespace
 
 const TileKernels& amx_tiles() {
-  static constexpr TileKernels kernels = {"amx", pack_x, pack_w, multiply, product_loop};
+  static constexpr TileKernels kernels = {"amx", pack_x, pack_w, pack_transposed<true>, pack_transposed<false>, multiply, product_loop};
   return kernels;
 }
 

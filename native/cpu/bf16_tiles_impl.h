@@ -158,6 +158,47 @@ void pack_w(const WeightView& w, int64_t row0, int64_t n, int64_t col0, int64_t 
   }
 }
 
+// 32 rows of 16 fp32 values as 16 rows of pairs: lane c of row p holds rows 2p and 2p + 1 of column c.
+template <int Parts>
+void load_pairs(const float* at, int64_t ld, int64_t rows, __mmask16 columns, __m512i (&pairs)[Parts][16]) {
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i interleave = _mm512_load_si512(kInterleave);
+  for (int p = 0; p < 16; ++p) {
+    const __m512 even = 2 * p < rows ? _mm512_maskz_loadu_ps(columns, at + 2 * p * ld) : _mm512_setzero_ps();
+    const __m512 odd = 2 * p + 1 < rows ? _mm512_maskz_loadu_ps(columns, at + (2 * p + 1) * ld) : _mm512_setzero_ps();
+    __m512i parts[Parts];
+    split(even, odd, parts);
+    for (int part = 0; part < Parts; ++part) pairs[part][p] = _mm512_permutexvar_epi16(interleave, parts[part]);
+  }
+}
+
+// [k, columns] into tiles of x (pairs transposed again) or of w.
+template <int Parts, bool IsX>
+void pack_transposed_as(const float* from, int64_t ld, int64_t columns, int64_t k, uint16_t* tiles) {
+  const int64_t k_tiles = (k + kTileDepth - 1) / kTileDepth;
+  for (int64_t tile = 0; tile * 16 < columns; ++tile) {
+    const __mmask16 mask = first_of(columns - tile * 16).low;
+    for (int64_t kt = 0; kt < k_tiles; ++kt) {
+      uint16_t* out = tiles + (tile * k_tiles + kt) * Parts * kTileElements;
+      __m512i pairs[Parts][16];
+      load_pairs<Parts>(from + kt * kTileDepth * ld + tile * 16, ld, k - kt * kTileDepth, mask, pairs);
+      for (int part = 0; part < Parts; ++part) {
+        if constexpr (IsX) transpose_pairs(pairs[part]);
+        for (int p = 0; p < 16; ++p) _mm512_store_si512(out + part * kTileElements + p * 32, pairs[part][p]);
+      }
+    }
+  }
+}
+
+template <bool IsX>
+void pack_transposed(const float* from, int64_t ld, int64_t columns, int64_t k, int parts, uint16_t* tiles) {
+  switch (parts) {
+    case 1: return pack_transposed_as<1, IsX>(from, ld, columns, k, tiles);
+    case 2: return pack_transposed_as<2, IsX>(from, ld, columns, k, tiles);
+    default: return pack_transposed_as<3, IsX>(from, ld, columns, k, tiles);
+  }
+}
+
 // Adds a finished block of 32 x 32 sums to c.
 void merge_block(const TileProduct& p, const float* sums, int64_t row, int64_t column) {
   const Masks masks = first_of(p.n - column);

@@ -16,7 +16,6 @@ namespace tpla::cuda {
 
 namespace {
 
-using reparam::AdamStep;
 using reparam::Tensor;
 using reparam::Update;
 using reparam::View;
@@ -208,9 +207,10 @@ class CudaCompute final : public reparam::Compute {
     check(cudaGetLastError(), "solve_kernel");
   }
 
-  void adam(const View& parameters, const View& gradient, const View& first, const View& second, const AdamStep& step) override {
-    const float correct1 = 1 - std::pow(step.beta1, float(step.time)), correct2 = 1 - std::pow(step.beta2, float(step.time));
-    by_row(parameters, adam_kernel, parameters, gradient, first, second, step, correct1, correct2);
+  void normalise(const View& matrices) override {
+    stream_->use();
+    normalise_kernel<<<unsigned(matrices.count), kNormThreads, 0, stream_->get()>>>(matrices);
+    check(cudaGetLastError(), "normalise_kernel");
   }
 
   void finish() override {

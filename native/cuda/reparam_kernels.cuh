@@ -18,6 +18,7 @@ constexpr int kColumnLanes = 32;
 constexpr int kColumnRows = 16;
 constexpr int kDotParts = 64;
 constexpr int kSolveThreads = 512;
+constexpr int kNormThreads = 512;
 
 // ---------------------------------------------------------------- products
 
@@ -85,14 +86,22 @@ __global__ void transpose_kernel(View from, View to) {
 __global__ void weigh_rows_kernel(View from, View weight, View out) {
   each_element(out, [&](int64_t i, int64_t row, int64_t col) { element(out, i, row, col) = weight.data[row * weight.ld + i] * element(from, i, row, col); });
 }
-__global__ void adam_kernel(View parameters, View gradient, View first, View second, reparam::AdamStep step, float correct1, float correct2) {
-  each_element(parameters, [&](int64_t i, int64_t row, int64_t col) {
-    const float g = element(gradient, i, row, col);
-    float &m = element(first, i, row, col), &v = element(second, i, row, col);
-    m = step.beta1 * m + (1 - step.beta1) * g;
-    v = step.beta2 * v + (1 - step.beta2) * g * g;
-    element(parameters, i, row, col) -= step.rate * (m / correct1) / (sqrtf(v / correct2) + 1e-20f);
-  });
+// One block a matrix; the sum is taken in a fixed order.
+__global__ void __launch_bounds__(kNormThreads) normalise_kernel(View matrices) {
+  __shared__ double sums[kNormThreads];
+  const int thread = int(threadIdx.x);
+  const int64_t count = matrices.rows * matrices.cols;
+  const auto at = [&](int64_t e) -> float& { return element(matrices, int64_t{blockIdx.x}, e / matrices.cols, e % matrices.cols); };
+  double sum = 0;
+  for (int64_t e = thread; e < count; e += kNormThreads) sum += double(at(e)) * at(e);
+  sums[thread] = sum;
+  __syncthreads();
+  for (int half = kNormThreads / 2; half > 0; half /= 2) {
+    if (thread < half) sums[thread] += sums[thread + half];
+    __syncthreads();
+  }
+  const float factor = sums[0] > 0 ? float(1 / sqrt(sums[0])) : 0.0f;
+  for (int64_t e = thread; e < count; e += kNormThreads) at(e) *= factor;
 }
 
 // ---------------------------------------------------------------- by column

@@ -72,13 +72,6 @@ struct HostMatrix {
 
 enum class Update { set, add };
 
-struct AdamStep {
-  float rate = 0;   // times the parameter's root mean square
-  float beta1 = 0;  // decay of the first moment, of the second
-  float beta2 = 0;
-  int time = 1;
-};
-
 // Products accumulate in fp32; sums that come back to the host, and the solution of linear systems, are fp64. An operation may return
 // before it has run; the next one sees its result, and what returns values waits. Results do not depend on the number of threads.
 class Compute {
@@ -92,6 +85,8 @@ class Compute {
   virtual void upload(const float* host, int64_t host_ld, const View& to) = 0;
   virtual void download(const View& from, float* host, int64_t host_ld) = 0;
 
+  // Whether products may round their operands to 17 bits where that is faster, as descent, whose gradients are noise beyond that, allows.
+  virtual void allow_rounding(bool) {}
   // out[i] = alpha · left[i] · right[i], or is increased by it.
   virtual void multiply(const View& left, const View& right, const View& out, Update update = Update::set, float alpha = 1) = 0;
 
@@ -122,8 +117,8 @@ class Compute {
   // variance of its own (a pivot below 1e-12 of the largest diagonal entry) contributes nothing to X.
   virtual void solve(const View& a, const View& b, double ridge) = 0;
 
-  // One step of Adam (Kingma and Ba 2015) with its two moments.
-  virtual void adam(const View& parameters, const View& gradient, const View& first, const View& second, const AdamStep& step) = 0;
+  // Divides each matrix by its Frobenius norm; zeros stay.
+  virtual void normalise(const View& matrices) = 0;
 
   // Waits for everything enqueued so far.
   virtual void finish() {}

@@ -1,10 +1,15 @@
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <thread>
 
 #include "core/error.h"
+#include "cpu/bf16_tiles.h"
 #include "cpu/kernels.h"
 #include "cpu/thread_team.h"
 #include "reparam/compute.h"
@@ -20,22 +25,84 @@ constexpr int64_t kDepth = 512;
 // Rows of a product below which packing its right side again costs more than a further thread gains.
 constexpr int64_t kLeastRows = 48;
 
+// The same for products on bf16 tiles: columns and depth of the right side that are packed at a time, and rows of the left; all stay in the
+// second-level cache. Smaller products than the last are not worth packing.
+constexpr int64_t kTileColumns = 512;
+constexpr int64_t kTileDepths = 256;
+constexpr int64_t kTileRows = 128;
+constexpr int64_t kLeastTileSide = 16;
+constexpr int64_t kLeastTileProduct = 1 << 15;
+
 const float* at(const View& v, int64_t i) { return v.data + i * v.step; }
 float* at_mutable(const View& v, int64_t i) { return v.data + i * v.step; }
 
+// Memory of tensors that are gone, for new ones of the same size: a fit asks for the same sizes again and again, and pages that the system
+// has to clear each time cost as much as products do.
+class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
+ public:
+  ~MemoryPool() {
+    for (const auto& [bytes, memory] : kept_) std::free(memory);
+  }
+
+  Tensor::Memory take(size_t bytes) {
+    float* memory = reuse(bytes);
+    if (!memory) memory = static_cast<float*>(std::aligned_alloc(kRowFloats * sizeof(float), bytes));
+    if (!memory) throw Error("OUT_OF_MEMORY", "the system refused " + std::to_string(bytes) + " bytes");
+    return {memory, [pool = shared_from_this(), bytes](float* gone) { pool->give(bytes, gone); }};
+  }
+
+ private:
+  static constexpr size_t kMostKept = size_t{256} << 20;
+
+  float* reuse(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = kept_.find(bytes);
+    if (found == kept_.end()) return nullptr;
+    float* memory = found->second;
+    kept_.erase(found);
+    kept_bytes_ -= bytes;
+    return memory;
+  }
+  void give(size_t bytes, float* memory) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (kept_bytes_ + bytes > kMostKept) {
+      std::free(memory);
+      return;
+    }
+    kept_.emplace(bytes, memory);
+    kept_bytes_ += bytes;
+  }
+
+  std::mutex mutex_;
+  std::multimap<size_t, float*> kept_;
+  size_t kept_bytes_ = 0;
+};
+
+// Memory for tiles, on whole cache lines.
+class TileMemory {
+ public:
+  explicit TileMemory(int64_t elements) : data_(static_cast<uint16_t*>(std::aligned_alloc(64, size_t(elements) * sizeof(uint16_t))), &std::free) {
+    if (!data_) throw Error("OUT_OF_MEMORY", "the system refused " + std::to_string(elements * 2) + " bytes");
+  }
+  uint16_t* data() { return data_.get(); }
+
+ private:
+  std::unique_ptr<uint16_t, decltype(&std::free)> data_;
+};
+
 class CpuCompute final : public Compute {
  public:
-  explicit CpuCompute(int threads) : kernels_(cpu::select_kernels(nullptr)), team_(threads) {}
+  explicit CpuCompute(int threads) : CpuCompute(cpu::select_instruction_set(nullptr), threads) {}
+  CpuCompute(const cpu::InstructionSet& set, int threads) : kernels_(*set.kernels), tiles_(set.tiles_for_fp32 ? set.tiles : nullptr), team_(threads) {}
 
-  std::string name() const override { return std::string(kernels_.name) + ", " + std::to_string(team_.size()) + (team_.size() == 1 ? " thread" : " threads"); }
+  std::string name() const override { return std::string(tiles_ ? tiles_->name : kernels_.name) + ", " + std::to_string(team_.size()) + (team_.size() == 1 ? " thread" : " threads"); }
 
   Tensor allocate(int64_t rows, int64_t cols) override {
     const int64_t ld = (cols + kRowFloats - 1) / kRowFloats * kRowFloats;
     const size_t bytes = std::max<size_t>(size_t(rows) * size_t(ld), size_t(kRowFloats)) * sizeof(float);
-    auto* data = static_cast<float*>(std::aligned_alloc(kRowFloats * sizeof(float), bytes));
-    if (!data) throw Error("OUT_OF_MEMORY", "the system refused " + std::to_string(bytes) + " bytes");
-    std::memset(data, 0, bytes);
-    return Tensor(Tensor::Memory(data, [](float* memory) { std::free(memory); }), rows, cols, ld);
+    Tensor::Memory memory = pool_->take(bytes);
+    std::memset(memory.get(), 0, bytes);
+    return Tensor(std::move(memory), rows, cols, ld);
   }
 
   void upload(const float* host, int64_t host_ld, const View& to) override {
@@ -45,7 +112,13 @@ class CpuCompute final : public Compute {
     for (int64_t i = 0; i < from.rows; ++i) std::memcpy(host + i * host_ld, from.data + i * from.ld, size_t(from.cols) * sizeof(float));
   }
 
+  void allow_rounding(bool allowed) override { parts_ = allowed ? 2 : 3; }
+
   void multiply(const View& left, const View& right, const View& out, Update update, float alpha) override {
+    const int64_t depth = left.transposed ? left.rows : left.cols;
+    if (tiles_ && std::min({out.rows, out.cols, depth}) >= kLeastTileSide && out.rows * out.cols * depth >= kLeastTileProduct) {
+      return multiply_on_tiles(left, right, out, depth, update, alpha);
+    }
     const int64_t panel = kernels_.panel, panels = (out.cols + panel - 1) / panel;
     const int64_t tasks = out.count * panels;
     const int64_t wanted = (2 * team_.size() + tasks - 1) / tasks;
@@ -184,16 +257,12 @@ class CpuCompute final : public Compute {
     });
   }
 
-  void adam(const View& parameters, const View& gradient, const View& first, const View& second, const AdamStep& step) override {
-    const float correct1 = 1 - std::pow(step.beta1, float(step.time)), correct2 = 1 - std::pow(step.beta2, float(step.time));
-    each_row(parameters, [&](int64_t, int64_t row) {
-      float *x = parameters.data + row * parameters.ld, *m = first.data + row * first.ld, *v = second.data + row * second.ld;
-      const float* g = gradient.data + row * gradient.ld;
-      for (int64_t j = 0; j < parameters.cols; ++j) {
-        m[j] = step.beta1 * m[j] + (1 - step.beta1) * g[j];
-        v[j] = step.beta2 * v[j] + (1 - step.beta2) * g[j] * g[j];
-        x[j] -= step.rate * (m[j] / correct1) / (std::sqrt(v[j] / correct2) + 1e-20f);
-      }
+  void normalise(const View& matrices) override {
+    const std::vector<double> squares = dots(matrices, matrices);
+    each_row(matrices, [&](int64_t i, int64_t row) {
+      const float factor = squares[size_t(i)] > 0 ? float(1 / std::sqrt(squares[size_t(i)])) : 0;
+      float* x = at_mutable(matrices, i) + row * matrices.ld;
+      for (int64_t j = 0; j < matrices.cols; ++j) x[j] *= factor;
     });
   }
 
@@ -209,6 +278,43 @@ class CpuCompute final : public Compute {
   template <typename Task>
   void each_column_range(const View& v, Task&& task) {
     team_.run_ranges((v.cols + kRowFloats - 1) / kRowFloats, 1, [&](int64_t begin, int64_t end, int) { task(begin * kRowFloats, std::min(end * kRowFloats, v.cols)); });
+  }
+
+  void multiply_on_tiles(const View& left, const View& right, const View& out, int64_t depth, Update update, float alpha) {
+    const int64_t panels = (out.cols + kTileColumns - 1) / kTileColumns, tasks = out.count * panels;
+    const int64_t wanted = (2 * team_.size() + tasks - 1) / tasks, blocks = (out.rows + 31) / 32;
+    const int64_t parts = std::clamp<int64_t>(std::min(wanted, out.rows / kTileRows), 1, blocks);
+    team_.run(tasks * parts, [&](int64_t index, int) {
+      const int64_t matrix = index / (panels * parts), part = index % parts, column = index / parts % panels * kTileColumns;
+      const int64_t begin = blocks * part / parts * 32, end = std::min(blocks * (part + 1) / parts * 32, out.rows);
+      multiply_tile_panel(left, right, out, matrix, column, begin, end, depth, update, alpha);
+    });
+  }
+
+  void multiply_tile_panel(const View& left, const View& right, const View& out, int64_t matrix, int64_t column, int64_t begin, int64_t end, int64_t depth, Update update, float alpha) {
+    thread_local TileMemory w_tiles(kTileColumns * kTileDepths * cpu::kMostParts), x_tiles(kTileRows * kTileDepths * cpu::kMostParts);
+    const int64_t width = std::min(kTileColumns, out.cols - column);
+    for (int64_t k = 0; k < depth; k += kTileDepths) {
+      const int64_t part = std::min(kTileDepths, depth - k), k_tiles = (part + cpu::kTileDepth - 1) / cpu::kTileDepth;
+      const float* w = at(right, matrix);
+      if (right.transposed) {
+        tiles_->pack_w(view_f32(w, right.rows, right.cols, right.ld), column, width, k, part, parts_, w_tiles.data());
+      } else {
+        tiles_->pack_w_transposed(w + k * right.ld + column, right.ld, width, part, parts_, w_tiles.data());
+      }
+      for (int64_t row = begin; row < end; row += kTileRows) {
+        const int64_t rows = std::min(kTileRows, end - row);
+        const float* x = at(left, matrix);
+        if (left.transposed) {
+          tiles_->pack_x_transposed(x + k * left.ld + row, left.ld, rows, part, parts_, x_tiles.data());
+        } else {
+          tiles_->pack_x(x + row * left.ld + k, left.ld, rows, part, parts_, x_tiles.data());
+        }
+        const int64_t tile_step = k_tiles * parts_ * cpu::kTileElements;
+        tiles_->multiply({.m = rows, .n = width, .x = x_tiles.data(), .x_row_tile = tile_step, .x_parts = parts_, .w = w_tiles.data(), .w_column_tile = tile_step, .w_parts = parts_,
+                          .k_tiles = k_tiles, .scale = alpha, .accumulate = update == Update::add || k > 0, .c = at_mutable(out, matrix) + row * out.ld + column, .ldc = out.ld});
+      }
+    }
   }
 
   // Columns [column, column + panel) and rows [begin, end) of one matrix of a product.
@@ -243,6 +349,9 @@ class CpuCompute final : public Compute {
   }
 
   const cpu::Kernels& kernels_;
+  const cpu::TileKernels* tiles_;  // null where fp32 arithmetic is faster
+  std::shared_ptr<MemoryPool> pool_ = std::make_shared<MemoryPool>();
+  int parts_ = 3;                  // of operands on tiles; three carry all of fp32
   cpu::ThreadTeam team_;
 };
 

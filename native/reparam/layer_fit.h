@@ -53,7 +53,7 @@ struct Sensitivity {
 
 struct RefineOptions {
   int steps = 0;
-  float rate = 0.01f;  // relative to a parameter's root mean square
+  float rate = 0.004f;  // relative to a parameter's root mean square where outputs are white
   bool basis = true;   // move the basis too
   int shared = 0;      // leading columns of every rank that are the same
   int batch = 256;         // queries that one step looks at: as many stretches as have them
@@ -141,6 +141,9 @@ class LayerFit {
   Tensor head_covariances(HeadRange heads);
   // Σ over training tokens, once each, of the centred latents' outer products; returns how many tokens there are.
   int64_t token_scatter(HostMatrix& out);
+  struct WhiteMetrics;
+  // In which the parameters of a descent are white.
+  WhiteMetrics metrics(const Ranks& ranks);
   void add_gradient(const Stretch& stretch, const Ranks& ranks, Ranks& gradient, bool basis);
 
   std::shared_ptr<Compute> compute_;
