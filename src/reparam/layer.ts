@@ -42,7 +42,9 @@ export interface FitOptions {
 const TEST_SHARE = 1 / 8;
 const RIDGE = 1e-2;
 const STAGE_OF: Record<FitStep['kind'] | 'error', Stage> = { scales: 'regress', queries: 'regress', values: 'regress', refine: 'descend', error: 'measure' };
-const REFINE_RATE = 0.03;
+/** Steps are as long as the way to go: this times the root of the relative error that descent starts from, at most MOST_RATE. */
+const RATE_PER_ERROR = 0.06;
+const MOST_RATE = 0.01;
 const REFINE_BATCH = 256;
 
 /** Of so many calibration sequences those that are fitted on: the first. */
@@ -105,7 +107,7 @@ async function designWith(input: LayerInput, method: DefiniteMethod, options: Fi
   let fitted = await timedRun(fit, start, closedForms(method), options.clock);
   let descended = false;
   if (method.refine > 0) {
-    const moved = await timedRun(fit, fitted.design, descent(method, options.seed), options.clock);
+    const moved = await timedRun(fit, fitted.design, descent(method, options.seed, fitted.trainError), options.clock);
     descended = moved.testError < fitted.testError;
     if (descended) {
       fitted = moved;
@@ -181,8 +183,8 @@ function closedForms(method: Method): FitStep[] {
   return steps;
 }
 
-function descent(method: Method, seed: number): FitStep[] {
-  const steps: FitStep[] = [{ kind: 'refine', steps: method.refine, rate: REFINE_RATE, batch: REFINE_BATCH, basis: true, shared: method.shared, seed }];
+function descent(method: Method, seed: number, error: number): FitStep[] {
+  const steps: FitStep[] = [{ kind: 'refine', steps: method.refine, rate: Math.min(MOST_RATE, RATE_PER_ERROR * Math.sqrt(error)), batch: REFINE_BATCH, basis: true, shared: method.shared, seed }];
   if (method.values === 'ridge') steps.push({ kind: 'values', ridge: RIDGE });
   return steps;
 }

@@ -31,7 +31,7 @@ export const METHODS: Record<string, Method> = {
   hadamard: { ...PUBLISHED, basis: 'hadamard' },
   pca: PUBLISHED,
   'low-rank': { ...PUBLISHED, basis: 'pca', ranks: 'first' },
-  default: { ...PUBLISHED, basis: 'aware', queries: 'regressed', values: 'ridge', refine: 600 },
+  default: { ...PUBLISHED, basis: 'aware', queries: 'regressed', values: 'ridge', refine: 1200 },
 };
 
 export function needsCalibration(method: Method): boolean {

@@ -179,10 +179,42 @@ test('each fit lowers the error, descent most; shared rows stay one', async () =
   near(refined.trainError, relativeError(refined.design, 0, 3), 1e-3, 'refined');
 });
 
-test('multiply', async () => {
-  const [a, b] = [fill(7 * 33), fill(33 * 70)];
-  const c = await native().multiply(a, b, 7, 33, 70, TARGET);
-  near(c[3 * 70 + 69]!, sum(33, (k) => a[3 * 33 + k]! * b[k * 70 + 69]!), 1e-4);
+test('descent ends below the closed forms; the seed decides its bits', async () => {
+  // Large enough for products that processors with matrix units make there.
+  const shape: LayerShape = { heads: 4, nope: 16, rope: 16, v: 16, latent: 64, hidden: 48, softmaxScale: 0.18 };
+  const [sequences, length] = [10, 96];
+  const tokens = sequences * length;
+  const falling = (count: number) => Float32Array.from({ length: count }, (_, i) => random() * 2 * 0.95 ** (i % shape.latent));
+  const wide: LayerSample = {
+    sequences: Int32Array.from({ length: sequences + 1 }, (_, i) => i * length), latents: falling(tokens * shape.latent), ropeKeys: fill(tokens * shape.rope),
+    queryTokens: Int32Array.from({ length: tokens }, (_, i) => i), queries: fill(tokens * shape.heads * (shape.nope + shape.rope)),
+  };
+  const exact: LayerWeights = { uk: fill(shape.heads * shape.nope * shape.latent, 0.15), uv: fill(shape.heads * shape.v * shape.latent, 0.15), wo: fill(shape.hidden * shape.heads * shape.v, 0.2) };
+  const half = (rank: number): RankDesign => {
+    const columns = (from: Float32Array) => from.filter((_, i) => Math.floor((i % 64) / 32) === rank);
+    return { basis: Float32Array.from({ length: 32 * 64 }, (_, i) => (i % 64 === rank * 32 + Math.floor(i / 64) ? 1 : 0)), uk: columns(exact.uk), uv: columns(exact.uv) };
+  };
+  const descend = async (seed: number) => {
+    const fit = new (native().LayerFit)(shape, exact, wide, { train: 8, target: TARGET });
+    const closed = await fit.run([half(0), half(1)], [{ kind: 'queries' }, { kind: 'values', ridge: 1e-2 }]);
+    const refined = await fit.run(closed.design, [{ kind: 'refine', steps: 60, rate: 0.004, batch: 256, basis: true, shared: 0, seed }]);
+    return { closed, refined };
+  };
+  const [first, again, other] = [await descend(1), await descend(1), await descend(2)];
+  assert.ok(first.refined.trainError < first.closed.trainError * 0.9, `${first.refined.trainError} ${first.closed.trainError}`);
+  assert.equal(first.refined.design, again.refined.design);
+  assert.not.equal(first.refined.design, other.refined.design);
+});
+
+test('products of small and large matrices', async () => {
+  for (const [m, k, n] of [[7, 33, 70], [130, 300, 1030], [33, 47, 65]] as const) {
+    const [a, b] = [fill(m * k), fill(k * n)];
+    const c = await native().multiply(a, b, m, k, n, TARGET);
+    for (const [i, j] of [[0, 0], [m - 1, n - 1], [m >> 1, n >> 1], [m - 1, 1]] as const) {
+      const exact = sum(k, (l) => a[i * k + l]! * b[l * n + j]!);
+      assert.ok(Math.abs(c[i * n + j]! - exact) < 1e-6 * k, `${m} x ${k} x ${n} [${i}, ${j}]: ${c[i * n + j]} is not ${exact}`);
+    }
+  }
 });
 
 test('arguments that do not fit are refused by name', () => {
