@@ -236,7 +236,7 @@ function runUntil(script: string, steps: number, device: Device): Promise<boolea
       if (seen >= steps) child.kill('SIGKILL');
     });
     child.stderr.on('data', (data: Buffer) => (errors += data.toString()));
-    child.on('close', (code, signal) => (signal === 'SIGKILL' ? resolve(false) : code === 0 ? resolve(true) : reject(new Error(errors))));
+    child.on('close', (code, signal) => (signal === 'SIGKILL' ? resolve(false) : code === 0 ? resolve(true) : reject(new Error(`the conversion ended with ${code ?? signal}: ${errors}`))));
   });
 }
 
