@@ -116,15 +116,22 @@ void mla_decode(const MlaDecode& call, Stream stream) {
   args.logits = logit_args(call.variants, call.softmax_scale);
   decode.bind(args, call.workspace);
 
-  CUtensorMap map;
-  void* parameters[2];
+  // [page][chunk of 64 columns][token][column]; a box holds box_tokens tokens of some chunks.
+  const auto encode = [&](int box_chunks) {
+    return encode_tensor_map_4d(call.kv, {64, static_cast<uint64_t>(call.page_size), static_cast<uint64_t>((width + 63) / 64), static_cast<uint64_t>(call.num_pages)},
+                                {static_cast<uint64_t>(token_bytes), 128, static_cast<uint64_t>(args.page_stride)},
+                                {64, static_cast<uint32_t>(args.box_tokens), static_cast<uint32_t>(box_chunks), 1});
+  };
+  CUtensorMap chunk_map, run_map;
+  void* parameters[3];
   int count = 0;
   if (decode.kernel.tensor_map) {
-    // [page][chunk of 64 columns][token][column]; the box is one chunk of box_tokens tokens.
-    map = encode_tensor_map_4d(call.kv, {64, static_cast<uint64_t>(call.page_size), static_cast<uint64_t>((width + 63) / 64), static_cast<uint64_t>(call.num_pages)},
-                               {static_cast<uint64_t>(token_bytes), 128, static_cast<uint64_t>(args.page_stride)},
-                               {64, static_cast<uint32_t>(args.box_tokens), 1, 1});
-    parameters[count++] = &map;
+    chunk_map = encode(1);
+    parameters[count++] = &chunk_map;
+  }
+  if (decode.kernel.run_chunks > 0) {
+    run_map = encode(decode.kernel.run_chunks);
+    parameters[count++] = &run_map;
   }
   parameters[count++] = &args;
   launch_cooperative(decode.kernel.function, decode.blocks(), decode.kernel.threads, decode.kernel.shared_bytes, parameters, stream);

@@ -12,6 +12,7 @@ struct DecodeKernel {
   int threads = 0;
   bool tensor_map = false;  // first kernel parameter is the CUtensorMap of the pages
   int blocks_per_multiprocessor = 1;
+  int run_chunks = 0;  // not 0: the second kernel parameter is another tensor map of the pages, with boxes of so many chunks of 64 columns
 };
 
 struct MlaDecodeArgs;

@@ -118,28 +118,27 @@ struct ChunkRing {
     mbarrier_init_fence();
   }
 
-  // Position 0 of a tile is the rope chunk, the last column; the latent chunks follow.
-  template <class Logits>
-  __device__ void fill(const CUtensorMap& map, const PageWalk<Logits>& walk, const TileBoxes& boxes, int slot, int position, int use) const {
-    mbarrier_wait(empty(slot), (use & 1) ^ 1);
-    mbarrier_arrive_expect_bytes(full(slot, use), kChunkBytes);
-    walk.load(map, boxes, position == 0 ? kChunks - 1 : position - 1, chunk(slot), full(slot, use), position == 0 ? kMissing : 0);
-  }
-
   // One warp feeds all tiles of a piece; one of its threads calls begun() when the first is under way. `count` numbers the block's chunks
-  // from 0 across pieces.
+  // from 0 across pieces. Position 0 of a tile is the rope chunk, the last column; the latent chunks follow. Each has a lane, because one
+  // thread takes some 450 cycles from a load to the next.
   template <class Logits = PlainLogits, class Begun>
   __device__ void feed(const CUtensorMap& map, const MlaDecodeArgs& args, const DecodePiece& piece, int& count, Begun begun) const {
+    static_assert(kChunks <= 32);
+    const int position = threadIdx.x % 32;
     PageWalk<Logits> walk(args, piece);
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       const TileBoxes boxes = walk.boxes(tile);
-      if (threadIdx.x % 32 == 0) {
-#pragma unroll 1
-        for (int position = 0; position < kChunks; ++position) {
-          fill(map, walk, boxes, (count + position) % kSlots, position, (count + position) / kSlots);
+      const int slot = (count + position) % kSlots, use = (count + position) / kSlots;
+      bool waits = position < kChunks;
+      while (__any_sync(~0u, waits)) {
+        if (waits && mbarrier_passed(empty(slot), (use & 1) ^ 1)) {
+          mbarrier_arrive_expect_bytes(full(slot, use), kChunkBytes);
+          walk.load(map, boxes, position == 0 ? kChunks - 1 : position - 1, chunk(slot), full(slot, use), position == 0 ? kMissing : 0);
+          waits = false;
         }
-        if (tile == piece.tile_begin) begun();
+        __syncwarp();
       }
+      if (position == 0 && tile == piece.tile_begin) begun();
       count += kChunks;
       __syncwarp();
     }

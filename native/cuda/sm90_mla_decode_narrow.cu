@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(384, 1)
   DecodePiece piece;
 
   if (threadIdx.x < 128) {
-    registers_shrink<24>();
+    registers_shrink<40>();
     if (threadIdx.x < 32) {
       int count = 0;
       while (schedule.next(share, piece)) {
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(384, 1)
       }
     }
   } else {
-    registers_grow<240>();
+    registers_grow<232>();
 
     const int thread = threadIdx.x - 128;
     const int group = warp_uniform(thread / 128), in_group = thread % 128;

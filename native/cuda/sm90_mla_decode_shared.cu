@@ -2,10 +2,11 @@
 // warpgroups, so they share the rows: warpgroup 0 holds the left half of the latent, warpgroup 1 the right half.
 //
 // Tiles go in pairs (a, b). Warpgroup 0 computes the logits and probabilities of a, warpgroup 1 those of b, and they exchange
-// the probabilities through shared memory: one is in its softmax while the other keeps the tensor cores busy.
+// the probabilities through shared memory. Both multiply tile a first: the tensor cores have that while warpgroup 1 is in its softmax, and
+// buffer a is refilled while they multiply tile b.
 //
-//   warpgroup 0:  QK a | softmax a ->| P_a V_a left  | P_b V_b left
-//   warpgroup 1:  QK b |        softmax b ->| P_b V_b right | P_a V_a right
+//   warpgroup 0:  QK a | softmax a ->| P_a V_a left            | P_b V_b left
+//   warpgroup 1:  QK b               | P_a V_a right, softmax b ->| P_b V_b right
 //
 // The reference of the exponent passes along the tiles (a, then b, then the next a); it moves rarely, see kReferenceSlack.
 // Two tile buffers hold 144 KiB; each half of a tile is refilled as soon as its warpgroup is through with it, so every tile
@@ -23,15 +24,62 @@ struct SharedShape {
   static constexpr int kLatent = 512;
   static constexpr int kRows = 64;
   static constexpr int kChunks = 9;
-  static constexpr int kSlots = 2 * kChunks;
-  static constexpr int kQueryBytes = 8 * kChunkBytes;  // the rope part of the query lives in registers
+  static constexpr int kHalf = 4;  // chunks of a half
+  static constexpr int kRun = 2;   // of these, that are loaded together
+  static constexpr int kBuffers = 2;
+  static constexpr int kQueryBytes = kChunks * kChunkBytes;
   static constexpr int kProbBytes = kChunkBytes;
   static constexpr int kScratchBytes = 2048;
-  static constexpr int kSharedBytes = kSharedAlignment + kSlots * kChunkBytes + kQueryBytes + 2 * kProbBytes + kScratchBytes;
+  static constexpr int kSharedBytes = kSharedAlignment + kBuffers * kChunks * kChunkBytes + kQueryBytes + kProbBytes + kScratchBytes;
   static constexpr int kOverhead = 1;
   static constexpr int kThreads = 384;
 };
 static_assert(SharedShape::kSharedBytes <= kSharedMemoryPerBlock);
+
+// Two tile buffers of five parts: the rope chunk, then two runs of chunks of each half. A buffer is waited for by one warpgroup, for all its
+// uses in turn, so that one `full` barrier a part will do (compare ChunkRing).
+struct SharedRing {
+  using Shape = SharedShape;
+  static constexpr int kHalfParts = Shape::kHalf / Shape::kRun;
+  static constexpr int kParts = 1 + 2 * kHalfParts;
+  static constexpr int kBarriers = 2 * Shape::kBuffers * kParts;
+  static_assert(kBarriers <= 32);
+
+  uint32_t data;
+  uint32_t barriers;  // full [buffer][part], then empty [buffer][part]
+
+  // First chunk of a part, as its place in the buffer: the rope chunk, then the latent in order.
+  __device__ static int position(int part) { return part == 0 ? 0 : 1 + (part - 1) * Shape::kRun; }
+  // First part of a half of the latent.
+  __device__ static int half_part(int half) { return 1 + half * kHalfParts; }
+  __device__ uint32_t chunk(int buffer, int position) const { return data + (buffer * Shape::kChunks + position) * kChunkBytes; }
+  __device__ uint32_t full(int buffer, int part) const { return barriers + (buffer * kParts + part) * 8; }
+  __device__ uint32_t empty(int buffer, int part) const { return barriers + ((Shape::kBuffers + buffer) * kParts + part) * 8; }
+  __device__ void wait_full(int buffer, int part, int use) const { mbarrier_wait(full(buffer, part), use & 1); }
+  __device__ void release(int buffer, int part) const { mbarrier_arrive(empty(buffer, part)); }  // by one thread of each warp that has read the part
+
+  // By a whole warp.
+  __device__ void init() const {
+    const int lane = threadIdx.x % 32;
+    if (lane < kBarriers) mbarrier_init(barriers + lane * 8, lane < kBarriers / 2 ? 1 : 4);
+    mbarrier_init_fence();
+  }
+
+  // By one thread. `run_map` has boxes of kRun chunks: where a tile is one box (`whole`), a run is one load, since it takes a thread some 450
+  // cycles to ask for one.
+  template <class Logits>
+  __device__ void fill(const CUtensorMap& chunk_map, const CUtensorMap& run_map, const PageWalk<Logits>& walk, const TileBoxes& boxes, bool whole, int buffer, int part, int use) const {
+    const uint32_t barrier = full(buffer, part), to = chunk(buffer, position(part));
+    const int column = part == 0 ? Shape::kChunks - 1 : position(part) - 1, chunks = part == 0 ? 1 : Shape::kRun;
+    mbarrier_wait(empty(buffer, part), (use & 1) ^ 1);
+    mbarrier_arrive_expect_bytes(barrier, chunks * kChunkBytes);
+    if (whole && part > 0) {
+      walk.load(run_map, boxes, column, to, barrier);
+    } else {
+      for (int i = 0; i < chunks; ++i) walk.load(chunk_map, boxes, column + i, to + i * kChunkBytes, barrier);
+    }
+  }
+};
 
 // Address of this lane's row of 16 bytes for ldmatrix/stmatrix.x4 on k-step k of a [64][64] bf16 tile, 128-byte swizzle.
 __device__ __forceinline__ uint32_t fragment_address(uint32_t tile, int warp, int lane, int k) {
@@ -39,28 +87,18 @@ __device__ __forceinline__ uint32_t fragment_address(uint32_t tile, int warp, in
   return tile + row * 128 + ((unit ^ (row & 7)) << 4);
 }
 
-__device__ __forceinline__ void scale_packed(uint32_t (&probs)[4][4], const float (&factor)[2]) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float f = factor[i % 2];
-      probs[k][i] = pack_bf16(__uint_as_float(probs[k][i] << 16) * f, __uint_as_float(probs[k][i] & 0xFFFF0000u) * f);
-    }
-}
-
 template <class Logits>
 __global__ void __launch_bounds__(384, 1)
-    sm90_mla_decode_shared(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ MlaDecodeArgs args) {
+    sm90_mla_decode_shared(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ CUtensorMap run_map, const __grid_constant__ MlaDecodeArgs args) {
   using Shape = SharedShape;
-  constexpr int kLatent = Shape::kLatent, kRows = Shape::kRows, kChunks = Shape::kChunks, kSlots = Shape::kSlots;
+  constexpr int kLatent = Shape::kLatent, kRows = Shape::kRows, kChunks = Shape::kChunks, kRun = Shape::kRun, kHalfParts = SharedRing::kHalfParts;
 
   extern __shared__ uint8_t shared_raw[];
   uint8_t* shared = shared_raw + ((kSharedAlignment - (smem_address(shared_raw) & (kSharedAlignment - 1))) & (kSharedAlignment - 1));
   uint8_t* ring_data = shared;
-  uint8_t* query = ring_data + kSlots * kChunkBytes;
-  uint8_t* probs_shared = query + Shape::kQueryBytes;  // [2 tiles of the pair]
-  uint8_t* scratch = probs_shared + 2 * Shape::kProbBytes;
+  uint8_t* query = ring_data + Shape::kBuffers * kChunks * kChunkBytes;
+  uint8_t* probs_shared = query + Shape::kQueryBytes;  // of tile a, then of tile b: a warp reads its rows of a before it writes those of b
+  uint8_t* scratch = probs_shared + Shape::kProbBytes;
   int* plan_scratch = reinterpret_cast<int*>(scratch);
   // Pieces that other blocks share: the first of this block's share and the last.
   DecodePiece* split = reinterpret_cast<DecodePiece*>(scratch + 144);
@@ -68,13 +106,16 @@ __global__ void __launch_bounds__(384, 1)
   float* references = reinterpret_cast<float*>(scratch + 768);  // [2 tiles][64 rows]
   float* row_sums = reinterpret_cast<float*>(scratch + 1280);   // [2 warpgroups][64 rows]
 
-  const ChunkRing<kChunks, kSlots> ring{smem_address(ring_data), smem_address(barriers)};
+  const SharedRing ring{smem_address(ring_data), smem_address(barriers)};
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
   const int row0 = schedule.row_tile * kRows;
 
-  if (threadIdx.x / 32 == 1) ring.init(4);
+  if (threadIdx.x / 32 == 1) ring.init();
   if (threadIdx.x / 32 == 2) prefetch_block_table(args);
-  if (threadIdx.x == 96) tma_prefetch_map(kv_map);
+  if (threadIdx.x == 96) {
+    tma_prefetch_map(kv_map);
+    tma_prefetch_map(run_map);
+  }
   DecodeShare share = schedule.share(plan_scratch);
   DecodePiece piece;
 
@@ -84,6 +125,7 @@ __global__ void __launch_bounds__(384, 1)
     // want last also brings the rope chunk.
     const int buffer = threadIdx.x / 64, half = threadIdx.x / 32 % 2;
     const bool brings_rope = half != buffer;
+    const bool whole = args.box_tokens == kTokenTile;
     int use = 0;
     while (schedule.next(share, piece)) {
       // Long streams are a little faster where L2 treats them like anything else, short ones where it keeps code and partial results.
@@ -92,16 +134,20 @@ __global__ void __launch_bounds__(384, 1)
         const TileBoxes boxes = walk.boxes(tile);
         if (((tile - piece.tile_begin) & 1) != buffer) continue;
         if (threadIdx.x % 32 == 0) {
-          const int slot0 = buffer * kChunks;
+          if (brings_rope) ring.fill(kv_map, run_map, walk, boxes, whole, buffer, 0, use);
           // While the buffer is still in use, L2 can fetch what goes there; the row tiles share that work.
           if (args.row_tiles > 1 && tile % args.row_tiles == schedule.row_tile) {
-            if (brings_rope) walk.prefetch(kv_map, boxes, kChunks - 1);
 #pragma unroll 1
-            for (int column = half * 4; column < half * 4 + 4; ++column) walk.prefetch(kv_map, boxes, column);
+            for (int part = 1 + half * kHalfParts; part < 1 + (half + 1) * kHalfParts; ++part) {
+              if (whole) {
+                walk.prefetch(run_map, boxes, SharedRing::position(part) - 1);
+              } else {
+                for (int i = 0; i < kRun; ++i) walk.prefetch(kv_map, boxes, SharedRing::position(part) - 1 + i);
+              }
+            }
           }
-          if (brings_rope) ring.fill(kv_map, walk, boxes, slot0, 0, use);
 #pragma unroll 1
-          for (int position = half * 4 + 1; position <= half * 4 + 4; ++position) ring.fill(kv_map, walk, boxes, slot0 + position, position, use);
+          for (int part = 1 + half * kHalfParts; part < 1 + (half + 1) * kHalfParts; ++part) ring.fill(kv_map, run_map, walk, boxes, whole, buffer, part, use);
           if (threadIdx.x == 0 && tile == piece.tile_begin) prefetch_next_query<kRows, kLatent>(args, schedule, share);
         }
         ++use;
@@ -115,19 +161,17 @@ __global__ void __launch_bounds__(384, 1)
     const int group = warp_uniform(thread / 128), in_group = thread % 128;
     const int warp = in_group / 32, lane = in_group % 32;
     const int group_barrier = 1 + group;
-    constexpr int kConsumerBarrier = 3, kReferenceReady = 4, kProbsReady = 5, kFirstTaken = 7, kConsumers = 256;  // kProbsReady + tile
+    constexpr int kConsumerBarrier = 3, kProbsReady = 5, kFirstTaken = 7, kConsumers = 256;  // kProbsReady + tile
     const int thread_row = warp * 16 + lane / 4;
-    const uint32_t probs_tile[2] = {smem_address(probs_shared), smem_address(probs_shared) + Shape::kProbBytes};
-    const int half_position = 1 + group * 4;  // first chunk of this warpgroup's half
+    const uint32_t probs_tile = smem_address(probs_shared);
+    const int half_position = 1 + group * Shape::kHalf;  // first chunk of this warpgroup's half
 
     if (group == 1) named_barrier_arrive(kFirstTaken, kConsumers);  // what tile a left in shared memory may be overwritten
     int splits = 0;
     int uses[2] = {0, 0};  // of each tile buffer
 
     while (schedule.next(share, piece)) {
-      uint32_t rope_query[4][4];
-      load_rope_query<kLatent>(args, piece, row0 + thread_row, rope_query);
-      load_query<kRows, kLatent, kLatent, kConsumers>(args, row0, piece, query, thread);
+      load_query<kRows, kLatent, kLatent + 64, kConsumers>(args, row0, piece, query, thread);
       fence_async_proxy();
       named_barrier_sync(kConsumerBarrier, kConsumers);
 
@@ -138,36 +182,31 @@ __global__ void __launch_bounds__(384, 1)
       const int tiles = piece.tile_end - piece.tile_begin;
       const Logits policy(args, piece);
       const int unmasked_tokens = schedule.limit(piece, row0);
-      const int limits[2] = {schedule.limit(piece, row0 + thread_row), schedule.limit(piece, row0 + thread_row + 8)};
 
       const auto multiply_logits = [&](auto of_group, float(&logits)[32], int use) {
         constexpr int kGroup = decltype(of_group)::value;  // compile-time positions: descriptors need one addition each
-        uint32_t query_low = descriptor_low(smem_address(query)), keys_low = descriptor_low(ring.chunk(kGroup * kChunks));
+        uint32_t query_low = descriptor_low(smem_address(query)), keys_low = descriptor_low(ring.chunk(kGroup, 0));
         asm volatile("" : "+r"(query_low), "+r"(keys_low));  // keeps descriptors out of loop-invariant registers
 #pragma unroll
         for (int i = 0; i < 32; ++i) logits[i] = 0.0f;
         wgmma_pin(logits);
-        constexpr int slot0 = kGroup * kChunks;
         // Own half first, then rope, then the other half.
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
           const int position = i == 4 ? 0 : ((i < 4 ? i : i - 1) ^ (kGroup * 4)) + 1;
-          ring.wait_full(slot0 + position, use);
+          if (position == 0) ring.wait_full(kGroup, 0, use);
+          else if ((position - 1) % kRun == 0) ring.wait_full(kGroup, 1 + (position - 1) / kRun, use);
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const uint64_t keys = descriptor(keys_low + position * (kChunkBytes / 16) + k * 2);
-            if (i == 4) {
-              Wgmma<64>::rs<0>(logits, rope_query[k], keys);
-            } else {
-              Wgmma<64>::ss<0, 0>(logits, descriptor(query_low + (position - 1) * (kChunkBytes / 16) + k * 2), keys);
-            }
+            const int column = position == 0 ? kChunks - 1 : position - 1;
+            Wgmma<64>::ss<0, 0>(logits, descriptor(query_low + column * (kChunkBytes / 16) + k * 2), descriptor(keys_low + position * (kChunkBytes / 16) + k * 2));
           }
         }
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_pin(logits);
-        if (lane == 0) ring.release(slot0);  // rope
+        if (lane == 0) ring.release(kGroup, 0);  // rope
       };
       const auto mask = [&](float(&logits)[32], int t) {
         const int token0 = (piece.tile_begin + t) * kTokenTile;
@@ -180,6 +219,7 @@ __global__ void __launch_bounds__(384, 1)
           return;
         }
         if (token0 + kTokenTile <= unmasked_tokens) return;
+        const int limits[2] = {schedule.limit(piece, row0 + thread_row), schedule.limit(piece, row0 + thread_row + 8)};  // here, not in registers throughout
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
           const int token = token0 + (i / 4) * 8 + (lane % 4) * 2 + i % 2;
@@ -188,7 +228,7 @@ __global__ void __launch_bounds__(384, 1)
       };
       // out += probs · V of buffer `buffer`, this warpgroup's half. Tile t lies in the buffer.
       const auto multiply_half = [&](const uint32_t(&probs)[4][4], int buffer, int t) {
-        const uint32_t values = ring.chunk(buffer * kChunks + half_position);
+        const uint32_t values = ring.chunk(buffer, half_position);
         const int valid = piece.kv_len - (piece.tile_begin + t) * kTokenTile;
         if (valid < kTokenTile) {
           for (int c = 0; c < 4; ++c) zero_chunk_tail<128>(values + c * kChunkBytes, valid, in_group);
@@ -210,7 +250,7 @@ __global__ void __launch_bounds__(384, 1)
         wgmma_commit();
       };
       const auto release_half = [&](int buffer) {
-        if (lane < 4) ring.release(buffer * kChunks + half_position + lane);
+        if (lane < kHalfParts) ring.release(buffer, SharedRing::half_part(group) + lane);
       };
       const auto publish_references = [&](int tile) {
         if (lane % 4 == 0) {
@@ -229,13 +269,13 @@ __global__ void __launch_bounds__(384, 1)
         }
         return static_cast<bool>(__any_sync(~0u, moved));
       };
-      const auto store_probs = [&](const uint32_t(&probs)[4][4], int tile) {
+      const auto store_probs = [&](const uint32_t(&probs)[4][4]) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) stmatrix_x4(fragment_address(probs_tile[tile], warp, lane, k), probs[k][0], probs[k][1], probs[k][2], probs[k][3]);
+        for (int k = 0; k < 4; ++k) stmatrix_x4(fragment_address(probs_tile, warp, lane, k), probs[k][0], probs[k][1], probs[k][2], probs[k][3]);
       };
-      const auto load_probs = [&](uint32_t(&probs)[4][4], int tile) {
+      const auto load_probs = [&](uint32_t(&probs)[4][4]) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) ldmatrix_x4(fragment_address(probs_tile[tile], warp, lane, k), probs[k]);
+        for (int k = 0; k < 4; ++k) ldmatrix_x4(fragment_address(probs_tile, warp, lane, k), probs[k]);
       };
 
       // Barriers of one warpgroup alone: compute-sanitizer's racecheck orders what two warps did by how many barriers each had met (arriving does
@@ -252,71 +292,58 @@ __global__ void __launch_bounds__(384, 1)
           const bool moved = softmax.update(logits, Logits::scale(args), factor);
           named_barrier_sync(kFirstTaken, kConsumers);
           publish_references(0);
-          named_barrier_arrive(kReferenceReady, kConsumers);
           softmax.exponentiate(logits, Logits::scale(args));
           pack_fragment(logits, own);
-          store_probs(own, 0);
+          store_probs(own);
           named_barrier_arrive(kProbsReady, kConsumers);
           if (moved) scale_rows(out, factor);
           multiply_half(own, 0, a);
           named_barrier_sync(group_barrier, 128);
+          wgmma_wait<0>();
+          wgmma_pin(out);
+          release_half(0);
           if (has_b) {
             named_barrier_sync(kProbsReady + 1, kConsumers);
-            load_probs(other, 1);
-            const bool moved_on = adopt_references(1, factor);
-            wgmma_wait<0>();
-            wgmma_pin(out);
-            release_half(0);
-            if (moved_on) scale_rows(out, factor);
+            load_probs(other);
+            if (adopt_references(1, factor)) scale_rows(out, factor);
             multiply_half(other, 1, b);
             wgmma_wait<0>();
             wgmma_pin(out);
             release_half(1);
-          } else {
-            named_barrier_sync(group_barrier, 128);
-            wgmma_wait<0>();
-            wgmma_pin(out);
-            release_half(0);
           }
         } else {
-          float adopted[2];
           if (has_b) {
             multiply_logits(std::integral_constant<int, 1>{}, logits, uses[1] + pair);
             mask(logits, b);
-            named_barrier_sync(group_barrier, 128);
-            named_barrier_sync(kReferenceReady, kConsumers);
-            const bool moved = adopt_references(0, adopted);
+          }
+          named_barrier_sync(group_barrier, 128);
+          named_barrier_sync(kProbsReady, kConsumers);
+          load_probs(other);
+          const bool moved = adopt_references(0, factor);
+          named_barrier_arrive(kFirstTaken, kConsumers);
+          if (moved) scale_rows(out, factor);
+          multiply_half(other, 0, a);
+          if (has_b) {
             const bool moved_on = softmax.update(logits, Logits::scale(args), factor);
             publish_references(1);
             softmax.exponentiate(logits, Logits::scale(args));
             pack_fragment(logits, own);
-            store_probs(own, 1);
+            store_probs(own);
             named_barrier_arrive(kProbsReady + 1, kConsumers);
-            if (moved || moved_on) {
-              adopted[0] *= factor[0];
-              adopted[1] *= factor[1];
-              scale_rows(out, adopted);
-            }
+            named_barrier_sync(group_barrier, 128);
+            wgmma_wait<0>();
+            wgmma_pin(out);
+            release_half(0);
+            if (moved_on) scale_rows(out, factor);
             multiply_half(own, 1, b);
-            named_barrier_sync(kProbsReady, kConsumers);
-            load_probs(other, 0);
-            named_barrier_arrive(kFirstTaken, kConsumers);
-            if (moved_on) scale_packed(other, factor);
             wgmma_wait<0>();
             wgmma_pin(out);
             release_half(1);
           } else {
-            named_barrier_sync(group_barrier, 128);
-            named_barrier_sync(kReferenceReady, kConsumers);
-            if (adopt_references(0, adopted)) scale_rows(out, adopted);
-            named_barrier_sync(kProbsReady, kConsumers);
-            load_probs(other, 0);
-            named_barrier_arrive(kFirstTaken, kConsumers);
+            wgmma_wait<0>();
+            wgmma_pin(out);
+            release_half(0);
           }
-          multiply_half(other, 0, a);
-          wgmma_wait<0>();
-          wgmma_pin(out);
-          release_half(0);
         }
       }
       uses[0] += pairs;
@@ -377,7 +404,7 @@ DecodeKernel sm90_mla_decode_shared_kernel(int latent, int, LogitKind logits) {
   if (latent != SharedShape::kLatent) return {};
   const void* function = logits == LogitKind::plain ? reinterpret_cast<const void*>(&sm90_mla_decode_shared<PlainLogits>)
                                                     : reinterpret_cast<const void*>(&sm90_mla_decode_shared<VariantLogits>);
-  return {function, SharedShape::kRows, SharedShape::kSharedBytes, SharedShape::kThreads, true};
+  return {function, SharedShape::kRows, SharedShape::kSharedBytes, SharedShape::kThreads, true, 1, SharedShape::kRun};
 }
 
 }  // namespace tpla::cuda

@@ -43,6 +43,21 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int phase) {
       : "memory");
 }
 
+// Whether a phase has ended; does not wait.
+__device__ __forceinline__ bool mbarrier_passed(uint32_t barrier, int phase) {
+  int passed;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.s32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(passed)
+      : "r"(barrier), "r"(phase)
+      : "memory");
+  return passed != 0;
+}
+
 // A barrier of the threads that it was initialised with, each of which keeps the phase.
 struct PhasedBarrier {
   uint32_t barrier;
