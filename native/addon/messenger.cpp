@@ -6,18 +6,36 @@
 #include "addon/link.h"
 #include "transfer/messages/kv_messages.h"
 
+#ifdef TPLA_WITH_CUDA
+#include "cuda/device_port.h"
+#endif
+
 namespace tpla::addon {
 
 namespace {
 
+std::shared_ptr<DevicePort> port_for(int device) {
+#ifdef TPLA_WITH_CUDA
+  if (device >= 0) return cuda::device_port();
+#else
+  static_cast<void>(device);
+#endif
+  return nullptr;
+}
+
+// How rows of an end get to the library: KvMessageLink.memory of src/native/types.ts.
+const char* memory_name(int device, bool is_direct) { return device < 0 ? "host" : is_direct ? "gpu" : "staged"; }
+
 Napi::Value listen(const Napi::CallbackInfo& info, const std::shared_ptr<Messenger>& messenger) {
   const Napi::Env env = info.Env();
   return guarded(env, [&]() -> Napi::Value {
-    return AsyncWork<std::shared_ptr<LinkReceiver>>::start(
-        env, "tpla listen", [messenger, region = kv_region_of(info[0])] { return std::make_shared<KvMessageReceiver>(messenger, region); },
-        [messenger](Napi::Env at, const std::shared_ptr<LinkReceiver>& receiver) -> Napi::Value {
+    const auto region = kv_region_of(info[0]);
+    return AsyncWork<std::shared_ptr<KvMessageReceiver>>::start(
+        env, "tpla listen", [messenger, region] { return std::make_shared<KvMessageReceiver>(messenger, region, port_for(region->device)); },
+        [messenger, device = region->device](Napi::Env at, const std::shared_ptr<KvMessageReceiver>& receiver) -> Napi::Value {
           Napi::Object object = link_receiver_to_js(at, receiver);
           object.Set("address", Napi::Buffer<char>::Copy(at, messenger->address().data(), messenger->address().size()));
+          object.Set("memory", memory_name(device, receiver->is_direct()));
           return object;
         });
   });
@@ -29,12 +47,17 @@ Napi::Value connect(const Napi::CallbackInfo& info, const std::shared_ptr<Messen
     const Napi::Object options = to_object(info[0], "link");
     if (!options.Get("address").IsBuffer()) refuse("address", "a buffer");
     const auto bytes = options.Get("address").As<Napi::Buffer<char>>();
-    return AsyncWork<std::shared_ptr<LinkSender>>::start(
+    const int device = options.Get("device").IsUndefined() ? -1 : int(to_integer(options.Get("device"), "device", -1, 63));
+    return AsyncWork<std::shared_ptr<KvMessageSender>>::start(
         env, "tpla connect",
-        [messenger, address = std::string(bytes.Data(), bytes.Length()), key = to_text(options.Get("key"), "key"), layout = parse_kv_layout(options.Get("layout"))] {
-          return std::make_shared<KvMessageSender>(messenger, address, key, layout);
+        [messenger, device, address = std::string(bytes.Data(), bytes.Length()), key = to_text(options.Get("key"), "key"), layout = parse_kv_layout(options.Get("layout"))] {
+          return std::make_shared<KvMessageSender>(messenger, address, key, layout, port_for(device), device);
         },
-        link_sender_to_js);
+        [device](Napi::Env at, const std::shared_ptr<KvMessageSender>& sender) -> Napi::Value {
+          Napi::Object object = link_sender_to_js(at, sender);
+          object.Set("memory", memory_name(device, sender->is_direct()));
+          return object;
+        });
   });
 }
 

@@ -22,7 +22,6 @@ const Candidate kCandidates[] = {
     {"libcuda", {"libcuda.so.1", "libcuda.so"}, "CUDA driver"},
     {"cuBLASLt", {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"}, "dense GEMMs on GPUs"},
     {"NCCL", {"libnccl.so.2", "libnccl.so"}, "collectives between GPUs"},
-    {"UCX", {"libucp.so.0", "libucp.so"}, "KV transfer between hosts (RDMA, TCP)"},
     {"cuFile", {"libcufile.so.0", "libcufile.so", "/usr/local/cuda/lib64/libcufile.so.0"}, "KV blocks from NVMe straight to GPUs"},
 };
 

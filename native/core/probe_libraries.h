@@ -12,7 +12,7 @@ struct LibraryProbe {
   std::string detail;
 };
 
-// Tries every optional library once, and closes it again.
+// Tries every optional library once, and closes it again; but for UCX and NIXL, which would stay and stand in the way of another installation.
 std::vector<LibraryProbe> probe_libraries();
 
 }  // namespace tpla

@@ -18,6 +18,16 @@ bool same_key(const std::string& a, const std::string& b) {
 
 }  // namespace
 
+int memory_of_piece(const KvLayout& layout, const PageTables& pages, const Piece& piece) {
+  return layout.form == KvForm::tpla ? static_cast<int>(piece.copy) : place_of(layout, pages, static_cast<int>(piece.begin / layout.page_tokens)).memory;
+}
+
+std::byte* place_of_piece(const KvRegion& region, const PageTables& pages, const Piece& piece) {
+  const KvLayout& layout = region.layout;
+  const int page = place_of(layout, pages, static_cast<int>(piece.begin / layout.page_tokens)).page;
+  return region.row(memory_of_piece(layout, pages, piece), static_cast<int>(piece.layer), page, static_cast<int>(piece.begin % layout.page_tokens));
+}
+
 std::shared_ptr<const Grant> GrantBook::Client::grant(uint32_t slot) const {
   const std::lock_guard lock(mutex_);
   const auto found = grants_.find(slot);
@@ -67,17 +77,6 @@ bool GrantBook::covers(const Grant& grant, const Piece& piece) const {
   if (piece.layer >= uint32_t(layout.layers) || piece.copy >= uint32_t(copies_per_page(layout)) || piece.begin >= piece.end) return false;
   if (piece.begin < uint32_t(grant.tokens.begin) || piece.end > uint32_t(grant.tokens.end)) return false;
   return piece.begin / layout.page_tokens == (piece.end - 1) / layout.page_tokens;
-}
-
-int GrantBook::memory_of(const Grant& grant, const Piece& piece) const {
-  const KvLayout& layout = region_->layout;
-  return layout.form == KvForm::tpla ? static_cast<int>(piece.copy) : place_of(layout, grant.pages, static_cast<int>(piece.begin / layout.page_tokens)).memory;
-}
-
-std::byte* GrantBook::place(const Grant& grant, const Piece& piece) const {
-  const KvLayout& layout = region_->layout;
-  const int page = place_of(layout, grant.pages, static_cast<int>(piece.begin / layout.page_tokens)).page;
-  return region_->row(memory_of(grant, piece), static_cast<int>(piece.layer), page, static_cast<int>(piece.begin % layout.page_tokens));
 }
 
 }  // namespace tpla

@@ -18,6 +18,10 @@ struct Piece {
   uint32_t end;
 };
 
+// Which of a region's memories holds a piece, and where it stands there.
+int memory_of_piece(const KvLayout& layout, const PageTables& pages, const Piece& piece);
+std::byte* place_of_piece(const KvRegion& region, const PageTables& pages, const Piece& piece);
+
 // Pages of one session, as the receiver has granted them.
 struct Grant {
   uint32_t epoch;
@@ -60,8 +64,8 @@ class GrantBook {
   bool covers(const Grant& grant, const Piece& piece) const;
   size_t bytes_of(const Piece& piece) const { return size_t(piece.end - piece.begin) * region_->layout.row_bytes(int(piece.layer)); }
   // Where a covered piece belongs, and in which of the region's memories that is.
-  std::byte* place(const Grant& grant, const Piece& piece) const;
-  int memory_of(const Grant& grant, const Piece& piece) const;
+  std::byte* place(const Grant& grant, const Piece& piece) const { return place_of_piece(*region_, grant.pages, piece); }
+  int memory_of(const Grant& grant, const Piece& piece) const { return memory_of_piece(region_->layout, grant.pages, piece); }
 
  private:
   const std::shared_ptr<const KvRegion> region_;

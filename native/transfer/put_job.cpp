@@ -27,12 +27,13 @@ size_t PutJob::unit_capacity(const KvLayout& dst) {
   return std::max(kUnitBytes, token);
 }
 
-PutJob::PutJob(LinkPut put, const KvLayout& dst, size_t unit_bytes, LinkSender::Done done)
-    : put_(checked(std::move(put), dst)), dst_(dst), mover_(*put_.src, dst, false), done_(std::move(done)) {
+PutJob::PutJob(LinkPut put, const KvLayout& dst, size_t unit_bytes, LinkSender::Done done, int unit_pages)
+    : put_(checked(std::move(put), dst)), dst_(dst), unit_pages_(unit_pages), mover_(*put_.src, dst, false), done_(std::move(done)) {
   const size_t most_bytes = std::min(unit_bytes, unit_capacity(dst));
   const int most = std::max<int>(1, static_cast<int>(most_bytes / widest_token(dst)));
-  for (int begin = put_.tokens.begin; begin < put_.tokens.end; begin += most) {
-    ranges_.push_back({begin, std::min(put_.tokens.end, begin + most)});
+  for (int begin = put_.tokens.begin; begin < put_.tokens.end; begin = ranges_.back().end) {
+    const int end = unit_pages_ > 0 ? (begin / dst.page_tokens + unit_pages_) * dst.page_tokens : begin + most;
+    ranges_.push_back({begin, std::min(put_.tokens.end, end)});
     pieces_ += size_t(pages_of(dst, ranges_.back()).size()) * copies_per_page(dst) * put_.layers.size();
   }
   result_.bytes = dst.token_bytes(put_.layers.begin, put_.layers.end) * copies_per_page(dst) * put_.tokens.size();
@@ -40,16 +41,19 @@ PutJob::PutJob(LinkPut put, const KvLayout& dst, size_t unit_bytes, LinkSender::
 }
 
 PutJob::Unit PutJob::unit(size_t index) const {
+  if (unit_pages_ > 0) return {put_.layers.begin, ranges_[index], put_.layers.size()};
   return {put_.layers.begin + static_cast<int>(index / ranges_.size()), ranges_[index % ranges_.size()]};
 }
 
 std::vector<Piece> PutJob::pieces_of(const Unit& unit) const {
   std::vector<Piece> pieces;
-  for (int copy = 0; copy < copies_per_page(dst_); copy++) {
-    for (int token = unit.tokens.begin; token < unit.tokens.end;) {
-      const int end = std::min(unit.tokens.end, (token / dst_.page_tokens + 1) * dst_.page_tokens);
-      pieces.push_back({uint32_t(unit.layer), uint32_t(copy), uint32_t(token), uint32_t(end)});
-      token = end;
+  for (int layer = unit.layer; layer < unit.layer + unit.layers; layer++) {
+    for (int copy = 0; copy < copies_per_page(dst_); copy++) {
+      for (int token = unit.tokens.begin; token < unit.tokens.end;) {
+        const int end = std::min(unit.tokens.end, (token / dst_.page_tokens + 1) * dst_.page_tokens);
+        pieces.push_back({uint32_t(layer), uint32_t(copy), uint32_t(token), uint32_t(end)});
+        token = end;
+      }
     }
   }
   return pieces;
@@ -98,6 +102,12 @@ void PutJob::find(const Unit& unit, std::vector<std::span<const std::byte>>& row
     if (is_last) return;
     part = next;
   }
+}
+
+void PutJob::add_checksums(const Unit& unit, const std::vector<uint64_t>& sums) {
+  const int copies = copies_per_page(dst_);
+  const int first = pages_of(dst_, unit.tokens).begin;
+  for (size_t page = 0; page < sums.size() / copies; page++) add_sums((first + static_cast<int>(page)) * dst_.page_tokens, &sums[page * copies]);
 }
 
 bool PutJob::take(size_t& index) {

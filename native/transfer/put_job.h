@@ -13,7 +13,7 @@
 namespace tpla {
 
 // One put on a link's sending side, cut into units that are made and sent independently: some tokens of one layer, all copies,
-// as rows in the receiver's layout [copy][token][row].
+// as rows in the receiver's layout [copy][token][row]; or, where a GPU makes them, some pages of all layers.
 class PutJob {
  public:
   // Small enough that what one core makes is still in its cache when the next reads it.
@@ -24,26 +24,31 @@ class PutJob {
   struct Unit {
     int layer;
     Range tokens;
+    // From `layer` on.
+    int layers = 1;
   };
 
   // Bytes that hold any unit of this layout. Throws REQUEST_INVALID where a token takes more than kMaxUnitBytes.
   static size_t unit_capacity(const KvLayout& dst);
 
-  // Units of about `unit_bytes`. Throws REQUEST_INVALID.
-  PutJob(LinkPut put, const KvLayout& dst, size_t unit_bytes, LinkSender::Done done);
+  // Units of about `unit_bytes` of one layer; or, where `unit_pages` is not 0, of so many pages of the receiver and all layers. Throws
+  // REQUEST_INVALID.
+  PutJob(LinkPut put, const KvLayout& dst, size_t unit_bytes, LinkSender::Done done, int unit_pages = 0);
 
   const LinkPut& what() const { return put_; }
-  size_t units() const { return ranges_.size() * put_.layers.size(); }
+  size_t units() const { return ranges_.size() * (unit_pages_ > 0 ? 1 : put_.layers.size()); }
   Unit unit(size_t index) const;
   size_t bytes_of(const Unit& unit) const { return dst_.row_bytes(unit.layer) * copies_per_page(dst_) * unit.tokens.size(); }
   // The unit cut where pages of the receiver end, in the order in which its rows stand.
   std::vector<Piece> pieces_of(const Unit& unit) const;
-  // Makes the unit's rows and adds their checksums to the result.
+  // Makes the rows of a unit of one layer and adds their checksums to the result.
   void make(const Unit& unit, std::byte* to);
   // Whether the unit's rows are the same on both sides, so that they can be sent from where they stand.
   bool keeps_rows(const Unit& unit) const { return mover_.keeps_rows(unit.layer); }
   // The same for rows that are kept: appends where they stand, in order.
   void find(const Unit& unit, std::vector<std::span<const std::byte>>& rows);
+  // Of rows that somebody else made: [page of the receiver from the unit's first][copy].
+  void add_checksums(const Unit& unit, const std::vector<uint64_t>& sums);
 
   // The next unit to make; false when none is left, or the job is over.
   bool take(size_t& index);
@@ -62,6 +67,7 @@ class PutJob {
 
   const LinkPut put_;
   const KvLayout dst_;
+  const int unit_pages_;
   const RowMover mover_;
   const LinkSender::Done done_;
   std::vector<Range> ranges_;

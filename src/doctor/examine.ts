@@ -3,7 +3,7 @@ import { toTplaError } from '../errors.js';
 import { native } from '../native/loader.js';
 import type { ProbeResult } from '../native/types.js';
 import { describeNixl, findNixl, NIXL_BY_NAME } from '../transfer/nixl.js';
-import { describeUcx } from '../transfer/ucx.js';
+import { describeUcx, findUcx, rdmaDevices } from '../transfer/ucx.js';
 import { readLimits, type Limits } from './limits.js';
 
 /** What `tpla doctor --json` prints. */
@@ -20,6 +20,8 @@ export interface Examination {
     devices: { index: number; name: string; capability: string; memory_bytes: number; multiprocessors: number; peers: number[] }[];
   } | null;
   libraries: { name: string; path: string | null; detail: string }[];
+  /** Network devices that move memory by themselves, such as mlx5_0. */
+  rdma_devices: string[];
   limits: Limits;
   /** What a person should look at, worst first. */
   findings: Finding[];
@@ -36,8 +38,8 @@ const OPEN_FILES_WANTED = 4096;
 
 export async function examine(version: string): Promise<Examination> {
   const limits = readLimits();
-  const facts = { version, node: process.version, platform: `${process.platform}-${process.arch}`, limits };
-  // The probe loads UCX and cuFile, which read their settings then.
+  const facts = { version, node: process.version, platform: `${process.platform}-${process.arch}`, limits, rdma_devices: rdmaDevices() };
+  // Read when libraries are loaded: by UCX, alone or under NIXL, and by cuFile.
   setUcxEnvironment({});
   setCuFileEnvironment();
   let probe: ProbeResult;
@@ -52,7 +54,7 @@ export async function examine(version: string): Promise<Examination> {
     addon: { loaded: true, error: null },
     cpu: probe.cpu,
     cuda: { ...probe.cuda, devices: probe.cuda.devices.map(({ memoryBytes, ...device }) => ({ ...device, memory_bytes: memoryBytes })) },
-    libraries: [...await Promise.all(probe.libraries.map(askLibrary)), await askNixl()],
+    libraries: [...await Promise.all(probe.libraries.map(askLibrary)), await askUcx(), await askNixl()],
     findings: [...machineFindings(probe), ...limitFindings(limits)],
   };
 }
@@ -70,19 +72,27 @@ async function askLibrary(library: Library): Promise<Library> {
   }
 }
 
-const ASKABLE: Record<string, (path: string) => string | Promise<string>> = {
-  /** Which transports it has here. */
-  UCX: async (path) => {
-    const ucx = await native().openUcx(path);
+/** The UCX that a worker would load says itself which transports it has here. */
+async function askUcx(): Promise<Library> {
+  const name = 'UCX';
+  const file = findUcx();
+  if (file === null) return { name, path: null, detail: 'not installed in the standard places (transfer.ucx.library)' };
+  try {
+    const ucx = await native().openUcx(file);
     ucx.close();
-    return describeUcx(ucx);
-  },
+    return { name, path: ucx.library, detail: describeUcx(ucx) };
+  } catch (error) {
+    return { name, path: file, detail: toTplaError(error).message };
+  }
+}
+
+const ASKABLE: Record<string, (path: string) => string | Promise<string>> = {
   /** Whether it is GPUDirect Storage or its compatibility mode. */
   cuFile: () => native().describeCuFile().detail,
 };
 
 /** NIXL says which plug-ins it has; its usual backend, where it starts, which memory it carries. */
-async function askNixl(): Promise<ProbeResult['libraries'][number]> {
+async function askNixl(): Promise<Library> {
   const file = nixlLibraryFromEnv() ?? findNixl();
   const name = 'NIXL';
   try {

@@ -8,7 +8,7 @@ export function printExamination(found: Examination): string {
     facts([['tpla', found.version], ['node', `${found.node} ${found.platform}`], ['addon', found.addon.loaded ? 'loaded' : 'not loaded (see below)']]),
     ...(found.cpu ? [section('CPU', cpuFacts(found.cpu))] : []),
     ...(found.cuda ? [section('GPUs', gpus(found.cuda))] : []),
-    ...(found.libraries.length > 0 ? [section('Libraries', libraries(found.libraries))] : []),
+    ...(found.libraries.length > 0 ? [section('Libraries', `${libraries(found.libraries)}\nRDMA devices: ${found.rdma_devices.join(', ') || 'none'}`)] : []),
     section('Limits', limitFacts(found.limits)),
     section('Findings', found.findings.length === 0 ? 'none' : found.findings.map(({ severity, text }) => `${severity}: ${text}`).join('\n')),
   ];

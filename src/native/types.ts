@@ -347,6 +347,31 @@ export interface KvStreamSender extends KvLinkSender {
   readonly zeroCopy: boolean;
 }
 
+/**
+ * How rows of an end get to the library (native/transfer/messages/): from and to host memory, from and to a GPU's own memory, or to and from a
+ * GPU through pinned memory of the host.
+ */
+export type LinkMemory = 'host' | 'gpu' | 'staged';
+
+export interface KvMessageReceiver extends KvLinkReceiver {
+  /** What a sender connects to. */
+  readonly address: Buffer;
+  readonly memory: LinkMemory;
+}
+
+export interface KvMessageSender extends KvLinkSender {
+  readonly memory: LinkMemory;
+}
+
+export interface KvMessageLink {
+  address: Buffer;
+  key: string;
+  /** The receiver's. */
+  layout: KvLayout;
+  /** GPU that holds the sources of its puts; none where they are in host memory. */
+  device?: number;
+}
+
 /** KV over UCX (native/transfer/ucx/): one installation, loaded at run time, with a worker and its thread. */
 export interface Ucx {
   /** The library's file and what it says of itself: version, `transport/device` pairs, whether any of them is RDMA, whether it takes GPU memory. */
@@ -355,9 +380,8 @@ export interface Ucx {
   readonly resources: string[];
   readonly rdma: boolean;
   readonly cuda: boolean;
-  listen(arena: KvRegion | KvArena): Promise<KvLinkReceiver & { readonly address: Buffer }>;
-  /** `layout` is the receiver's. */
-  connect(link: { address: Buffer; key: string; layout: KvLayout }): Promise<KvLinkSender>;
+  listen(arena: KvRegion | KvArena): Promise<KvMessageReceiver>;
+  connect(link: KvMessageLink): Promise<KvMessageSender>;
   /** Ends its thread and every link. */
   close(): void;
 }
@@ -368,9 +392,8 @@ export interface Nixl {
   readonly library: string;
   readonly plugins: string[];
   readonly backends: { name: string; memories: string[] }[];
-  listen(arena: KvRegion | KvArena): Promise<KvLinkReceiver & { readonly address: Buffer }>;
-  /** `layout` is the receiver's. */
-  connect(link: { address: Buffer; key: string; layout: KvLayout }): Promise<KvLinkSender>;
+  listen(arena: KvRegion | KvArena): Promise<KvMessageReceiver>;
+  connect(link: KvMessageLink): Promise<KvMessageSender>;
   /** Ends its thread and every link. */
   close(): void;
 }

@@ -43,7 +43,7 @@ export function checkPath(path: TransferPath, required: TransferPath | undefined
 }
 
 function unusable(offer: PathOffer, { onGpu, ucxVersion, nixlBackends }: PathAbilities): string | null {
-  if (isBetweenHosts(offer.path) && onGpu) return 'KV in GPU memory goes to workers of the same host (unix: addresses); between hosts it has to be in host memory';
+  if (offer.path === 'tcp' && onGpu) return 'KV in GPU memory goes to workers of the same host (unix: addresses), or between hosts over UCX or NIXL (transfer.ucx, transfer.nixl)';
   if (offer.path === 'nixl') {
     if (nixlBackends === null) return 'this side uses no NIXL (transfer.nixl)';
     if (!nixlBackends.some((name) => offer.backends.includes(name))) return `NIXL has ${nixlBackends.join(', ')} on this side and ${offer.backends.join(', ')} on decode's (transfer.nixl.backends)`;

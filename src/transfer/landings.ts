@@ -1,4 +1,5 @@
 /** The ways in which decode lets KV in: opened once, offered to every connection. */
+import { TplaError } from '../errors.js';
 import type { Address } from '../http/address.js';
 import { native } from '../native/loader.js';
 import { CudaLanding, isOnGpu } from './cuda_path.js';
@@ -32,17 +33,20 @@ export interface Landings {
 export async function openLandings(target: Address, { arena, ucx, nixl, direction = 'push' }: HandoffReceiverOptions): Promise<Landings> {
   if (direction === 'pull') return { forConnection: () => [new PullLanding(arena)], close() {} };
   if (target.kind === 'unix') return { forConnection: () => [isOnGpu(arena) ? new CudaLanding(arena) : new ShmLanding(arena)], close() {} };
-  const stream = native().listenKvStream(target.host, arena);
+  if (isOnGpu(arena) && !ucx && !nixl) {
+    throw new TplaError('CONFIG_INVALID', 'pages in GPU memory take KV from other hosts over UCX or NIXL, and neither is used; see transfer.ucx and transfer.nixl, or listen on a unix: address');
+  }
+  const stream = isOnGpu(arena) ? null : native().listenKvStream(target.host, arena);
   const overNixl = nixl ? { nixl, receiver: await nixl.listen(arena) } : null;
   const overUcx = ucx ? { ucx, receiver: await ucx.listen(arena) } : null;
   return {
     forConnection: () => [
-      ...(overNixl ? [nixlLanding(overNixl.nixl, overNixl.receiver)] : []), ...(overUcx ? [ucxLanding(overUcx.ucx, overUcx.receiver)] : []), tcpLanding(stream),
+      ...(overNixl ? [nixlLanding(overNixl.nixl, overNixl.receiver)] : []), ...(overUcx ? [ucxLanding(overUcx.ucx, overUcx.receiver)] : []), ...(stream ? [tcpLanding(stream)] : []),
     ],
     close() {
       overNixl?.receiver.close();
       overUcx?.receiver.close();
-      stream.close();
+      stream?.close();
     },
   };
 }

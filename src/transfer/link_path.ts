@@ -1,6 +1,7 @@
 /** Paths between processes that share no memory: what TCP, UCX and NIXL have in common. */
 import { randomBytes } from 'node:crypto';
-import type { Channel, KvArena, KvLinkReceiver, KvLinkSender, KvPutResult } from '../native/types.js';
+import type { Channel, KvArena, KvLinkReceiver, KvLinkSender, KvPutResult, LinkMemory } from '../native/types.js';
+import { isOnGpu } from './cuda_path.js';
 import { GateSlots } from './gate_slots.js';
 import type { PathOffer } from './messages.js';
 import type { Admission, Credit, Landing, Reach, Rectangle, Reservation } from './path.js';
@@ -44,13 +45,18 @@ export class LinkLanding implements Landing {
   }
 }
 
+/** For a link by messages, which rows leave from. */
+export const deviceOf = (source: KvArena) => (isOnGpu(source) ? { device: source.device } : {});
+
 /** Prefill makes rows in decode's layout and sends them. */
 export class LinkReach implements Reach {
   readonly path: TransferPath;
+  readonly memory: LinkMemory;
   readonly #sender: KvLinkSender;
 
-  constructor(path: TransferPath, sender: KvLinkSender) {
+  constructor(path: TransferPath, sender: KvLinkSender & { memory?: LinkMemory }) {
     this.path = path;
+    this.memory = sender.memory ?? 'host';
     this.#sender = sender;
   }
 

@@ -1,5 +1,5 @@
 /** How KV bytes get from prefill's pages into decode's, behind the hand-off protocol: one implementation a path. */
-import type { Channel, KvArena, KvLayout } from '../native/types.js';
+import type { Channel, KvArena, KvLayout, LinkMemory } from '../native/types.js';
 import type { PathOffer } from './messages.js';
 import type { TransferPath } from './types.js';
 
@@ -55,6 +55,8 @@ export interface Rectangle {
 /** Prefill's side of one connection. */
 export interface Reach {
   readonly path: TransferPath;
+  /** Of a link between hosts: where its rows leave from. */
+  readonly memory?: LinkMemory | undefined;
   /**
    * Writes a rectangle of the sequence into the credit's pages; resolves once every byte is there. Rejects with CANCELLED when shut out. What
    * `channel` carries to decode by then is the path's: `pushed` with checksums, unless decode took the bytes itself and knows them.

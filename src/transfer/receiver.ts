@@ -8,7 +8,6 @@ import { removeStaleSocket } from '../http/server.js';
 import { copiesOf, tokenBytes } from '../kv/layout.js';
 import { native } from '../native/loader.js';
 import type { Channel, ChannelServer, KvArena, KvLayout } from '../native/types.js';
-import { isOnGpu } from './cuda_path.js';
 import { Coverage } from './coverage.js';
 import { checkHandshake, describeLayout, handshakeFingerprint } from './handshake.js';
 import { decodeMessage, encodeMessage, type Message } from './messages.js';
@@ -32,9 +31,6 @@ const CLOSE_DRAIN_MS = 1000;
 export async function createHandoffReceiver(address: string, options: HandoffReceiverOptions & { log: Logger; clock: Clock }): Promise<HandoffReceiver> {
   const target = parseAddress(address);
   if (target.kind === 'unix') await removeStaleSocket(target.path);
-  if (target.kind === 'tcp' && isOnGpu(options.arena)) {
-    throw new TplaError('CONFIG_INVALID', `hand-offs into GPU memory come from the same host: listen on a unix: address, not ${address}`);
-  }
   if (target.kind === 'tcp' && options.direction === 'pull') {
     throw new TplaError('CONFIG_INVALID', `decode pulls from processes of the same host: listen on a unix: address, not ${address}`);
   }

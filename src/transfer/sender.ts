@@ -4,7 +4,7 @@ import type { Clock } from '../clock.js';
 import { TplaError, toTplaError } from '../errors.js';
 import { parseAddress } from '../http/address.js';
 import { native } from '../native/loader.js';
-import type { Channel, KvArena, SampledToken } from '../native/types.js';
+import type { Channel, KvArena, LinkMemory, SampledToken } from '../native/types.js';
 import { checkPath, rankOffers } from './choose_path.js';
 import { CudaReach, isOnGpu } from './cuda_path.js';
 import { checkHandshake, describeLayout } from './handshake.js';
@@ -127,6 +127,7 @@ class Connection {
   }
 
   get path(): TransferPath { return this.#reach!.path; }
+  get memory(): LinkMemory | undefined { return this.#reach!.memory; }
   get peer(): Channel['peer'] { return this.#channel!.peer; }
   get layout(): Handshake['layout'] { return this.#peerHandshake!.layout; }
 
@@ -310,8 +311,8 @@ async function openReach(source: KvArena, welcome: Welcome, { ucx, nixl }: Libra
     case 'cuda-fd':
     case 'cuda-ipc': return new CudaReach(source, welcome);
     case 'shm': return isOnGpu(source) ? new CudaReach(source, welcome) : new ShmReach(welcome);
-    case 'nixl': return reachOverNixl(nixl!, welcome);
-    case 'ucx': return reachOverUcx(ucx!, welcome);
+    case 'nixl': return reachOverNixl(nixl!, source, welcome);
+    case 'ucx': return reachOverUcx(ucx!, source, welcome);
     case 'tcp': return reachOverTcp(welcome);
     case 'pull': return new PullReach(source, welcome, offerToRead);
   }
@@ -345,6 +346,7 @@ class Session implements HandoffSession {
   }
 
   get path(): TransferPath { return this.#connection.path; }
+  get linkMemory(): LinkMemory | undefined { return this.#connection.memory; }
 
   push(layers: [number, number], tokens: [number, number], srcPages: Int32Array): Promise<void> {
     const push = this.#push({ layers, tokens }, srcPages);

@@ -1,7 +1,7 @@
 /** The hand-off of a prompt's KV from a prefill worker to a decode worker. Decode owns memory and grants it; prefill pushes. */
 import type { ErrorCode } from '../errors.js';
 import type { ModelIdentity } from '../model/spec.js';
-import type { KvArena, KvLayout, Nixl, SampledToken, Ucx } from '../native/types.js';
+import type { KvArena, KvLayout, LinkMemory, Nixl, SampledToken, Ucx } from '../native/types.js';
 
 /**
  * How bytes move; stated in the handshake, in metrics and in every benchmark line. Best first; NIXL, which is taken only where it was asked for,
@@ -103,6 +103,8 @@ export interface HandoffGrant {
 /** Prefill's side of one session. */
 export interface HandoffSession {
   readonly path: TransferPath;
+  /** Of a path between hosts: where rows leave from. */
+  readonly linkMemory?: LinkMemory | undefined;
   /** What pushes have put in place so far, and what travelled for it. */
   readonly sent: { bytes: number; wireBytes: number };
   /** Pushes layers [begin, end) of tokens [begin, end); calls may overlap computing and one another. */

@@ -18,7 +18,7 @@ export function findUcx(places: string[] = STANDARD_PLACES): string | null {
 
 /** Null where it is not used. Throws CONFIG_INVALID where it is wanted and cannot be had. */
 export async function openUcx({ use, library, options }: UcxConfig): Promise<Ucx | null> {
-  if (use === 'never' || (use === 'auto' && !hasRdmaDevices())) return null;
+  if (use === 'never' || (use === 'auto' && rdmaDevices().length === 0)) return null;
   const file = library ?? findUcx();
   if (file === null) {
     if (use === 'auto') return null;
@@ -29,16 +29,24 @@ export async function openUcx({ use, library, options }: UcxConfig): Promise<Ucx
   return native().openUcx(file);
 }
 
-/** `1.13.1: rc_mlx5, tcp; RDMA, takes GPU memory`: how a UCX reads in a log line or a table. */
-export function describeUcx({ version, resources, rdma, cuda }: Ucx): string {
-  const transports = [...new Set(resources.map((resource) => resource.split('/')[0]))].join(', ');
-  return `${version}: ${transports}; ${rdma ? 'RDMA' : 'no RDMA'}, ${cuda ? 'takes GPU memory' : 'host memory only'}`;
+/** `1.13.1: rc_mlx5 on mlx5_0:1, tcp on eth0 and lo; RDMA, takes GPU memory`: how a UCX reads in a log line or a table. */
+export function describeUcx({ version, resources, rdma, cuda }: Pick<Ucx, 'version' | 'resources' | 'rdma' | 'cuda'>): string {
+  const devices = new Map<string, string[]>();
+  for (const resource of resources) {
+    const [transport, device] = resource.split('/') as [string, string | undefined];
+    const known = devices.get(transport) ?? [];
+    devices.set(transport, device === undefined || known.includes(device) ? known : [...known, device]);
+  }
+  // Transports inside a host call their only device `memory`.
+  const named = [...devices].map(([transport, names]) => (names.length === 0 || names[0]!.startsWith('memory') ? transport : `${transport} on ${names.join(' and ')}`));
+  return `${version}: ${named.join(', ')}; ${rdma ? 'RDMA' : 'no RDMA'}, ${cuda ? 'takes GPU memory' : 'host memory only'}`;
 }
 
-function hasRdmaDevices(directory = '/sys/class/infiniband'): boolean {
+/** Names of this host's RDMA devices, such as mlx5_0, as the kernel has them. */
+export function rdmaDevices(directory = '/sys/class/infiniband'): string[] {
   try {
-    return readdirSync(directory).length > 0;
+    return readdirSync(directory).sort();
   } catch {
-    return false;
+    return [];
   }
 }

@@ -59,7 +59,8 @@ test('this machine, as JSON', async () => {
   assert.equal(found.cpu?.features.filter((feature) => !flags.includes(feature)), []);
   assert.is(found.cpu?.features.includes('avx2'), flags.includes('avx2'));
   assert.ok(['portable', 'blas', 'avx2', 'avx512', 'avx512_bf16', 'amx'].includes(found.cpu?.kernel ?? ''), found.cpu?.kernel);
-  assert.equal(found.libraries.map(({ name }) => name), ['libcuda', 'cuBLASLt', 'NCCL', 'UCX', 'cuFile', 'io_uring', 'NIXL']);
+  assert.equal(found.libraries.map(({ name }) => name), ['libcuda', 'cuBLASLt', 'NCCL', 'cuFile', 'io_uring', 'UCX', 'NIXL']);
+  assert.ok(Array.isArray(found.rdma_devices));
   for (const { detail } of found.libraries) assert.is.not(detail, '');
   if (found.cuda?.devices.length === 0) assert.is.not(found.cuda.reason, null);
 });

@@ -1,6 +1,7 @@
 // time limit: 600 s
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
+import { BENCH_PATHS } from '../../src/bench/transfer/paths.js';
 import type { OverlapRow } from '../../src/bench/transfer/overlap.js';
 import type { BenchRow } from '../../src/bench/transfer/rows.js';
 import { tpla } from '../support/cli.js';
@@ -28,6 +29,18 @@ test('GPU and host memory hand KV over in both directions', async () => {
   assert.equal(rows.map(({ setup, path, verified }) => [setup, path, verified]), [
     ['pinned', 'pinned', true], ['pinned', 'pinned', true], ['pinned-to-gpu', 'pinned', true], ['pinned-to-gpu', 'pinned', true],
   ]);
+});
+
+test('between hosts KV in GPU memory goes over UCX, into GPU memory, through pinned memory where nothing reads it directly', async () => {
+  const missing = BENCH_PATHS['ucx-gpu']!.missing();
+  if (missing !== null) return console.log(`not run: ${missing}`);
+  const rows = await handoffs('--path', 'ucx-gpu', '--page-tokens', '16', '--target-page-tokens', '64', '--view', 'mla,tpla2+64,dcp2', '--target-dtype', 'bf16,fp8');
+  assert.is(rows.length, 3 * 2);
+  for (const row of rows) {
+    assert.is(row.path, 'ucx');
+    assert.ok(row.verified && row.gb_per_s > 0, JSON.stringify(row));
+    assert.match(row.carried_by!, /^UCX .*rows (of the GPU leave through pinned memory|leave from the GPU's own memory)$/);
+  }
 });
 
 test('a hand-off is measured beside prefill', async () => {

@@ -33,7 +33,7 @@ test('nothing left to use is refused with what is missing', () => {
   };
   assert.match(refusal([tcp], host, 'shm'), /the path to decode is tcp, at least shm is required/);
   assert.match(refusal([ucx, tcp], { ...host, ucxVersion: null }, 'ucx'), /the path to decode is tcp, at least ucx is required \(ucx: this side uses no UCX/);
-  assert.match(refusal([ucx, tcp], { ...host, onGpu: true }, undefined), /no path that can be used \(ucx: KV in GPU memory .*; tcp: KV in GPU memory/);
+  assert.match(refusal([ucx, tcp], { ...host, onGpu: true, ucxVersion: null }, undefined), /no path that can be used \(ucx: this side uses no UCX.*; tcp: KV in GPU memory/);
   assert.match(refusal([], host, undefined), /decode offers no path/);
 });
 

@@ -6,20 +6,33 @@
 
 #include "transfer/grant_book.h"
 #include "transfer/messages/kv_messages.h"
+#include "transfer/messages/bounce_buffers.h"
 #include "transfer/messages/message_kinds.h"
 #include "transfer/messages/registered_memory.h"
 
 namespace tpla {
 
 struct KvMessageReceiver::Core : MessageLink, std::enable_shared_from_this<Core> {
-  Core(std::shared_ptr<Messenger> of, std::shared_ptr<const KvRegion> region) : messenger(std::move(of)), book(std::move(region)) {}
+  Core(std::shared_ptr<Messenger> of, std::shared_ptr<const KvRegion> region, std::shared_ptr<DevicePort> with)
+      : messenger(std::move(of)), book(std::move(region)), port(std::move(with)) {}
+  void register_pages(const std::shared_ptr<const KvRegion>& region);
+  void register_gpu_pages(const std::shared_ptr<const KvRegion>& region);
+  bool is_on_gpu() const { return book.region().device >= 0; }
   // A hello.
   void on_message(const Incoming& message) override;
   void drop(const std::string& key);
+  // From a bounce buffer into a page on a GPU, together with the others of this round.
+  void copy(DevicePort::Copy what, std::function<void(bool is_good)> done);
+  void send_copies();
 
   const std::shared_ptr<Messenger> messenger;
   GrantBook book;
+  const std::shared_ptr<DevicePort> port;
+  // Empty where pages are on a GPU that the messenger does not reach.
   std::vector<std::unique_ptr<RegisteredMemory>> memories;
+  std::unique_ptr<BounceBuffers> bounce;
+  std::vector<DevicePort::Copy> copies;
+  std::vector<std::function<void(bool)>> copied;
   // By key; on the messenger's thread.
   std::map<std::string, std::shared_ptr<Peer>> peers;
 };
@@ -30,6 +43,8 @@ struct KvMessageReceiver::Peer : MessageLink, std::enable_shared_from_this<Peer>
   void connect(const std::string& address);
   void on_message(const Incoming& message) override;
   void take(const Incoming& message, const Grant& grant, const Piece& piece);
+  void take_through_host(const Incoming& message, std::byte* place);
+  void finish_piece(const MessageHead& head, bool is_good);
   void answer(uint64_t put, bool refused);
   void send_answers();
   void reject();
@@ -47,11 +62,10 @@ struct KvMessageReceiver::Peer : MessageLink, std::enable_shared_from_this<Peer>
   bool is_answering = false;
 };
 
-KvMessageReceiver::KvMessageReceiver(std::shared_ptr<Messenger> messenger, std::shared_ptr<const KvRegion> region) : core_(std::make_shared<Core>(std::move(messenger), region)) {
-  const size_t bytes = region->layout.rank_bytes(region->pages);
-  for (int memory = 0; memory < region->layout.memories(); memory++) {
-    core_->memories.push_back(std::make_unique<RegisteredMemory>(core_->messenger, region, region->base[memory], bytes));
-  }
+KvMessageReceiver::KvMessageReceiver(std::shared_ptr<Messenger> messenger, std::shared_ptr<const KvRegion> region, std::shared_ptr<DevicePort> port)
+    : core_(std::make_shared<Core>(std::move(messenger), region, std::move(port))) {
+  if (core_->is_on_gpu()) core_->register_gpu_pages(region);
+  else core_->register_pages(region);
   core_->messenger->post([core = core_] { core->messenger->listen(core); });
 }
 
@@ -72,8 +86,46 @@ void KvMessageReceiver::withdraw(const std::string& key) {
   disconnect(key);
 }
 
+bool KvMessageReceiver::is_direct() const { return !core_->memories.empty(); }
+
 void KvMessageReceiver::close() {
   for (const std::string& key : core_->book.keys()) withdraw(key);
+}
+
+void KvMessageReceiver::Core::register_pages(const std::shared_ptr<const KvRegion>& region) {
+  for (int memory = 0; memory < region->layout.memories(); memory++) {
+    const int device = is_on_gpu() ? port->device_of(region->base[memory]) : -1;
+    memories.push_back(std::make_unique<RegisteredMemory>(messenger, region, region->base[memory], region->layout.rank_bytes(region->pages), device));
+  }
+}
+
+void KvMessageReceiver::Core::register_gpu_pages(const std::shared_ptr<const KvRegion>& region) {
+  if (!port) throw Error("REQUEST_INVALID", "this addon was built without CUDA; build it with TPLA_CUDA=on");
+  messenger->run([this] { port->use(book.region().device); });
+  // Also for pieces that come with their message.
+  bounce = std::make_unique<BounceBuffers>(messenger, port, region->layout.widest_row_bytes() * region->layout.page_tokens);
+  if (!messenger->carries_gpu()) return;
+  try {
+    register_pages(region);
+  } catch (const Error&) {
+    // It carries memory of GPUs, but not of this one.
+    memories.clear();
+  }
+}
+
+void KvMessageReceiver::Core::copy(DevicePort::Copy what, std::function<void(bool is_good)> done) {
+  copies.push_back(what);
+  copied.push_back(std::move(done));
+  if (copies.size() > 1) return;
+  messenger->post([self = shared_from_this()] { self->send_copies(); });
+}
+
+void KvMessageReceiver::Core::send_copies() {
+  port->copy(std::exchange(copies, {}), [self = shared_from_this(), done = std::exchange(copied, {})](bool is_good) {
+    self->messenger->post([done, is_good] {
+      for (const auto& call : done) call(is_good);
+    });
+  });
 }
 
 void KvMessageReceiver::Core::on_message(const Incoming& message) {
@@ -127,17 +179,41 @@ void KvMessageReceiver::Peer::take(const Incoming& message, const Grant& grant, 
   const MessageHead& head = message.head;
   if (!client->gate().enter(static_cast<int>(head.slot), head.epoch)) return answer(head.put, true);
   std::byte* place = core->book.place(grant, piece);
-  if (!message.is_remote) {
+  if (message.is_remote && !core->memories.empty()) {
+    core->messenger->receive(message, place, core->memories[core->book.memory_of(grant, piece)]->get(),
+                             [self = shared_from_this(), head](const std::string& failure) { self->finish_piece(head, failure.empty()); });
+  } else if (core->is_on_gpu()) {
+    take_through_host(message, place);
+  } else {
     std::memcpy(place, message.data, message.bytes);
-    client->gate().leave(static_cast<int>(head.slot));
-    return answer(head.put, false);
+    finish_piece(head, true);
   }
-  core->messenger->receive(message, place, core->memories[core->book.memory_of(grant, piece)]->get(),
-                           [self = shared_from_this(), put = head.put, slot = head.slot](const std::string& failure) {
-    self->client->gate().leave(static_cast<int>(slot));
-    if (failure.empty()) self->answer(put, false);
-    else self->reject();
-  });
+}
+
+void KvMessageReceiver::Peer::take_through_host(const Incoming& message, std::byte* place) {
+  BounceBuffers::Slot slot;
+  try {
+    slot = core->bounce->take();
+  } catch (const Error&) {
+    return finish_piece(message.head, false);
+  }
+  const auto landed = [self = shared_from_this(), head = message.head, slot, place, bytes = message.bytes](const std::string& failure) {
+    const auto finish = [self, head, slot](bool is_good) {
+      self->core->bounce->give(slot);
+      self->finish_piece(head, is_good);
+    };
+    if (failure.empty()) self->core->copy({place, slot.data, bytes}, finish);
+    else finish(false);
+  };
+  if (message.is_remote) return core->messenger->receive(message, slot.data, slot.registration, landed);
+  std::memcpy(slot.data, message.data, message.bytes);
+  landed("");
+}
+
+void KvMessageReceiver::Peer::finish_piece(const MessageHead& head, bool is_good) {
+  client->gate().leave(static_cast<int>(head.slot));
+  if (is_good) answer(head.put, false);
+  else reject();
 }
 
 void KvMessageReceiver::Peer::answer(uint64_t put, bool is_refused) {

@@ -15,13 +15,12 @@
 #include "transfer/put_job.h"
 #include "transfer/messages/kv_messages.h"
 #include "transfer/messages/message_kinds.h"
-#include "transfer/messages/registered_memory.h"
+#include "transfer/messages/row_staging.h"
 
 namespace tpla {
 
 namespace {
 
-constexpr int kStagingUnits = 32;  // made and not yet fetched by the receiver
 constexpr int kMaxMakers = 4;
 constexpr std::chrono::milliseconds kWelcomeTimeout{5000};
 // A receiver that confirms nothing for so long is lost, whatever the transport says of it.
@@ -31,13 +30,9 @@ constexpr int kStallChecks = 30;
 }  // namespace
 
 struct KvMessageSender::Core : MessageLink, std::enable_shared_from_this<Core> {
-  // A unit's place in the staging memory.
-  struct Chunk {
-    std::byte* data = nullptr;
-    size_t pieces = 0;  // not yet out; on the messenger's thread
-  };
+  using Chunk = RowStaging::Chunk;
 
-  Core(std::shared_ptr<Messenger> of, const KvLayout& layout);
+  Core(std::shared_ptr<Messenger> of, const KvLayout& layout, std::shared_ptr<DevicePort> port, int device);
   void connect(const std::string& address, const std::string& key);
   void start_makers();
   void make_units();
@@ -53,9 +48,7 @@ struct KvMessageSender::Core : MessageLink, std::enable_shared_from_this<Core> {
 
   const std::shared_ptr<Messenger> messenger;
   const KvLayout dst;
-  std::shared_ptr<std::vector<std::byte>> staging;
-  std::unique_ptr<RegisteredMemory> registered;
-  std::vector<Chunk> chunks;
+  RowStaging staging;
 
   // On the messenger's thread.
   Messenger::Endpoint* endpoint = nullptr;
@@ -75,8 +68,9 @@ struct KvMessageSender::Core : MessageLink, std::enable_shared_from_this<Core> {
   std::atomic<uint64_t> confirmations{0};
 };
 
-KvMessageSender::KvMessageSender(std::shared_ptr<Messenger> messenger, const std::string& address, const std::string& key, const KvLayout& dst)
-    : core_(std::make_shared<Core>(std::move(messenger), dst)) {
+KvMessageSender::KvMessageSender(std::shared_ptr<Messenger> messenger, const std::string& address, const std::string& key, const KvLayout& dst,
+                                 std::shared_ptr<DevicePort> port, int device)
+    : core_(std::make_shared<Core>(std::move(messenger), dst, std::move(port), device)) {
   if (key.size() != kLinkKeyBytes) throw Error("REQUEST_INVALID", "a link's key has " + std::to_string(kLinkKeyBytes) + " bytes");
   core_->connect(address, key);
   core_->start_makers();
@@ -84,10 +78,13 @@ KvMessageSender::KvMessageSender(std::shared_ptr<Messenger> messenger, const std
 
 KvMessageSender::~KvMessageSender() { close(); }
 
+bool KvMessageSender::is_direct() const { return core_->staging.is_direct(); }
+
 void KvMessageSender::close() { core_->fail("the sender was closed"); }
 
 void KvMessageSender::put(LinkPut put, Done done) {
-  const auto job = std::make_shared<PutJob>(std::move(put), core_->dst, PutJob::kUnitBytes, std::move(done));
+  if (put.src->device != core_->staging.device()) throw Error("REQUEST_INVALID", "a link that was made for other memory cannot send this source's rows");
+  const auto job = std::make_shared<PutJob>(std::move(put), core_->dst, PutJob::kUnitBytes, std::move(done), core_->staging.unit_pages());
   {
     const std::lock_guard lock(core_->mutex);
     if (core_->failure.empty()) {
@@ -102,15 +99,9 @@ void KvMessageSender::put(LinkPut put, Done done) {
   job->end(std::make_unique<Error>("IO_FAILED", core_->failure));
 }
 
-KvMessageSender::Core::Core(std::shared_ptr<Messenger> of, const KvLayout& layout) : messenger(std::move(of)), dst(layout) {
-  const size_t unit_bytes = PutJob::unit_capacity(dst);
-  staging = std::make_shared<std::vector<std::byte>>(unit_bytes * kStagingUnits);
-  registered = std::make_unique<RegisteredMemory>(messenger, staging, staging->data(), staging->size());
-  chunks.resize(kStagingUnits);
-  for (size_t i = 0; i < chunks.size(); i++) {
-    chunks[i].data = staging->data() + i * unit_bytes;
-    free_chunks.push_back(&chunks[i]);
-  }
+KvMessageSender::Core::Core(std::shared_ptr<Messenger> of, const KvLayout& layout, std::shared_ptr<DevicePort> port, int device)
+    : messenger(std::move(of)), dst(layout), staging(messenger, layout, std::move(port), device) {
+  for (Chunk& chunk : staging.chunks()) free_chunks.push_back(&chunk);
 }
 
 void KvMessageSender::Core::connect(const std::string& address, const std::string& key) {
@@ -165,7 +156,11 @@ void KvMessageSender::Core::make_units() {
       free_chunks.pop_back();
     }
     const PutJob::Unit unit = job->unit(index);
-    job->make(unit, chunk->data);
+    try {
+      staging.make(*job, unit, *chunk);
+    } catch (const Error& error) {
+      return fail(error.what());
+    }
     messenger->post([self = shared_from_this(), job, id, unit, chunk] { self->send_unit(job, id, unit, chunk); });
   }
 }
@@ -175,8 +170,9 @@ void KvMessageSender::Core::send_unit(const std::shared_ptr<PutJob>& job, uint64
   const std::vector<Piece> pieces = job->pieces_of(unit);
   chunk->pieces = pieces.size();
   job->add_wire_bytes(pieces.size() * sizeof(MessageHead));
-  const std::byte* at = chunk->data;
-  for (const Piece& piece : pieces) {
+  const std::vector<const std::byte*> places = staging.places(*chunk, pieces);
+  for (size_t i = 0; i < pieces.size(); i++) {
+    const Piece& piece = pieces[i];
     MessageHead head{};
     head.link = remote;
     head.put = id;
@@ -188,11 +184,10 @@ void KvMessageSender::Core::send_unit(const std::shared_ptr<PutJob>& job, uint64
     head.begin = piece.begin;
     head.end = piece.end;
     const size_t bytes = dst.row_bytes(static_cast<int>(piece.layer)) * (piece.end - piece.begin);
-    messenger->send(endpoint, head, at, bytes, registered->get(), [self = shared_from_this(), chunk](const std::string& failure) {
+    messenger->send(endpoint, head, places[i], bytes, staging.registration(), [self = shared_from_this(), chunk](const std::string& failure) {
       if (--chunk->pieces == 0) self->return_chunk(chunk);
       if (!failure.empty()) self->fail(std::string(self->messenger->name()) + " cannot send: " + failure);
     });
-    at += bytes;
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <poll.h>
 #include <random>
 #include <set>
@@ -28,6 +29,13 @@ constexpr std::chrono::microseconds kMaxPause{2000};
 // How long the end of an agent waits for its transfers.
 constexpr std::chrono::milliseconds kCloseTimeout{500};
 
+// NIXL does not tell what its backends found.
+bool has_rdma_device() {
+  std::error_code failure;
+  const std::filesystem::directory_iterator devices("/sys/class/infiniband", failure);
+  return !failure && devices != std::filesystem::directory_iterator();
+}
+
 std::string random_name() {
   std::random_device device;
   char name[40];
@@ -39,8 +47,6 @@ std::string random_name() {
 
 // Memory that the library knows.
 struct Agent::Known : Registration {
-  std::byte* begin = nullptr;
-  size_t bytes = 0;
   MemoryType type = kDram;
   uint64_t device = 0;
   RegistrationList* list = nullptr;
@@ -499,10 +505,16 @@ void Agent::destroy() {
   nixl_.destroy_agent(agent_);
 }
 
-Messenger::Registration* Agent::register_memory(void* address, size_t bytes) {
+bool Agent::carries_gpu() const {
+  return has_rdma_device() && std::any_of(capabilities_.backends.begin(), capabilities_.backends.end(), [](const Capabilities::InUse& backend) {
+    return std::find(backend.memories.begin(), backend.memories.end(), kVram) != backend.memories.end();
+  });
+}
+
+Messenger::Registration* Agent::register_memory(void* address, size_t bytes, int device) {
   auto known = std::make_unique<Known>();
-  known->begin = static_cast<std::byte*>(address);
-  known->bytes = bytes;
+  known->type = device < 0 ? kDram : kVram;
+  known->device = device < 0 ? 0 : uint64_t(device);
   Status status = nixl_.create_reg_dlist(known->type, &known->list);
   if (status == kSuccess) status = nixl_.reg_dlist_add_desc(known->list, reinterpret_cast<uintptr_t>(address), bytes, known->device, nullptr, 0);
   if (status == kSuccess) status = nixl_.register_mem(agent_, known->list, options_);

@@ -44,7 +44,8 @@ class Agent : public Messenger {
   void disconnect(Messenger::Endpoint* endpoint, std::function<void()> closed) override;
   void send(Messenger::Endpoint* endpoint, const MessageHead& head, const void* data, size_t bytes, Registration* memory, Finished finished) override;
   void receive(const Incoming& message, void* to, Registration* memory, Finished finished) override;
-  Registration* register_memory(void* address, size_t bytes) override;
+  bool carries_gpu() const override;
+  Registration* register_memory(void* address, size_t bytes, int device) override;
   void unregister_memory(Registration* memory) override;
 
  protected:

@@ -52,7 +52,9 @@ struct ContextAttributes {
   uint64_t memory_types;
   char name[32];
 };
-inline constexpr int kMemoryTypeCuda = 1;  // bit of memory_types
+// ucs_memory_type_t; also the bits of memory_types.
+inline constexpr int kMemoryTypeHost = 0;
+inline constexpr int kMemoryTypeCuda = 1;
 
 struct WorkerParams {
   static constexpr uint64_t kThreadMode = 1 << 0;
@@ -96,6 +98,7 @@ inline constexpr int kErrorHandlingPeer = 1;
 struct MemoryMapParams {
   static constexpr uint64_t kAddress = 1 << 0;
   static constexpr uint64_t kLength = 1 << 1;
+  static constexpr uint64_t kMemoryType = 1 << 4;
   uint64_t field_mask;
   void* address;
   size_t length;
@@ -109,6 +112,7 @@ struct RequestParams {
   static constexpr uint32_t kCallback = 1 << 1;
   static constexpr uint32_t kUserData = 1 << 2;
   static constexpr uint32_t kFlags = 1 << 4;
+  static constexpr uint32_t kMemoryType = 1 << 6;
   static constexpr uint32_t kMemory = 1 << 8;
   uint32_t op_attr_mask;
   uint32_t flags;

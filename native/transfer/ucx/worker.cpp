@@ -52,6 +52,7 @@ struct Worker::Peer : Messenger::Endpoint {
 
 struct Worker::Mapped : Messenger::Registration {
   Memory* memory = nullptr;
+  int type = kMemoryTypeHost;
 };
 
 std::shared_ptr<Worker> Worker::start(const Library& library) { return started(new Worker(library)); }
@@ -60,8 +61,18 @@ Worker::Worker(const Library& library) : Messenger("UCX"), context_(library) {}
 
 Worker::~Worker() = default;
 
+// Else UCX would register it for each operation: its cache of registrations needs hooks in the process's memory calls, which we leave out.
+// Nor would it know without them what kind of memory it is.
+void Worker::use_memory(RequestParams& params, const Mapped& memory) {
+  params.op_attr_mask |= RequestParams::kMemory | RequestParams::kMemoryType;
+  params.memory = memory.memory;
+  params.memory_type = memory.type;
+}
+
 void Worker::create() {
   const Api& ucp = context_.api();
+  const Capabilities found = capabilities();
+  carries_gpu_ = found.cuda && found.rdma;
   const auto check = [](Status status, const char* what) {
     if (status != kOk) throw Error("IO_FAILED", std::string("UCX cannot ") + what + ": " + status_text(status));
   };
@@ -157,9 +168,7 @@ void Worker::send(Messenger::Endpoint* endpoint, const MessageHead& head, const 
   params.callback.send = on_sent;
   params.user_data = operation;
   if (memory != nullptr) {
-    // Else UCX would register it for each operation: its cache of registrations needs hooks in the process's memory calls, which we leave out.
-    params.op_attr_mask |= RequestParams::kMemory;
-    params.memory = static_cast<Mapped*>(memory)->memory;
+    use_memory(params, *static_cast<Mapped*>(memory));
   } else {
     params.flags = kAmSendEager;
   }
@@ -169,19 +178,21 @@ void Worker::send(Messenger::Endpoint* endpoint, const MessageHead& head, const 
 void Worker::receive(const Incoming& message, void* to, Registration* memory, Finished finished) {
   auto* operation = new Operation{message.head, std::move(finished), &context_.api()};
   RequestParams params{};
-  params.op_attr_mask = RequestParams::kCallback | RequestParams::kUserData | RequestParams::kMemory;
+  params.op_attr_mask = RequestParams::kCallback | RequestParams::kUserData;
   params.callback.receive_am = on_received;
   params.user_data = operation;
-  params.memory = static_cast<Mapped*>(memory)->memory;
+  use_memory(params, *static_cast<Mapped*>(memory));
   settle(operation, context_.api().am_recv_data_nbx(worker_, message.data, to, message.bytes, &params));
 }
 
-Messenger::Registration* Worker::register_memory(void* address, size_t bytes) {
+Messenger::Registration* Worker::register_memory(void* address, size_t bytes, int device) {
   MemoryMapParams params{};
-  params.field_mask = MemoryMapParams::kAddress | MemoryMapParams::kLength;
+  auto mapped = std::make_unique<Mapped>();
+  mapped->type = device < 0 ? kMemoryTypeHost : kMemoryTypeCuda;
+  params.field_mask = MemoryMapParams::kAddress | MemoryMapParams::kLength | MemoryMapParams::kMemoryType;
   params.address = address;
   params.length = bytes;
-  auto mapped = std::make_unique<Mapped>();
+  params.memory_type = mapped->type;
   if (const Status status = context_.api().mem_map(context_.get(), &params, &mapped->memory); status != kOk) {
     throw Error("IO_FAILED", "UCX cannot register " + std::to_string(bytes) + " bytes: " + status_text(status) + "; is `ulimit -l` large enough?");
   }

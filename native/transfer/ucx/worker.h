@@ -24,7 +24,8 @@ class Worker : public Messenger {
   void disconnect(Messenger::Endpoint* endpoint, std::function<void()> closed) override;
   void send(Messenger::Endpoint* endpoint, const MessageHead& head, const void* data, size_t bytes, Registration* memory, Finished finished) override;
   void receive(const Incoming& message, void* to, Registration* memory, Finished finished) override;
-  Registration* register_memory(void* address, size_t bytes) override;
+  bool carries_gpu() const override { return carries_gpu_; }
+  Registration* register_memory(void* address, size_t bytes, int device) override;
   void unregister_memory(Registration* memory) override;
 
  protected:
@@ -37,10 +38,12 @@ class Worker : public Messenger {
   struct Peer;
   struct Mapped;
   explicit Worker(const Library& library);
+  static void use_memory(RequestParams& params, const Mapped& memory);
   static Status on_message(void* self, const void* header, size_t header_bytes, void* data, size_t bytes, const AmReceiveParams* params);
 
   const ContextHandle context_;
   WorkerObject* worker_ = nullptr;
+  bool carries_gpu_ = false;
   int events_ = -1;  // the worker's own
   std::unordered_map<Messenger::Endpoint*, std::unique_ptr<Peer>> peers_;
   std::unordered_map<Registration*, std::unique_ptr<Mapped>> memories_;

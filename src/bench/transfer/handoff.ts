@@ -4,7 +4,7 @@ import type { Logger } from 'pino';
 import { systemClock } from '../../clock.js';
 import { TplaError } from '../../errors.js';
 import { native } from '../../native/loader.js';
-import type { KvArena } from '../../native/types.js';
+import type { KvArena, LinkMemory } from '../../native/types.js';
 import { createHandoffSender } from '../../transfer/sender.js';
 import type { HandoffSender, HandoffSession, PrefillStats, TransferPath } from '../../transfer/types.js';
 import { openPlainCopy, type TargetMemory } from './baseline.js';
@@ -19,6 +19,10 @@ import { handoffRow, plainRow, type BenchRow, type HandoffSample } from './rows.
 const SEED = 20251;
 /** Pushes of one hand-off under way at a time, where it takes very many. */
 const MAX_PUSHES = 64;
+
+const LEAVES_FROM: Record<LinkMemory, string> = {
+  host: 'rows leave from host memory', gpu: "rows leave from the GPU's own memory", staged: 'rows of the GPU leave through pinned memory',
+};
 
 export interface HandoffOptions {
   iterations: number;
@@ -51,7 +55,7 @@ export async function benchHandoff(control: Control, what: BenchCase, options: H
     options.onTimeline?.(what, timelines);
     if (options.verify) await ends.verify();
     const copy = plainRow(what, ends.path.baseline, plain.bytes, plainSeconds);
-    return [copy, handoffRow(what, samples, copy, options.verify)];
+    return [copy, { ...handoffRow(what, samples, copy, options.verify), ...ends.carriedBy() }];
   } finally {
     await ends.close();
   }
@@ -67,6 +71,7 @@ export class Ends {
   readonly #control: Control;
   readonly #sender: HandoffSender;
   readonly #link: OpenLink;
+  #linkMemory: LinkMemory | undefined;
 
   private constructor(control: Control, what: BenchCase, source: { arena: KvArena; pages: Int32Array }, target: TargetMemory, sender: HandoffSender, link: OpenLink) {
     this.#control = control;
@@ -93,7 +98,9 @@ export class Ends {
   /** Pages reserved, credits granted. */
   async openSession(): Promise<HandoffSession> {
     const { answer: { ticket } } = await this.#control.ask({ op: 'open', tokens: this.what.tokens, seed: SEED });
-    return this.#sender.open(ticket);
+    const session = await this.#sender.open(ticket);
+    this.#linkMemory = session.linkMemory;
+    return session;
   }
 
   /** When decode accepted the last hand-off, by this process's clock; null where that of another host says so. */
@@ -108,6 +115,12 @@ export class Ends {
     native().keepTimeline(true);
     const { answer: { marks } } = await this.#control.ask({ op: 'timeline', keep: true });
     return { prefill, decode: marks };
+  }
+
+  /** Nothing where no library was opened for it. */
+  carriedBy(): { carried_by?: string } {
+    const { carrier } = this.#link;
+    return carrier === undefined ? {} : { carried_by: `${carrier}; ${LEAVES_FROM[this.#linkMemory ?? 'host']}` };
   }
 
   /** Throws CHECKSUM_MISMATCH where decode's pages do not hold what was sent. */

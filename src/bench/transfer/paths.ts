@@ -3,8 +3,8 @@ import { nixlLibraryFromEnv } from '../../config/env.js';
 import { TplaError } from '../../errors.js';
 import { native } from '../../native/loader.js';
 import type { HandoffEndpointOptions } from '../../transfer/types.js';
-import { findNixl, NIXL_BY_NAME, openNixl } from '../../transfer/nixl.js';
-import { findUcx, openUcx } from '../../transfer/ucx.js';
+import { describeNixl, findNixl, NIXL_BY_NAME, openNixl } from '../../transfer/nixl.js';
+import { describeUcx, findUcx, openUcx } from '../../transfer/ucx.js';
 import type { BenchCase } from './cases.js';
 import type { Baseline } from './baseline.js';
 import { gpu, HOST, type Memory } from './memory.js';
@@ -27,6 +27,8 @@ export interface HandoffPath {
 }
 
 export interface OpenLink {
+  /** What carries the bytes, as it says of itself. */
+  carrier?: string;
   options: Partial<HandoffEndpointOptions>;
   close(): void;
 }
@@ -42,14 +44,14 @@ export type BenchPath = HandoffPath | LocalPath;
 
 async function ucxLink(): Promise<OpenLink> {
   const ucx = (await openUcx({ use: 'always', library: null, options: {} }))!;
-  return { options: { ucx, requirePath: 'ucx' }, close: () => ucx.close() };
+  return { carrier: `UCX ${describeUcx(ucx)}`, options: { ucx, requirePath: 'ucx' }, close: () => ucx.close() };
 }
 
 const nixlLibrary = () => nixlLibraryFromEnv() ?? findNixl();
 
 async function nixlLink(): Promise<OpenLink> {
   const nixl = (await openNixl({ use: 'always', library: nixlLibrary(), backends: ['UCX'], options: {} }))!;
-  return { options: { nixl, requirePath: 'nixl' }, close: () => nixl.close() };
+  return { carrier: `NIXL ${describeNixl(nixl)}`, options: { nixl, requirePath: 'nixl' }, close: () => nixl.close() };
 }
 
 /** Nothing but what the path's channel brings. */
@@ -66,6 +68,9 @@ const needsGpus = (count: number) => () => {
   return devices.length === 0 ? `it needs an NVIDIA GPU: ${reason ?? 'none was found'}` : `it needs ${count} GPUs, this machine has ${devices.length}`;
 };
 
+const needsNixl = () => (nixlLibrary() === NIXL_BY_NAME ? 'no NIXL is installed in the standard places (TPLA_NIXL_LIBRARY names a libnixl_capi.so elsewhere)' : null);
+const needsUcx = () => (findUcx() === null ? 'no UCX is installed (Debian, Ubuntu: apt-get install libucx0)' : null);
+
 export const BENCH_PATHS: Record<string, BenchPath> = {
   'same-gpu': { summary: 'two processes on one GPU, memory by VMM descriptors', missing: needsGpus(1), source: gpu(0), target: gpu(0), channel: 'unix', baseline: 'gpu-copy' },
   'same-gpu-ipc': { summary: 'two processes on one GPU, memory by CUDA IPC', missing: needsGpus(1), source: gpu(0), target: gpu(0, 'ipc'), channel: 'unix', baseline: 'gpu-copy' },
@@ -76,13 +81,21 @@ export const BENCH_PATHS: Record<string, BenchPath> = {
   shm: { summary: 'host memory to host memory, mapped by both', missing: always, source: HOST, target: HOST, channel: 'unix', baseline: 'memcpy' },
   nixl: {
     summary: "host memory to host memory through NIXL's backend UCX, under the NIXL_ and UCX_ settings of the environment",
-    missing: () => (nixlLibrary() === NIXL_BY_NAME ? 'no NIXL is installed in the standard places (TPLA_NIXL_LIBRARY names a libnixl_capi.so elsewhere)' : null),
+    missing: needsNixl,
     source: HOST, target: HOST, channel: 'tcp', baseline: 'sockets', link: nixlLink,
+  },
+  'nixl-gpu': {
+    summary: 'first GPU to last through NIXL, as if they were on two hosts', missing: () => needsGpus(1)() ?? needsNixl(),
+    source: gpu(0), target: gpu(-1), channel: 'tcp', baseline: 'sockets', link: nixlLink,
   },
   ucx: {
     summary: 'host memory to host memory over UCX, under the UCX_ settings of the environment',
-    missing: () => (findUcx() === null ? 'no UCX is installed (Debian, Ubuntu: apt-get install libucx0)' : null),
+    missing: needsUcx,
     source: HOST, target: HOST, channel: 'tcp', baseline: 'sockets', link: ucxLink,
+  },
+  'ucx-gpu': {
+    summary: 'first GPU to last over UCX, as if they were on two hosts', missing: () => needsGpus(1)() ?? needsUcx(),
+    source: gpu(0), target: gpu(-1), channel: 'tcp', baseline: 'sockets', link: ucxLink,
   },
   nvme: { summary: 'blocks to a file of --directory and back, from host or GPU memory; by cuFile, io_uring or threads', missing: always, run: benchStorage },
   tcp: { summary: 'host memory to host memory over TCP', missing: always, source: HOST, target: HOST, channel: 'tcp', baseline: 'sockets' },

@@ -46,6 +46,8 @@ export interface BenchRow extends RowShape {
   /** From the first push until the last byte is in place. */
   put_us: Latency;
   iterations: number;
+  /** What carried the bytes, as it says of itself, and where rows left from; of paths that a library carries. */
+  carried_by?: string;
   /** Decode's pages, or what came back from the disk, were compared with what they must hold. */
   verified: boolean;
   /** Of path nvme. */
