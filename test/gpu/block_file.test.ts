@@ -1,6 +1,6 @@
 // time limit: 180 s
 import { spawnSync } from 'node:child_process';
-import { closeSync, existsSync, mkdtempSync, openSync, readFileSync, readSync, realpathSync, rmSync, truncateSync, writeFileSync, writeSync } from 'node:fs';
+import { closeSync, existsSync, mkdtempSync, openSync, readFileSync, readSync, realpathSync, rmSync, statfsSync, truncateSync, writeFileSync, writeSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { suite } from 'uvu';
@@ -10,9 +10,11 @@ import { gpu, HOST, newArena } from '../../src/bench/transfer/memory.js';
 import { differenceFromPattern, patternArena } from '../../src/bench/transfer/pattern.js';
 import type { BenchRow } from '../../src/bench/transfer/rows.js';
 import { setCuFileEnvironment } from '../../src/config/env.js';
+import { ERRORS } from '../../src/errors.js';
 import { native } from '../../src/native/loader.js';
 import type { BlockFile, BlockRecord, KvArena, KvLayout, StorageEngine } from '../../src/native/types.js';
 import { tpla, TPLA } from '../support/cli.js';
+import { cuFileStandIn } from '../support/cufile_library.js';
 import { failure } from '../support/handoff.js';
 
 const addon = native();
@@ -152,6 +154,32 @@ if (hiding !== null) console.log(`skipping a missing cuFile: ${hiding}`);
   const asked = without('--mechanism', 'cufile');
   assert.is.not(asked.status, 0);
   assert.match(asked.stderr, /cuFile is not installed/);
+});
+
+// cuFile that says it has GPUDirect Storage, over pread, pwrite and the CUDA driver: what follows from its word, not the disk's DMA.
+const isLocalDisk = [0xef53, 0x58465342].includes(statfsSync(directory).type);
+if (!isLocalDisk) console.log('skipping GPUDirect Storage by a stand-in: the temporary directory is neither on ext4 nor on XFS');
+(isLocalDisk ? test : test.skip)('GPUDirect Storage is taken where cuFile says it serves the filesystem, in as many pieces as it likes', async () => {
+  const args = ['bench-transfer', '--path', 'nvme', '--memory', 'gpu', '--layers', '16', '--tokens', '700', '--pages-per-block', '8', '--iterations', '1', '--warmup', '0', '--directory', directory, '--json'];
+  const library = cuFileStandIn(directory);
+  const said = (env: Record<string, string>) => tpla(args, { env: { ...library, CUFILE_STAND_IN_NVFS_MAJOR: '2', CUFILE_STAND_IN_NVFS_MINOR: '25', CUFILE_STAND_IN_FILESYSTEMS: '0x10', ...env } });
+  const paths = ({ stdout }: { stdout: string }) => (JSON.parse(stdout) as { rows: BenchRow[] }).rows.filter(({ path: by }) => by !== 'plain-file').map(({ path: by, storage, verified }) => [by, storage!.passed_over, verified]);
+  const manners: Record<string, string>[] = [{}, { CUFILE_STAND_IN_PIECE: '1048576' }, { CUFILE_STAND_IN_BUFFER: '5013' }];
+  for (const env of manners) {
+    const found = await said(env);
+    assert.is(found.status, 0, found.stderr);
+    assert.equal(paths(found), [['cufile-gds', null, true], ['cufile-gds', null, true]]);
+  }
+  const elsewhere = await said({ CUFILE_STAND_IN_FILESYSTEMS: '0x4' });
+  assert.is(elsewhere.status, 0, elsewhere.stderr);
+  for (const [by, why, verified] of paths(elsewhere)) {
+    assert.match(by as string, /^(io_uring|threads)$/);
+    assert.is(why, 'cuFile 1.15, GPUDirect Storage by nvidia-fs 2.25, not for this filesystem');
+    assert.ok(verified);
+  }
+  const failing = await said({ CUFILE_STAND_IN_WRITE: '5008' });
+  assert.is(failing.status, ERRORS.IO_FAILED.exit);
+  assert.match(failing.stderr, /IO_FAILED: writing failed: cuFile error \(5008\); /);
 });
 
 test('the benchmark sweeps memory, mechanisms and directions, verified', async () => {

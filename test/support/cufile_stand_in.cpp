@@ -99,7 +99,11 @@ EXPORTED ssize_t cuFileRead(void* handle, void* base, size_t bytes, off_t offset
   if (const long error = setting("CUFILE_STAND_IN_READ")) return -error;
   void* bounce = std::aligned_alloc(4096, (piece(bytes) + 4095) / 4096 * 4096);
   const ssize_t got = pread(*static_cast<int*>(handle), bounce, piece(bytes), offset);
-  if (got > 0) driver_call<int (*)(unsigned long long, const void*, size_t)>("cuMemcpyHtoD_v2")(reinterpret_cast<unsigned long long>(base) + base_offset, bounce, got);
+  if (got > 0) {
+    driver_call<int (*)(unsigned long long, const void*, size_t)>("cuMemcpyHtoD_v2")(reinterpret_cast<unsigned long long>(base) + base_offset, bounce, got);
+    // From pageable memory the copy may return before it has arrived; what cuFile has read is there.
+    driver_call<int (*)()>("cuCtxSynchronize")();
+  }
   std::free(bounce);
   return got;
 }
