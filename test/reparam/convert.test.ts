@@ -1,3 +1,4 @@
+// time limit: 400 s
 /** Conversions of small random checkpoints: prefill stays what it was, decode loads, interruptions and bad input end cleanly. */
 import { spawn } from 'node:child_process';
 import { cpSync, existsSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';

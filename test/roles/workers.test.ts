@@ -1,4 +1,4 @@
-// time limit: 300 s
+// time limit: 400 s
 /** serve-prefill, serve-decode and kv-pool together: real processes, real hand-offs, real faults. */
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
