@@ -82,7 +82,9 @@ __global__ void __launch_bounds__(384, 1)
     if (threadIdx.x < 32) {
       int count = 0;
       while (schedule.next(share, piece)) {
-        ring.template feed<Logits>(kv_map, args, piece, count, [&] { prefetch_next_query<kRows, kLatent>(args, schedule, share); });
+        const auto begun = [&] { prefetch_next_query<kRows, kLatent>(args, schedule, share); };
+        if constexpr (kSplitRows) ring.template feed<Logits>(kv_map, args, piece, count, begun);
+        else ring.template feed_by_one<Logits>(kv_map, args, piece, count, begun);
       }
     }
   } else {
