@@ -41,7 +41,7 @@ DecodeKernel choose_kernel(const MlaDecode& call, const Device& device) {
     kernel = sm90_mla_decode_tile_kernel(call.latent, rows, logits);
   }
   if (!kernel.function && call.format == KvFormat::fp8) {
-    throw AttentionError("MLA decode over fp8 KV has kernels for latents of 128, 256, 320 and 512; got " + std::to_string(call.latent));
+    throw AttentionError("MLA decode over fp8 KV has kernels for latents of 128, 256, 288 (compute capability 9.0 only), 320 and 512; got " + std::to_string(call.latent));
   }
   if (!kernel.function) {
     throw AttentionError("MLA decode has kernels for latents of 128, 256, 288 (compute capability 9.0 only), 320 and 512; got " + std::to_string(call.latent));

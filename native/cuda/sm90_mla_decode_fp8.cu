@@ -27,7 +27,9 @@ constexpr int kRunTokens = 16;  // tokens one bulk copy brings: pages hold a mul
 template <int kLatentColumns, int kBlockRows>
 struct Fp8Shape {
   static constexpr int kLatent = kLatentColumns, kRows = kBlockRows;
-  static constexpr int kChunks = kLatent / 64;  // of the latent; the rope chunk of the query comes after them
+  // Of the latent; the rope chunk of the query comes after them. Where the latent ends inside a chunk, what follows it in the token is widened
+  // too, whatever it is: it meets zeros of the query, and its columns of the output are not written.
+  static constexpr int kChunks = (kLatent + 63) / 64;
   static constexpr int kTokenBytes = kv_token_bytes(KvFormat::fp8, kLatent);
   static constexpr int kScaleOffset = kLatent;
   static constexpr int kRopeOffset = kTokenBytes - 128;
@@ -38,16 +40,17 @@ struct Fp8Shape {
   static constexpr int kExchangeBytes = kRows * 256;  // partial logits, [warpgroup that wrote][rows / 16][thread] of four floats
   static constexpr int kScratchBytes = 4096;
   static constexpr int kFixedBytes = kSharedAlignment + kValueBytes + kQueryBytes + kProbBytes + kExchangeBytes + kScratchBytes;
-  // A tile is a chain of short steps; where two blocks fit on a multiprocessor, one works while the other waits.
+  // A tile is a chain of short steps; where two blocks fit on a multiprocessor, one works while the other waits. More than 32 values of output a
+  // thread would spill.
   static constexpr int kHalfSharedMemory = kSharedMemoryPerMultiprocessor / 2 - kSharedMemoryReserved;
-  static constexpr int kBlocks = kHalfSharedMemory - kFixedBytes >= 5 * kRunBytes && kRows <= 32 ? 2 : 1;
+  static constexpr int kBlocks = kHalfSharedMemory - kFixedBytes >= 5 * kRunBytes && (kChunks + 1) / 2 * kRows <= 32 ? 2 : 1;
   static constexpr int kFitting = ((kBlocks == 2 ? kHalfSharedMemory : kSharedMemoryPerBlock) - kFixedBytes) / kRunBytes;
   static constexpr int kRuns = kFitting < 32 ? kFitting : 32;
   static constexpr int kSharedBytes = kFixedBytes + kRuns * kRunBytes;
   static constexpr int kOverhead = kLatent >= 512 ? 1 : 2;
   static constexpr int kThreads = 384;
   // Registers: 168 a thread at the start with one block on a multiprocessor, 80 with two.
-  static constexpr bool kCrowded = kBlocks == 2 || (kChunks + 1) / 2 * kRows >= 192;
+  static constexpr bool kCrowded = kBlocks == 2 || kRows == 64;
   static constexpr int kFeedRegisters = kBlocks == 2 ? 32 : kCrowded ? 24 : 40, kComputeRegisters = kBlocks == 2 ? 104 : kCrowded ? 240 : 232;
   static_assert(kRuns > 4, "the ring must hold more than one tile");
 };
@@ -75,6 +78,7 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t* shared) { return *r
 template <int kBlockRows, int kLatent, int kThreads>
 __device__ __forceinline__ void load_permuted_query(const MlaDecodeArgs& args, int row0, const DecodePiece& piece, uint8_t* destination, int thread) {
   constexpr int kUnits = (kLatent + 64) / 8, kTotal = kBlockRows * kUnits;
+  constexpr int kLatentChunks = (kLatent + 63) / 64, kPadding = kLatentChunks * 8 - kLatent / 8;  // units of zeros behind the latent
   constexpr int kBatch = std::min((kTotal + kThreads - 1) / kThreads, 18);  // all in flight together: under load each takes as long as many
   const uint4* source = reinterpret_cast<const uint4*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row0) * kUnits;
 #pragma unroll 1
@@ -97,89 +101,124 @@ __device__ __forceinline__ void load_permuted_query(const MlaDecodeArgs& args, i
 #pragma unroll
         for (int w = 0; w < 4; ++w) words[w] = pack_bf16(__uint_as_float(words[w] << 16) * scale, __uint_as_float(words[w] & 0xFFFF0000u) * scale);
       }
-      const int chunk = unit / 8;
-      const int group = chunk < kLatent / 64 ? chunk >= kLatent / 128 : unit % 8 / 4;
+      const bool is_latent = unit < kLatent / 8;
+      const int place = is_latent ? unit : unit + kPadding, chunk = place / 8;
+      const int group = is_latent ? chunk >= kLatent / 128 : place % 8 / 4;
       uint8_t* target = destination + chunk * (kBlockRows * 128) + (row ^ group * (kBlockRows / 2)) * 128;
       const auto unit_address = [&](int u) { return target + ((u ^ (row & 7)) << 4); };
-      if (chunk < kLatent / 64) {
+      if (is_latent) {
         // Columns 0..7 -> (0, 2, 4, 6) and (1, 3, 5, 7), half a unit each.
-        const int step = unit % 8 / 2, half = unit % 2 * 8;
+        const int step = place % 8 / 2, half = place % 2 * 8;
         *reinterpret_cast<uint2*>(unit_address(2 * step) + half) = make_uint2(__byte_perm(value.x, value.y, 0x5410), __byte_perm(value.z, value.w, 0x5410));
         *reinterpret_cast<uint2*>(unit_address(2 * step + 1) + half) = make_uint2(__byte_perm(value.x, value.y, 0x7632), __byte_perm(value.z, value.w, 0x7632));
       } else {
-        *reinterpret_cast<uint4*>(unit_address(unit % 8)) = value;
+        *reinterpret_cast<uint4*>(unit_address(place % 8)) = value;
       }
+    }
+  }
+  if constexpr (kPadding > 0) {
+    for (int i = thread; i < kBlockRows * kPadding; i += kThreads) {
+      const int row = i / kPadding, unit = 8 - kPadding + i % kPadding;
+      *reinterpret_cast<uint4*>(destination + (kLatentChunks - 1) * (kBlockRows * 128) + row * 128 + ((unit ^ (row & 7)) << 4)) = make_uint4(0, 0, 0, 0);
     }
   }
 }
 
+// Ring of runs of tokens as they lie in the pages. Run number n of the block lies in slot n % kRuns.
+//
+// Uses of a slot take turns at two `full` barriers, as in ChunkRing and for the same reason.
+template <int kTokenBytes, int kRuns>
+struct RunRing {
+  static constexpr int kRunBytes = kRunTokens * kTokenBytes;
+  static constexpr int kBarriers = 3 * kRuns;
+
+  uint8_t* runs;
+  uint64_t* barriers;  // [kBarriers]: full [kRuns][2], then empty [kRuns]
+
+  __device__ uint32_t full(int number) const { return smem_address(barriers + number % kRuns * 2 + (number / kRuns & 1)); }
+  __device__ uint32_t empty(int number) const { return smem_address(barriers + 2 * kRuns + number % kRuns); }
+
+  // By a whole warp.
+  __device__ void init(int readers) const {
+    for (int i = threadIdx.x % 32; i < kBarriers; i += 32) mbarrier_init(smem_address(barriers + i), i < 2 * kRuns ? 1 : readers);
+    mbarrier_init_fence();
+  }
+
+  // Waits for the run; its first token.
+  __device__ const uint8_t* wait(int number) const {
+    mbarrier_wait(full(number), number / (2 * kRuns) & 1);
+    return runs + number % kRuns * kRunBytes;
+  }
+  __device__ void release(int number) const { mbarrier_arrive(empty(number)); }
+
+  // One warp brings all runs of the share.
+  template <int kRows, int kLatent, class Logits, class Schedule>
+  __device__ void feed(const MlaDecodeArgs& args, const Schedule& schedule, DecodeShare share) const {
+    const int lane = threadIdx.x % 32;
+    DecodePiece piece;
+    int count = 0;
+    while (schedule.next(share, piece)) {
+      const int piece_runs = (piece.tile_end - piece.tile_begin) * (kTokenTile / kRunTokens);
+      const Logits policy(args, piece);
+      // A lane finds the page of every 32nd run and brings it when its turn comes; null past the end of the sequence.
+      const auto find = [&](int run) -> const uint8_t* {
+        const int place = piece.tile_begin * kTokenTile + run * kRunTokens;
+        if (run >= piece_runs || place >= piece.kv_len) return nullptr;
+        const int token = policy.position(place);
+        const int index = token / args.page_size;
+        const int page = args.block_table[static_cast<int64_t>(piece.sequence) * args.block_table_stride + index];
+        return static_cast<const uint8_t*>(args.kv) + page * args.page_stride + static_cast<int64_t>(token - index * args.page_size) * kTokenBytes;
+      };
+      const uint8_t* source = find(lane);
+#pragma unroll 1
+      for (int base = 0; base < piece_runs; base += 32) {
+        const int last = min(piece_runs - base, 32);
+#pragma unroll 1
+        for (int turn = 0; turn < last; ++turn) {
+          if (lane == turn) {
+            const int number = count + base + turn;
+            mbarrier_wait(empty(number), (number / kRuns & 1) ^ 1);
+            const uint32_t filled = full(number);
+            if (source) {
+              mbarrier_arrive_expect_bytes(filled, kRunBytes);
+              tma_load_bytes(smem_address(runs + number % kRuns * kRunBytes), source, kRunBytes, filled);
+            } else {
+              mbarrier_arrive(filled);  // nobody looks at the slot
+            }
+          }
+          __syncwarp();
+        }
+        if (base == 0 && lane == 0) prefetch_next_query<kRows, kLatent>(args, schedule, share);
+        source = find(base + 32 + lane);
+      }
+      count += piece_runs;
+    }
+  }
+};
+
+template <class Shape>
 struct Fp8Shared {
   uint8_t* values;       // [chunk][token][64 columns], 128-byte swizzle
   uint8_t* query;
   uint8_t* probs;        // [row][64 tokens], 128-byte swizzle
   float4* exchange;
-  uint8_t* runs;         // ring of runs of tokens as they lie in the pages
-  uint64_t* full;        // [runs]
-  uint64_t* empty;       // [runs], one arrival of each warpgroup
+  RunRing<Shape::kTokenBytes, Shape::kRuns> ring;
   DecodePiece* split;    // pieces that other blocks share: the first of this block's share and the last
   float* factors;        // [rows]: by how much references moved
   float* row_maxima;     // [rows]
   float* warp_values;    // [4 warps][rows]
 };
 
-// One warp brings the tokens, run by run; run number n of the block lies in slot n % kRuns. A slot may be one warp's and then another's, and a
-// wait names a phase only by its parity; that suffices because all warps meet in every tile and a slot's uses are in different ones.
-template <class Shape, class Logits, class Schedule>
-__device__ __forceinline__ void feed_runs(const MlaDecodeArgs& args, const Schedule& schedule, DecodeShare share, const Fp8Shared& shared) {
-  const int lane = threadIdx.x % 32;
-  DecodePiece piece;
-  int count = 0;
-  while (schedule.next(share, piece)) {
-    const int runs = (piece.tile_end - piece.tile_begin) * (kTokenTile / kRunTokens);
-#pragma unroll 1
-    for (int base = 0; base < runs; base += 32) {
-      // A lane finds the page of its run and brings it when its turn comes.
-      const int place = piece.tile_begin * kTokenTile + (base + lane) * kRunTokens;
-      const bool present = base + lane < runs && place < piece.kv_len;
-      const uint8_t* source = nullptr;
-      if (present) {
-        const int token = Logits(args, piece).position(place);
-        const int index = token / args.page_size;
-        const int page = args.block_table[static_cast<int64_t>(piece.sequence) * args.block_table_stride + index];
-        source = static_cast<const uint8_t*>(args.kv) + page * args.page_stride + static_cast<int64_t>(token - index * args.page_size) * Shape::kTokenBytes;
-      }
-      const int last = min(runs - base, 32);
-#pragma unroll 1
-      for (int turn = 0; turn < last; ++turn) {
-        if (lane == turn) {
-          const int number = count + base + turn, slot = number % Shape::kRuns;
-          mbarrier_wait(smem_address(shared.empty + slot), (number / Shape::kRuns & 1) ^ 1);
-          const uint32_t full = smem_address(shared.full + slot);
-          if (present) {
-            mbarrier_arrive_expect_bytes(full, Shape::kRunBytes);
-            tma_load_bytes(smem_address(shared.runs + slot * Shape::kRunBytes), source, Shape::kRunBytes, full);
-          } else {
-            mbarrier_arrive(full);  // past the end of the sequence: nobody looks at the slot
-          }
-        }
-        __syncwarp();
-      }
-      if (base == 0 && lane == 0) prefetch_next_query<Shape::kRows, Shape::kLatent>(args, schedule, share);
-    }
-    count += runs;
-  }
-}
-
 template <int kLatent, int kRows, int kOwn, class Logits>
 __device__ __forceinline__ void compute(const MlaDecodeArgs& args, const DecodeSchedule<kRows, Fp8Shape<kLatent, kRows>::kOverhead, Logits>& schedule,
-                                        DecodeShare share, const Fp8Shared& shared, int group, int first_chunk) {
+                                        DecodeShare share, const Fp8Shared<Fp8Shape<kLatent, kRows>>& shared, int group, int first_chunk) {
   using Shape = Fp8Shape<kLatent, kRows>;
   using Mma = Wgmma<kRows>;
   constexpr int kColumnBlocks = kRows / 8, kHalfBlocks = kRows / 16, kHalfRows = kRows / 2;
   constexpr int kOwnLogits = kRows / 4;  // values of a thread in its half of the rows
   constexpr int kTokenBytes = Shape::kTokenBytes;
   constexpr bool kCrowded = Shape::kCrowded;
-  constexpr int kInRegisters = kCrowded ? 1 : 2;  // chunks, both as loaded and widened
+  constexpr int kSteps = kCrowded ? 2 : 4, kParts = kOwn * 4 / kSteps;  // k-steps that are widened together, and how often
   constexpr int kBothBarrier = 3, kBoth = 256;    // both warpgroups
   const int thread = threadIdx.x - 128, in_group = thread % 128;
   const int warp = in_group / 32, lane = in_group % 32;
@@ -231,89 +270,94 @@ __device__ __forceinline__ void compute(const MlaDecodeArgs& args, const DecodeS
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) logits[i] = 0.0f;
       {
-        const int number = tile_count * 4 + warp, slot = number % Shape::kRuns;
-        mbarrier_wait(smem_address(shared.full + slot), number / Shape::kRuns & 1);
-        const uint8_t* token = shared.runs + slot * Shape::kRunBytes + lane / 4 * kTokenBytes + j * 4;  // and 8 tokens on
+        const int number = tile_count * 4 + warp;
+        const uint8_t* token = shared.ring.wait(number) + lane / 4 * kTokenBytes + j * 4;  // and 8 tokens on
 
         uint32_t rope[2][4];  // each warpgroup has half of the rope columns, two k-steps
-        uint32_t words[kInRegisters][2][4];  // [][token, token + 8]
+        uint32_t words[kCrowded ? 1 : 2][2][kSteps];  // [][token, token + 8]
 #pragma unroll
         for (int k = 0; k < 2; ++k)
 #pragma unroll
           for (int i = 0; i < 4; ++i) rope[k][i] = load_word(token + i % 2 * 8 * kTokenBytes + Shape::kRopeOffset + group * 64 + k * 32 + i / 2 * 16);
-        const auto load_chunk = [&](int i) {
+        const auto load_part = [&](int i) {
 #pragma unroll
           for (int h = 0; h < 2; ++h)
 #pragma unroll
-            for (int n = 0; n < 4; ++n) words[i % kInRegisters][h][n] = load_word(token + h * 8 * kTokenBytes + (first_chunk + i) * 64 + n * 16);
+            for (int n = 0; n < kSteps; ++n) words[kCrowded ? 0 : i % 2][h][n] = load_word(token + h * 8 * kTokenBytes + first_chunk * 64 + (i * kSteps + n) * 16);
           if (partial) {  // what lies past the end may be anything, and 0 · NaN is NaN
 #pragma unroll
             for (int h = 0; h < 2; ++h)
 #pragma unroll
-              for (int n = 0; n < 4; ++n) words[i % kInRegisters][h][n] = present[h] ? words[i % kInRegisters][h][n] : 0;
+              for (int n = 0; n < kSteps; ++n) words[kCrowded ? 0 : i % 2][h][n] = present[h] ? words[kCrowded ? 0 : i % 2][h][n] : 0;
           }
         };
-        load_chunk(0);
+        float scales[(kOwn + 1) / 2][2];
+#pragma unroll
+        for (int s = 0; s < (kOwn + 1) / 2; ++s)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float scale = __uint_as_float(load_word(token - j * 4 + h * 8 * kTokenBytes + Shape::kScaleOffset + (first_chunk / 2 + s) * 4));
+            scales[s][h] = present[h] ? scale : 0.0f;
+          }
+        load_part(0);
         wgmma_pin(logits);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 2; ++k) Mma::template rs<0>(logits, rope[k], descriptor(rope_query_low + k * 2));
         wgmma_commit();
 
-        uint32_t fragments[kInRegisters][4][4];
-        float scales[2];
+        uint32_t fragments[2][kSteps][4];
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-          if (i + 1 < kOwn && !kCrowded) load_chunk(i + 1);
-          if (i > 0 && kCrowded) load_chunk(i);
-          if (i % 2 == 0) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const float scale = __uint_as_float(load_word(token - j * 4 + h * 8 * kTokenBytes + Shape::kScaleOffset + (first_chunk + i) / 2 * 4));
-              scales[h] = present[h] ? scale : 0.0f;
-            }
-          }
-          uint32_t(&fragment)[4][4] = fragments[i % kInRegisters];
-          if (i >= kInRegisters) wgmma_wait<kInRegisters - 1>();  // the chunk that had these registers
+        for (int i = 0; i < kParts; ++i) {
+          if (!kCrowded && i + 1 < kParts) load_part(i + 1);
+          uint32_t(&fragment)[kSteps][4] = fragments[i % 2];
+          if (i >= 2) wgmma_wait<1>();  // the part that had these registers
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const float factor = fminf(scales[h], kLargestScale) * kWidenFactor;
+            const float scale = scales[i * kSteps / 8][h];
+            const float factor = fminf(scale, kLargestScale) * kWidenFactor;
             const uint32_t factors = pack_bf16(factor, factor);
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
+            for (int n = 0; n < kSteps; ++n) {
               uint32_t even, odd;
-              widen_e4m3(words[i % kInRegisters][h][n], even, odd);
+              widen_e4m3(words[kCrowded ? 0 : i % 2][h][n], even, odd);
               fragment[n][h] = multiply_bf16x2(even, factors);
               fragment[n][2 + h] = multiply_bf16x2(odd, factors);
             }
           }
-          if (__any_sync(~0u, fmaxf(scales[0], scales[1]) > kLargestScale)) {
+          const float top_scale = fmaxf(scales[i * kSteps / 8][0], scales[i * kSteps / 8][1]);
+          if (__any_sync(~0u, top_scale > kLargestScale)) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              const float factor = fmaxf(scales[h] / kLargestScale, 1.0f);
+              const float factor = fmaxf(scales[i * kSteps / 8][h] / kLargestScale, 1.0f);
               const uint32_t factors = pack_bf16(factor, factor);
 #pragma unroll
-              for (int n = 0; n < 4; ++n) {
+              for (int n = 0; n < kSteps; ++n) {
                 fragment[n][h] = multiply_bf16x2(fragment[n][h], factors);
                 fragment[n][2 + h] = multiply_bf16x2(fragment[n][2 + h], factors);
               }
             }
           }
-          if (i == kOwn - 1) {
+          if (kCrowded && i + 1 < kParts) load_part(i + 1);
+          if (i == kParts - 1) {
             __syncwarp();
-            if (lane == 0) mbarrier_arrive(smem_address(shared.empty + slot));
+            if (lane == 0) shared.ring.release(number);
           }
           if (i == 0) {
             wgmma_wait<0>();  // the output of the last tile, which reads the values and probabilities
             named_barrier_sync(group_barrier, 128);
           }
 #pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            stmatrix_x4((values_row ^ n * 32) + i * kChunkBytes, fragment[n][0], fragment[n][1], fragment[n][2], fragment[n][3]);
+          for (int n = 0; n < kSteps; ++n) {
+            const int step = i * kSteps + n;
+            stmatrix_x4((values_row ^ step % 4 * 32) + step / 4 * kChunkBytes, fragment[n][0], fragment[n][1], fragment[n][2], fragment[n][3]);
           }
           wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < 4; ++k) Mma::template rs<0>(logits, fragment[k], descriptor(query_low + (i * kRows * 128 + k * 32) / 16));
+          for (int n = 0; n < kSteps; ++n) {
+            const int step = i * kSteps + n;
+            Mma::template rs<0>(logits, fragment[n], descriptor(query_low + (step / 4 * kRows * 128 + step % 4 * 32) / 16));
+          }
           wgmma_commit();
         }
         wgmma_wait<0>();
@@ -489,7 +533,7 @@ __device__ __forceinline__ void compute(const MlaDecodeArgs& args, const DecodeS
         for (int i = 0; i < 2; ++i) received[i] = __shfl_xor_sync(~0u, odd ? values[0][i] : values[1][i], 4);
         const float4 four = odd ? make_float4(received[0], received[1], values[1][0], values[1][1]) : make_float4(values[0][0], values[0][1], received[0], received[1]);
         const int column = (first_chunk + c) * 64 + warp * 16 + lane / 8 * 4;
-        if (row >= rows) continue;
+        if (row >= rows || (kLatent % 64 != 0 && column >= kLatent)) continue;
         if (is_split) {
           *reinterpret_cast<float4*>(args.partial_out + (static_cast<int64_t>(part) * kRows + row) * kLatent + column) = four;
         } else {
@@ -523,37 +567,28 @@ __global__ void __launch_bounds__(384, (Fp8Shape<kLatent, kRows>::kBlocks)) sm90
   using Shape = Fp8Shape<kLatent, kRows>;
   extern __shared__ uint8_t shared_raw[];
   uint8_t* base = shared_raw + ((kSharedAlignment - (smem_address(shared_raw) & (kSharedAlignment - 1))) & (kSharedAlignment - 1));
-  Fp8Shared shared;
+  Fp8Shared<Shape> shared;
   shared.values = base;
   shared.query = shared.values + Shape::kValueBytes;
   shared.probs = shared.query + Shape::kQueryBytes;
   shared.exchange = reinterpret_cast<float4*>(shared.probs + Shape::kProbBytes);
   uint8_t* scratch = shared.probs + Shape::kProbBytes + Shape::kExchangeBytes;
-  shared.runs = scratch + Shape::kScratchBytes;
+  shared.ring.runs = scratch + Shape::kScratchBytes;
   int* plan_scratch = reinterpret_cast<int*>(scratch);  // 34 ints
   shared.split = reinterpret_cast<DecodePiece*>(scratch + 144);
-  shared.full = reinterpret_cast<uint64_t*>(scratch + 256);
-  shared.empty = shared.full + Shape::kRuns;
+  shared.ring.barriers = reinterpret_cast<uint64_t*>(scratch + 256);
   shared.factors = reinterpret_cast<float*>(scratch + 1024);
   shared.row_maxima = reinterpret_cast<float*>(scratch + 1536);
   shared.warp_values = reinterpret_cast<float*>(scratch + 2048);
 
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
-  if (threadIdx.x / 32 == 1) {
-    static_assert(Shape::kRuns <= 32);
-    const int lane = threadIdx.x % 32;
-    if (lane < Shape::kRuns) {
-      mbarrier_init(smem_address(shared.full + lane), 1);
-      mbarrier_init(smem_address(shared.empty + lane), 2);
-    }
-    mbarrier_init_fence();
-  }
+  if (threadIdx.x / 32 == 1) shared.ring.init(2);  // warpgroups
   if (threadIdx.x / 32 == 2) prefetch_block_table(args);
   const DecodeShare share = schedule.share(plan_scratch);  // its barriers also publish the mbarriers
 
   if (threadIdx.x < 128) {
     registers_shrink<Shape::kFeedRegisters>();
-    if (threadIdx.x < 32) feed_runs<Shape, Logits>(args, schedule, share, shared);
+    if (threadIdx.x < 32) shared.ring.template feed<kRows, kLatent, Logits>(args, schedule, share);
   } else {
     registers_grow<Shape::kComputeRegisters>();
     const int group = warp_uniform(threadIdx.x / 128 - 1);
@@ -590,6 +625,7 @@ DecodeKernel sm90_mla_decode_fp8_kernel(int latent, int rows, LogitKind logits) 
   switch (latent) {
     case 128: return choose_rows<128>(rows, logits);
     case 256: return choose_rows<256>(rows, logits);
+    case 288: return choose_rows<288>(rows, logits);
     case 320: return choose_rows<320>(rows, logits);
     case 512: return choose_rows<512>(rows, logits);
     default: return {};
