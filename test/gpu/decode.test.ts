@@ -24,7 +24,7 @@ for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
 test(`latent 288, which only kernels for compute capability 9.0 take: ${SHAPES_PER_LATENT} random shapes; elsewhere one error says so`, async () => {
   const { capability } = await native().attention.describeGpu(GPU.index);
   for (let seed = 1; seed <= SHAPES_PER_LATENT; seed++) {
-    const problem = randomDecode(new Draw(seed * 1000 + 288), 'auto', 288);
+    const problem = { ...randomDecode(new Draw(seed * 1000 + 288), 'auto', 288), kvDType: seed % 2 ? 'bf16' as const : 'fp8' as const };
     if (capability.startsWith('9.')) await mustBeRight(problem, { seed });
     else await native().attention.plan(GPU, problem).then(() => assert.unreachable('288 was taken'), (error) => assert.match(String(error.message), /compute capability 9\.0/));
   }
