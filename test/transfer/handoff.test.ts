@@ -369,6 +369,43 @@ test('pushes out of range, and checksums that do not fit, fail the session witho
   await close();
 });
 
+test('a commit goes ahead of its pushes, and holds them to their number', async () => {
+  const { source, target, receiver, close } = await pair();
+  fillCanonical(source, SOURCE_PAGES, TOKENS, 1);
+  const whole = { layers: [0, LAYERS] as [number, number], tokens: TOKENS };
+  const first = { layers: [0, 1] as [number, number], tokens: TOKENS };
+  const cases: [number, { layers: [number, number]; tokens: [number, number] }[], string | null, RegExp][] = [
+    [1, [whole], null, /./],
+    [1, [first], 'HANDOFF_FAILED', /committed although layer 1 lacks tokens \[0, 100\)/],
+    [1, [first, { layers: [1, LAYERS], tokens: TOKENS }], 'HANDOFF_FAILED', /committed although layer 1 lacks/],
+    [0, [whole], 'HANDOFF_FAILED', /committed although layer 0 lacks/],
+  ];
+  for (const [pushes, rectangles, code, reason] of cases) {
+    const peer = await rogue(receiver);
+    const { ticket, committed } = receiver.open(grant());
+    peer.say({ type: 'hello', handshake: handshake(source.layout) });
+    peer.say({ type: 'open', session: ticket.session, path: 'shm' });
+    await until(() => peer.heard.some(({ type }) => type === 'granted'), 'the grant');
+    peer.say({ type: 'commit', session: ticket.session, pushes, sinceMs: 0.5, firstTokens: [], prefill: stats(100) });
+    for (const rectangle of rectangles) {
+      const { checksums } = await native().kvPut({ src: source, dst: target, ...rectangle, srcPages: [SOURCE_PAGES], dstPages: [TARGET_PAGES] });
+      peer.say({ type: 'pushed', session: ticket.session, ...rectangle, checksums });
+    }
+    if (code === null) {
+      assert.ok((await committed).transferMs >= 0.5);
+      await until(() => peer.heard.some(({ type }) => type === 'committed'), 'the word back');
+    } else {
+      const error = await failure(committed);
+      assert.is(error.code, code);
+      assert.match(error.message, reason);
+    }
+    peer.channel.close();
+    await until(() => peer.closed.length > 0, 'the close');
+    for (const fd of peer.fds) closeSync(fd);
+  }
+  await close();
+});
+
 test('random bytes on the socket disturb nothing', async () => {
   const { source, target, receiver, sender, close } = await pair();
   fillCanonical(source, SOURCE_PAGES, TOKENS, 1);

@@ -200,6 +200,29 @@ test('a data connection without the key, or with frames outside the grant, ends;
   at.close();
 });
 
+test('what came before a question is in place when it is answered, and a shut gate answers unasked', async () => {
+  const at = stream();
+  const socket = await raw(at.port);
+  const answers: Buffer[] = [];
+  socket.on('data', (bytes: Buffer) => answers.push(bytes));
+  const heard = () => Buffer.concat(answers);
+  const rows = Buffer.alloc(16 * 160, 0x55);
+  const named = (put: bigint, bytes: Buffer) => {
+    bytes.writeBigUInt64LE(put, 24);
+    return bytes;
+  };
+  socket.write(Buffer.concat([Buffer.from(KEY), named(7n, frame({})), rows, named(7n, frame({ begin: 0, end: 0 }))]));
+  await until(() => heard().length === 8, 'the answer');
+  assert.is(heard().readBigUInt64LE(0), 7n);
+  assert.is(Buffer.compare(at.target.page(0, 0, 10).subarray(0, rows.length), rows), 0);
+  at.gate.revoke(1);
+  socket.write(Buffer.concat([named(8n, frame({})), rows, named(8n, frame({})), rows]));
+  await until(() => heard().length === 16, 'the refusal');
+  assert.is(heard().readBigUInt64LE(8), 8n | 1n << 63n);
+  socket.destroy();
+  at.close();
+});
+
 test('a peer that stalls in the middle of a frame cannot hold the gate', async () => {
   const at = stream();
   const socket = await raw(at.port);

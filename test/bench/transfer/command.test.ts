@@ -50,6 +50,14 @@ test('a sweep over paths, views and precisions lands whole, each beside its plai
   assert.match(readFileSync(plot, 'utf8'), /GB\/s/);
 });
 
+test('--timeline says when each step happened in both processes', async () => {
+  const { status, stdout } = await bench('--timeline');
+  assert.is(status, 0);
+  for (const step of [/ prefill +put asked for 1$/m, / prefill +put in place 1$/m, / prefill +pushed sent 1$/m, / decode +pushed received 1$/m, / decode +verified 1$/m, / decode +message sent 1$/m]) {
+    assert.match(stdout, step);
+  }
+});
+
 test('the table has the columns of nixlbench first', async () => {
   const { status, stdout } = await bench();
   assert.is(status, 0);
