@@ -123,7 +123,7 @@ test('two processes: a prompt of 42 MB lands, then a killed prefill is noticed a
 test('prefill stops in the middle: its lease runs out, no late byte lands, and once it goes on it is served again', () => withReceiver(async (receiver) => {
   const peer = new Peer(['prefill', receiver.address, 'pushing', LINK]);
   await peer.line('ready');
-  const { ticket, committed } = receiver.open(bigGrant(300));
+  const { ticket, committed } = receiver.open(bigGrant(2000));
   peer.tell(ticket);
   await peer.line('pushing');
   peer.child.kill('SIGSTOP');

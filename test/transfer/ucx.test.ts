@@ -113,7 +113,7 @@ for (const transports of ['tcp', 'all']) {
   test(`prefill stops in the middle over UCX_TLS=${transports}: its lease runs out, decode has its pages back while it is stopped, no late byte lands`, () => withReceiver(transports, async (receiver, env) => {
     const peer = new Peer(['prefill', receiver.address, 'pushing', 'ucx'], [], env);
     await peer.line('ready');
-    const { ticket, committed } = receiver.open(bigGrant(300));
+    const { ticket, committed } = receiver.open(bigGrant(2000));
     peer.tell(ticket);
     await peer.line('pushing');
     peer.child.kill('SIGSTOP');
