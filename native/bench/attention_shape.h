@@ -71,6 +71,20 @@ struct PrefillShape {
   KernelPath path = KernelPath::automatic;
 };
 
+// A chunk of q_lens[i] queries at the end of kv_lens[i] cached latents (512 + 64), from queries before absorption to values.
+enum class ChunkFormChoice { automatic, absorbed, unabsorbed };
+
+struct ChunkShape {
+  std::vector<int32_t> q_lens;
+  std::vector<int32_t> kv_lens;
+  int heads = 1;
+  int page_tokens = 64;
+  bool causal = true;
+  float query_scale = 1;
+  ChunkFormChoice form = ChunkFormChoice::automatic;
+  KernelPath path = KernelPath::automatic;
+};
+
 // Prefill and decode of one step; in one launch where the GPU has a kernel for it.
 struct PodShape {
   PrefillShape prefill;

@@ -6,11 +6,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "chunk_form.h"
+
 struct CUstream_st;
 
 namespace tpla::cuda {
 
 using Stream = CUstream_st*;
+
+class CublasLt;
 
 // What the kernels do not take, or what the driver refused; the message says what was expected and what came.
 class AttentionError : public std::runtime_error {
@@ -131,6 +135,12 @@ struct MlaPrefill {
   const void* q = nullptr;            // bf16 [q_tokens, heads, key_dim]
   const void* k = nullptr;            // bf16 [kv_tokens, heads, key_dim]
   const void* v = nullptr;            // bf16 [kv_tokens, heads, value_dim]
+  const void* k_rope = nullptr;       // bf16 [kv_tokens, 64], the last 64 columns of every head's keys; null: they are in k
+  int64_t k_token_stride = 0;         // values, multiples of 8; 0: dense
+  int64_t k_head_stride = 0;
+  int64_t v_token_stride = 0;
+  int64_t v_head_stride = 0;
+  int64_t k_rope_stride = 0;
   const int32_t* q_indptr = nullptr;  // [batch + 1]
   const int32_t* kv_indptr = nullptr; // [batch + 1]
   void* out = nullptr;                // bf16 [q_tokens, heads, value_dim]; zeros where a query sees nothing
@@ -156,6 +166,46 @@ size_t mla_prefill_workspace_bytes(const MlaPrefill& call);
 AttentionPath mla_prefill_path(const MlaPrefill& call);
 
 void mla_prefill(const MlaPrefill& call, Stream stream);
+
+// Chunked prefill over cached latents (latent 512, rope 64), from queries before absorption to values, in the form that is faster:
+//   absorbed:    q̃ = [q W_UK | q_rope] per head, decode over the latents, values = outputs · W_UVᵀ
+//   un-absorbed: latents gathered from their pages, [keys | values] = latents · W_KVᵀ, prefill
+// The chunk's own tokens are in the cache. The matrix products are cuBLASLt's.
+struct MlaChunk {
+  const void* q = nullptr;               // bf16 [q_tokens, heads, 192]: 128 columns without position, 64 rotated ones
+  const void* kv_b = nullptr;            // bf16 [heads, 256, 512]: W_UK (128 rows), W_UV (128 rows) of each head
+  const void* kv = nullptr;              // as in MlaDecode
+  const int32_t* block_table = nullptr;  // [batch, block_table_stride]
+  const int32_t* kv_lens = nullptr;      // [batch], including the query tokens
+  const int32_t* q_indptr = nullptr;     // [batch + 1]
+  const int32_t* kv_indptr = nullptr;    // [batch + 1], prefix sums of kv_lens
+  void* out = nullptr;                   // bf16 [q_tokens, heads, 128]
+  float* lse = nullptr;                  // [q_tokens, heads], natural logarithm; may be null
+  float softmax_scale = 1.0f;
+  int batch = 0;
+  int heads = 0;
+  int64_t q_tokens = 0;                  // of the batch
+  int64_t kv_tokens = 0;
+  int max_q_tokens = 0;                  // of one sequence
+  int max_kv_tokens = 0;
+  int page_size = 64;
+  int64_t page_stride = 0;               // bytes; 0: dense
+  int num_pages = 0;
+  int block_table_stride = 0;
+  bool causal = true;
+  ChunkForm form = ChunkForm::automatic;
+  AttentionPath path = AttentionPath::automatic;
+  void* workspace = nullptr;             // zeroed once after allocation; one launch at a time may use it
+  size_t workspace_bytes = 0;
+};
+
+// The form that would run.
+ChunkForm mla_chunk_form(const MlaChunk& call);
+
+// For the form that would run.
+size_t mla_chunk_workspace_bytes(const MlaChunk& call);
+
+void mla_chunk(const MlaChunk& call, CublasLt& products, Stream stream);
 
 // Prefill and decode in one launch (POD): multiprocessors begin with one or the other in proportion to the work, so that the tensor cores and
 // the memory are busy at the same time, and go on with what is left.

@@ -70,10 +70,13 @@ struct CublasLt::Library {
     Algorithm algorithm{};
     bool usable = false;
   };
-  using Shape = std::array<int64_t, 14>;
+  using Shape = std::array<int64_t, 15>;
   std::map<Shape, Plan> plans;
 
-  const Plan& plan(const Fp32Product& product, size_t workspace_bytes);
+  template <class Product>
+  const Plan& plan(const Product& product, int type, int value_bytes, size_t workspace_bytes);
+  template <class Product>
+  bool multiply(const Product& product, int type, int value_bytes, void* workspace, size_t workspace_bytes, CUstream_st* stream);
   void release(const Plan& plan) {
     for (const Descriptor layout : {plan.a, plan.b, plan.c}) {
       if (layout) layout_destroy(layout);
@@ -90,6 +93,12 @@ struct CublasLt::Library {
            preference_set && heuristic && matmul;
   }
 };
+
+template <class Product>
+bool CublasLt::Library::multiply(const Product& p, int type, int value_bytes, void* workspace, size_t workspace_bytes, CUstream_st* stream) {
+  const Plan& known = plan(p, type, value_bytes, workspace_bytes);
+  return known.usable && matmul(handle, known.desc, &p.alpha, p.b, known.b, p.a, known.a, &p.beta, p.c, known.c, p.c, known.c, &known.algorithm, workspace, workspace_bytes, stream) == 0;
+}
 
 CublasLt::CublasLt(std::unique_ptr<Library> library) : library_(std::move(library)) {}
 CublasLt::~CublasLt() = default;
@@ -114,38 +123,17 @@ std::unique_ptr<CublasLt> CublasLt::open(std::string* why) {
 
 const std::string& CublasLt::name() const { return library_->name; }
 
-bool CublasLt::multiply(const Bf16Product& p, void* workspace, size_t workspace_bytes, CUstream_st* stream) {
-  Library& lt = *library_;
-  // Row-major is the transpose of cuBLAS's column-major: Cᵀ[n, m] = B[n, k] · A[m, k]ᵀ, where B and A are stored as columns of k.
-  Descriptor desc = nullptr, a = nullptr, b = nullptr, c = nullptr, preference = nullptr;
-  const float one = 1, zero = 0;
-  Heuristic found{};
-  int count = 0;
-  const bool ok = lt.desc_create(&desc, kCompute32F, kTypeF32) == 0 && lt.desc_set(desc, kTransposeA, &kTransposed, sizeof kTransposed) == 0 &&
-                  lt.desc_set(desc, kTransposeB, &kNotTransposed, sizeof kNotTransposed) == 0 &&
-                  lt.layout_create(&b, kTypeBf16, static_cast<uint64_t>(p.k), static_cast<uint64_t>(p.n), p.k) == 0 &&
-                  lt.layout_create(&a, kTypeBf16, static_cast<uint64_t>(p.k), static_cast<uint64_t>(p.m), p.k) == 0 &&
-                  lt.layout_create(&c, kTypeBf16, static_cast<uint64_t>(p.n), static_cast<uint64_t>(p.m), p.n) == 0 && lt.preference_create(&preference) == 0 &&
-                  lt.preference_set(preference, kMaxWorkspaceBytes, &workspace_bytes, sizeof workspace_bytes) == 0 &&
-                  lt.heuristic(lt.handle, desc, b, a, c, c, preference, 1, &found, &count) == 0 && count == 1 &&
-                  lt.matmul(lt.handle, desc, &one, p.b, b, p.a, a, &zero, p.c, c, p.c, c, &found.algorithm, workspace, workspace_bytes, stream) == 0;
-  if (preference) lt.preference_destroy(preference);
-  for (const Descriptor layout : {a, b, c}) {
-    if (layout) lt.layout_destroy(layout);
-  }
-  if (desc) lt.desc_destroy(desc);
-  return ok;
-}
-
 // The largest power of two, up to 16, that divides addresses and distances, in bytes.
-static uint32_t alignment_of(const void* data, int64_t ld, int64_t step) {
-  const uint64_t bits = reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(ld * 4) | static_cast<uint64_t>(step * 4) | 16;
+static uint32_t alignment_of(const void* data, int64_t ld, int64_t step, int value_bytes) {
+  const uint64_t bits = reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(ld * value_bytes) | static_cast<uint64_t>(step * value_bytes) | 16;
   return static_cast<uint32_t>(bits & -bits);
 }
 
-const CublasLt::Library::Plan& CublasLt::Library::plan(const Fp32Product& p, size_t workspace_bytes) {
-  const std::array<uint32_t, 3> alignments = {alignment_of(p.b, p.ldb, p.step_b), alignment_of(p.a, p.lda, p.step_a), alignment_of(p.c, p.ldc, p.step_c)};
-  const Shape shape = {p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.step_a, p.step_b, p.step_c, p.count, p.transpose_a, p.transpose_b, p.beta != 0,
+template <class Product>
+const CublasLt::Library::Plan& CublasLt::Library::plan(const Product& p, int type, int value_bytes, size_t workspace_bytes) {
+  const std::array<uint32_t, 3> alignments = {alignment_of(p.b, p.ldb, p.step_b, value_bytes), alignment_of(p.a, p.lda, p.step_a, value_bytes),
+                                              alignment_of(p.c, p.ldc, p.step_c, value_bytes)};
+  const Shape shape = {p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.step_a, p.step_b, p.step_c, p.count, p.transpose_a, p.transpose_b, p.beta != 0, type,
                        int64_t{alignments[0]} << 16 | alignments[1] << 8 | alignments[2]};
   const auto [entry, fresh] = plans.try_emplace(shape);
   Plan& made = entry->second;
@@ -154,7 +142,7 @@ const CublasLt::Library::Plan& CublasLt::Library::plan(const Fp32Product& p, siz
   const int32_t count = static_cast<int32_t>(p.count);
   const int32_t of_b = p.transpose_b ? kTransposed : kNotTransposed, of_a = p.transpose_a ? kTransposed : kNotTransposed;
   const auto layout = [&](Descriptor* out, int64_t rows, int64_t cols, int64_t ld, int64_t step) {
-    return layout_create(out, kTypeF32, static_cast<uint64_t>(cols), static_cast<uint64_t>(rows), ld) == 0 && layout_set(*out, kBatchCount, &count, sizeof count) == 0 &&
+    return layout_create(out, type, static_cast<uint64_t>(cols), static_cast<uint64_t>(rows), ld) == 0 && layout_set(*out, kBatchCount, &count, sizeof count) == 0 &&
            layout_set(*out, kBatchStep, &step, sizeof step) == 0;
   };
   Descriptor preference = nullptr;
@@ -173,11 +161,21 @@ const CublasLt::Library::Plan& CublasLt::Library::plan(const Fp32Product& p, siz
   return made;
 }
 
-bool CublasLt::multiply(const Fp32Product& p, void* workspace, size_t workspace_bytes, CUstream_st* stream) {
-  Library& lt = *library_;
-  const Library::Plan& plan = lt.plan(p, workspace_bytes);
-  return plan.usable && lt.matmul(lt.handle, plan.desc, &p.alpha, p.b, plan.b, p.a, plan.a, &p.beta, p.c, plan.c, p.c, plan.c, &plan.algorithm, workspace, workspace_bytes,
-                                  stream) == 0;
+bool CublasLt::multiply(const Bf16Product& product, void* workspace, size_t workspace_bytes, CUstream_st* stream) {
+  struct Complete : Bf16Product {
+    bool transpose_a = false;
+    float alpha = 1, beta = 0;
+  };
+  Complete p;
+  static_cast<Bf16Product&>(p) = product;
+  if (p.lda == 0) p.lda = p.k;
+  if (p.ldb == 0) p.ldb = p.transpose_b ? p.k : p.n;
+  if (p.ldc == 0) p.ldc = p.n;
+  return library_->multiply(p, kTypeBf16, 2, workspace, workspace_bytes, stream);
+}
+
+bool CublasLt::multiply(const Fp32Product& product, void* workspace, size_t workspace_bytes, CUstream_st* stream) {
+  return library_->multiply(product, kTypeF32, 4, workspace, workspace_bytes, stream);
 }
 
 }  // namespace tpla::cuda

@@ -10,12 +10,17 @@ struct CUstream_st;
 
 namespace tpla::cuda {
 
-// C[m, n] = A[m, k] · B[n, k]ᵀ, row-major bf16, fp32 accumulation.
+// C[i][m, n] = A[i][m, k] · B[i][n, k]ᵀ, or without transpose_b · B[i][k, n], for `count` products: row-major bf16, fp32 accumulation. Leading
+// dimensions (0: dense) and the steps from one matrix to the next, which may be 0 for A and B, are in values.
 struct Bf16Product {
   const void* a = nullptr;
   const void* b = nullptr;
   void* c = nullptr;
   int64_t m = 0, n = 0, k = 0;
+  int64_t lda = 0, ldb = 0, ldc = 0;
+  int64_t step_a = 0, step_b = 0, step_c = 0;
+  int64_t count = 1;
+  bool transpose_b = true;
 };
 
 // C[i] = alpha · op(A[i]) · op(B[i]) + beta · C[i] for `count` products, row-major fp32 with fp32 arithmetic throughout (no TF32).
@@ -41,9 +46,8 @@ class CublasLt {
 
   // "cuBLASLt 13.1.0"
   const std::string& name() const;
-  // Enqueues a product; `workspace` must stay untouched until it has run. False where the library refuses.
+  // Enqueues a product; `workspace` must stay untouched until it has run. How the library computes a shape is asked once. False where it refuses.
   bool multiply(const Bf16Product& product, void* workspace, size_t workspace_bytes, CUstream_st* stream);
-  // The same; how the library computes a shape is asked once.
   bool multiply(const Fp32Product& product, void* workspace, size_t workspace_bytes, CUstream_st* stream);
 
  private:

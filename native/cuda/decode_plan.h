@@ -16,13 +16,18 @@ inline size_t align_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 struct DecodePlan {
   DecodeKernel kernel;
   int row_tiles = 0;
+  int stacked = 1;
   int slots = 0;
   size_t partial_out_bytes = 0;
   size_t partial_sum_bytes = 0;
 
-  // `rows` a sequence, of `columns` output values each, over `blocks` resident blocks; row_tiles may come out larger than those.
-  DecodePlan(const DecodeKernel& chosen, int rows, int blocks, int columns)
-      : kernel(chosen), row_tiles((rows + chosen.block_rows - 1) / chosen.block_rows), slots(blocks / row_tiles) {
+  // `rows` a sequence, of `columns` output values each, over `blocks` resident blocks. More than `most_row_tiles` are stacked.
+  DecodePlan(const DecodeKernel& chosen, int rows, int blocks, int columns, int most_row_tiles) : kernel(chosen), row_tiles((rows + chosen.block_rows - 1) / chosen.block_rows) {
+    if (row_tiles > most_row_tiles) {
+      stacked = row_tiles;
+      row_tiles = 1;
+    }
+    slots = blocks / row_tiles;
     const size_t rows_of_parts = static_cast<size_t>(this->blocks()) * 2 * kernel.block_rows;
     partial_out_bytes = rows_of_parts * columns * sizeof(float);
     partial_sum_bytes = rows_of_parts * sizeof(float2);
@@ -36,6 +41,7 @@ struct DecodePlan {
   void bind(Args& args, void* workspace) const {
     uint8_t* bytes = static_cast<uint8_t*>(workspace);
     args.row_tiles = row_tiles;
+    if constexpr (Args::kStacks) args.stacked = stacked;
     args.slots = slots;
     args.arrivals = reinterpret_cast<int*>(bytes);
     args.partial_out = reinterpret_cast<float*>(bytes + kArrivalBytes);

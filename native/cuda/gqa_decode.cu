@@ -43,7 +43,7 @@ DecodePlan plan(const GqaDecode& call) {
   const int resident = resident_blocks(kernel.function, kernel.threads, kernel.shared_bytes);
   if (resident == 0) throw AttentionError("GQA decode: this GPU has less than the " + std::to_string(kernel.shared_bytes) + " bytes of shared memory a block needs");
   const int blocks = std::min(device.multiprocessors * resident, kMostBlocks);
-  const DecodePlan result(kernel, rows, blocks, call.head_dim);
+  const DecodePlan result(kernel, rows, blocks, call.head_dim, rows);
   if (result.row_tiles > blocks) {
     throw AttentionError("GQA decode takes at most " + std::to_string(blocks * kernel.block_rows) +
                          " query rows (heads of a KV head × q_tokens) a sequence on this GPU; got " + std::to_string(rows));

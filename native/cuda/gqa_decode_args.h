@@ -36,6 +36,7 @@ struct GqaDecodeArgs {
   LogitArgs logits;
 
 #if defined(__CUDACC__)
+  static constexpr bool kStacks = false;
   __device__ int sequence_of(int item) const { return item / kv_heads; }
   __device__ int first_head(int item) const { return item % kv_heads * heads; }
   // Row row0 + i + j of an item -> row of out and lse.

@@ -17,9 +17,13 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
+// Rows of a sequence that are computed side by side, by blocks that read the same tokens. A chunk of more is scheduled row tile by row tile: that
+// leaves no multiprocessor without work whatever their number, and skips what comes after a row tile's last query token.
+constexpr int kMostRows = 2048;
+
 DecodeKernel choose_kernel(const MlaDecode& call, const Device& device) {
   const int rows = call.heads * call.q_tokens;
-  const LogitKind logits = call.variants.any() ? LogitKind::variant : LogitKind::plain;
+  const LogitKind logits = call.variants.any() ? LogitKind::variant : rows > kMostRows ? LogitKind::chunk : LogitKind::plain;
   const bool sm90 = device.major == 9 && call.path != AttentionPath::sm80;
   if (call.path == AttentionPath::sm90 && device.major != 9) {
     throw AttentionError("the sm90 attention path needs a GPU of compute capability 9.0; this one is " + std::to_string(device.major) + "." +
@@ -68,12 +72,7 @@ DecodePlan plan(const MlaDecode& call) {
   const Device& device = current_device();
   const DecodeKernel kernel = choose_kernel(call, device);
   const int rows = call.heads * call.q_tokens;
-  const DecodePlan result(kernel, rows, device.multiprocessors * kernel.blocks_per_multiprocessor, call.latent);
-  if (result.row_tiles > device.multiprocessors) {
-    throw AttentionError("MLA decode takes at most " + std::to_string(device.multiprocessors * kernel.block_rows) +
-                         " query rows (heads × q_tokens) a sequence on this GPU; got " + std::to_string(rows));
-  }
-  return result;
+  return DecodePlan(kernel, rows, device.multiprocessors * kernel.blocks_per_multiprocessor, call.latent, std::max(kMostRows / kernel.block_rows, 1));
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ struct LogitArgs {
 constexpr int kNoWindow = 1 << 30;
 
 // Blocks of the launch form row_tiles × slots: block = slot · row_tiles + row tile. Blocks of one slot read the same tokens at
-// about the same time, so that all but the first of them find the tokens in L2.
+// about the same time, so that all but the first of them find the tokens in L2. Of a chunk of many query tokens, whose rows are more than
+// row_tiles blocks take, `stacked` items of row_tiles row tiles each are scheduled like sequences of their own.
 struct MlaDecodeArgs {
   const void* q;
   const void* kv;
@@ -43,6 +44,7 @@ struct MlaDecodeArgs {
   int block_table_stride;
   int causal;
   int row_tiles;
+  int stacked;  // 1 but for chunks
   int slots;
   float* partial_out;   // [block][2][rows of the tile][latent], not normalised
   float2* partial_sum;  // [block][2][rows of the tile]: running maximum (log2 units), sum
@@ -50,7 +52,8 @@ struct MlaDecodeArgs {
   LogitArgs logits;     // behind everything the plain kernels read
 
 #if defined(__CUDACC__)
-  // The schedule hands out items: what has keys of its own. Here that is a sequence.
+  static constexpr bool kStacks = true;
+  // What has keys of its own: here a sequence.
   __device__ int sequence_of(int item) const { return item; }
   __device__ int first_head(int) const { return 0; }
   // Row row0 + i + j of an item -> row of out and lse.

@@ -30,7 +30,7 @@ template <int kLatent, int kThreads, int kBlockRows, int kOverhead, class Logits
 __device__ void combine_parts(const Args& args, const DecodeSchedule<kBlockRows, kOverhead, Logits, Args>& schedule, const DecodePiece& piece,
                               void* scratch, int thread, Barrier barrier) {
   const int parts = piece.participants;
-  const int row0 = schedule.row_tile * kBlockRows;
+  const int row0 = piece.row0;
   const int rows = max(0, min(piece.rows - row0, kBlockRows));
   constexpr int kVectorsPerRow = kLatent / 4;
   const int vectors = rows * kVectorsPerRow;

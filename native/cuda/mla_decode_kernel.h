@@ -20,8 +20,9 @@ struct MlaDecodeArgs;
 // What a call says; how the launch is divided, its workspace and logit variants are still to be set.
 MlaDecodeArgs mla_decode_args(const MlaDecode& call);
 
-// Which instantiation: the plain one pays nothing for what the other can do.
-enum class LogitKind { plain, variant };
+// Which instantiation: the plain one pays nothing for what the others can do. Only chunk and variant take stacked row tiles; where a kernel has no
+// instantiation for chunks, the variant one serves.
+enum class LogitKind { plain, chunk, variant };
 
 // Smallest kernel that takes `rows` rows at once, or the largest there is.
 DecodeKernel sm90_mla_decode_narrow_kernel(int latent, int rows, LogitKind logits);

@@ -1,6 +1,7 @@
 // Which tokens a decode call sees and what becomes of their logits: a policy that the decode kernels are compiled with.
 //
 //   PlainLogits:   all tokens of the sequence; logits are only scaled. Compiles to nothing.
+//   ChunkLogits:   the same for chunks.
 //   VariantLogits: softcap, sliding window, ALiBi and block mask, in any combination.
 //
 // The tokens that some query of a sequence may see are numbered from 0 in the order of their positions; kernels and schedule count in these
@@ -15,6 +16,7 @@ namespace tpla::cuda {
 // A run of tiles of one sequence that one block computes.
 struct DecodePiece {
   int sequence;
+  int row0;          // first of its rows that the block computes
   int kv_len;        // in places
   int q_begin;       // first query token
   int q_tokens;      // of this sequence
@@ -27,6 +29,7 @@ struct DecodePiece {
 
 struct PlainLogits {
   static constexpr bool kPlain = true;
+  static constexpr bool kStacks = false;  // whether a sequence may have more rows than the blocks of a slot take
 
   template <class Args>
   __device__ PlainLogits(const Args&, const DecodePiece&) {}
@@ -40,9 +43,16 @@ struct PlainLogits {
   __device__ static constexpr int hidden_places() { return 0; }
 };
 
+// For chunks of many query tokens, so that decode does not pay for what these need of the schedule.
+struct ChunkLogits : PlainLogits {
+  using PlainLogits::PlainLogits;
+  static constexpr bool kStacks = true;
+};
+
 class VariantLogits {
  public:
   static constexpr bool kPlain = false;
+  static constexpr bool kStacks = true;
 
   // A query row: which positions it sees, last - span < t <= last, and its ALiBi line.
   struct Row {

@@ -18,7 +18,7 @@ struct DecodeShare {
   int unit_begin;
   int unit_end;
   int units;  // per slot
-  int sequence;        // first sequence that may reach into the share
+  int sequence;        // first item that may reach into the share
   int sequence_begin;  // its first unit
 };
 
@@ -26,6 +26,7 @@ struct DecodeShare {
 template <int kBlockRows, int kOverhead, class Logits = PlainLogits, class Args = MlaDecodeArgs>
 struct DecodeSchedule {
   static constexpr int kMinUnits = 2;
+  static constexpr bool kStacks = Args::kStacks && Logits::kStacks;
 
   const Args& args;
   int row_tile;
@@ -37,18 +38,45 @@ struct DecodeSchedule {
     return args.q_indptr ? args.q_indptr[args.sequence_of(sequence) + 1] - args.q_indptr[args.sequence_of(sequence)] : args.q_tokens;
   }
 
-  __device__ int tiles(int sequence) const { return (Logits::tokens(args, sequence) + kTokenTile - 1) / kTokenTile; }
+  // Items are sequences, or as many of each as its rows are stacked.
+  __device__ int items() const {
+    if constexpr (kStacks) return args.batch * args.stacked;
+    return args.batch;
+  }
+  __device__ int sequence_of(int item) const {
+    if constexpr (kStacks) return args.stacked == 1 ? item : item / args.stacked;
+    return item;
+  }
+  // Of the sequence's rows, the first that this block computes.
+  __device__ int first_row(int item) const {
+    if constexpr (kStacks) return (item % args.stacked * args.row_tiles + row_tile) * kBlockRows;
+    return row_tile * kBlockRows;
+  }
 
-  // 0 where the sequence has no rows in this row tile.
-  __device__ int cost(int sequence) const {
-    if (args.q_indptr && query_tokens(sequence) * args.heads <= row_tile * kBlockRows) return 0;
-    return tiles(sequence) + kOverhead;
+  __device__ int tiles(int item) const {
+    const int sequence = sequence_of(item);
+    int tokens = Logits::tokens(args, sequence);
+    if constexpr (kStacks && Logits::kPlain) {
+      // What comes after the item's last query token is nothing to it.
+      if (args.causal) {
+        const int q_tokens = query_tokens(sequence);
+        const int end_row = min((item % args.stacked + 1) * args.row_tiles * kBlockRows, q_tokens * args.heads);
+        tokens = max(tokens - (q_tokens - 1 - (end_row - 1) / args.heads), 0);
+      }
+    }
+    return (tokens + kTokenTile - 1) / kTokenTile;
+  }
+
+  // 0 where the sequence has no rows for this block.
+  __device__ int cost(int item) const {
+    if ((args.q_indptr || kStacks) && query_tokens(sequence_of(item)) * args.heads <= first_row(item)) return 0;
+    return tiles(item) + kOverhead;
   }
 
   // All threads of the block call this; `scratch` holds 34 ints. Ends with a barrier.
   __device__ DecodeShare share(int* scratch) const {
     static_assert(sizeof(DecodeShare) <= 34 * sizeof(int));
-    if (args.batch > kWarpBatch) return share_of_many(scratch);
+    if (items() > kWarpBatch) return share_of_many(scratch);
     DecodeShare* result = reinterpret_cast<DecodeShare*>(scratch);
     if (threadIdx.x < 32) plan(*result);
     __syncthreads();
@@ -68,7 +96,7 @@ struct DecodeSchedule {
       share.part = share.parts;
       return true;
     }
-    while (share.sequence < args.batch && share.sequence_begin < share.unit_end) {
+    while (share.sequence < items() && share.sequence_begin < share.unit_end) {
       const int sequence = share.sequence;
       const int units = cost(sequence);
       const int first_tile_unit = share.sequence_begin + kOverhead;
@@ -112,8 +140,10 @@ struct DecodeSchedule {
   static constexpr int kWarpBatch = 256;  // that one warp plans
   static constexpr int kSplitCost = kOverhead > 1 ? 6 : 4;  // tiles that the second piece of a stream share is worth
 
-  __device__ void describe(int sequence, DecodePiece& piece) const {
+  __device__ void describe(int item, DecodePiece& piece) const {
+    const int sequence = sequence_of(item);
     piece.sequence = sequence;
+    piece.row0 = first_row(item);
     piece.kv_len = Logits::tokens(args, sequence);
     piece.q_begin = args.q_indptr ? args.q_indptr[args.sequence_of(sequence)] : args.sequence_of(sequence) * args.q_tokens;
     piece.q_tokens = query_tokens(sequence);
@@ -127,22 +157,22 @@ struct DecodeSchedule {
     int units[kRounds], total = 0;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      units[i] = lane + i * 32 < args.batch ? cost(lane + i * 32) : 0;
+      units[i] = lane + i * 32 < items() ? cost(lane + i * 32) : 0;
       total += units[i];
     }
     total = __reduce_add_sync(~0u, total);
     int stream_units = max((total + args.slots - 1) / args.slots, kMinUnits);
-    const int most = args.batch <= args.slots ? longest_part(units, stream_units) : 0;
-    if (args.batch > args.slots) stream_units = whole_sequences(units, stream_units);
+    const int most = items() <= args.slots ? longest_part(units, stream_units) : 0;
+    if (items() > args.slots) stream_units = whole_sequences(units, stream_units);
 
     // Aligned: which sequence, in parts, this slot falls into. Stream: which sequence, in units, the share begins in.
     const int position = most > 0 ? slot : slot * stream_units;
-    if (lane == 0) result = {most > 0, most > 0, position, min(position + stream_units, total), stream_units, args.batch, 0};
+    if (lane == 0) result = {most > 0, most > 0, position, min(position + stream_units, total), stream_units, items(), 0};
     __syncwarp();
     int before = 0;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      if (i * 32 >= args.batch) break;
+      if (i * 32 >= items()) break;
       const int length = most > 0 ? parts_of(units[i], most) : units[i];
       int inclusive = length;
 #pragma unroll
@@ -176,7 +206,7 @@ struct DecodeSchedule {
       int slots = 0;
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
-        if (i * 32 >= args.batch) break;
+        if (i * 32 >= items()) break;
         slots += parts_of(units[i], most);
       }
       if (static_cast<int>(__reduce_add_sync(~0u, slots)) <= args.slots) return most;
@@ -191,7 +221,7 @@ struct DecodeSchedule {
     const int length = __shfl_sync(~0u, units[0], 0);
     bool equal = length > 0;
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) equal &= lane + i * 32 >= args.batch || units[i] == length;
+    for (int i = 0; i < kRounds; ++i) equal &= lane + i * 32 >= items() || units[i] == length;
     if (!__all_sync(~0u, equal)) return stream_units;
     const int whole = (stream_units + length - 1) / length * length;
     return whole - stream_units <= 2 * kSplitCost ? whole : stream_units;
@@ -199,9 +229,9 @@ struct DecodeSchedule {
 
   // Stream cut of a long batch, by all threads.
   __device__ DecodeShare share_of_many(int* scratch) const {
-    const int per_thread = (args.batch + blockDim.x - 1) / blockDim.x;
-    const int first = min(static_cast<int>(threadIdx.x) * per_thread, args.batch);
-    const int last = min(first + per_thread, args.batch);
+    const int per_thread = (items() + blockDim.x - 1) / blockDim.x;
+    const int first = min(static_cast<int>(threadIdx.x) * per_thread, items());
+    const int last = min(first + per_thread, items());
     int own = 0;
     for (int i = first; i < last; ++i) own += cost(i);
 
@@ -214,7 +244,7 @@ struct DecodeSchedule {
     }
     if (lane == 31) scratch[warp] = inclusive;
     if (threadIdx.x == 0) {
-      scratch[32] = args.batch;
+      scratch[32] = items();
       scratch[33] = 0;
     }
     __syncthreads();

@@ -29,6 +29,7 @@ void validate_prefill(const MlaPrefill& call, const char* who) {
   expect(call.workspace_bytes >= mla_prefill_workspace_bytes(call),
          "needs a workspace of " + std::to_string(mla_prefill_workspace_bytes(call)) + " bytes; got " + std::to_string(call.workspace_bytes));
   expect(call.softmax_scale > 0.0f, "softmax_scale must be positive");
+  expect((call.k_token_stride | call.k_head_stride | call.v_token_stride | call.v_head_stride | call.k_rope_stride) % 8 == 0, "strides must be multiples of 8 values");
 }
 
 PrefillArgs prefill_args(const MlaPrefill& call) {
@@ -36,6 +37,14 @@ PrefillArgs prefill_args(const MlaPrefill& call) {
   args.q = static_cast<const __nv_bfloat16*>(call.q);
   args.k = static_cast<const __nv_bfloat16*>(call.k);
   args.v = static_cast<const __nv_bfloat16*>(call.v);
+  const int own_keys = call.k_rope ? kPrefillKeyDim - kPrefillRopeDim : kPrefillKeyDim;  // columns of k
+  args.k_head = call.k_head_stride ? call.k_head_stride : own_keys;
+  args.k_token = call.k_token_stride ? call.k_token_stride : static_cast<int64_t>(call.heads) * own_keys;
+  args.v_head = call.v_head_stride ? call.v_head_stride : kPrefillValueDim;
+  args.v_token = call.v_token_stride ? call.v_token_stride : static_cast<int64_t>(call.heads) * kPrefillValueDim;
+  args.k_rope = call.k_rope ? static_cast<const __nv_bfloat16*>(call.k_rope) : args.k + kPrefillKeyDim - kPrefillRopeDim;
+  args.k_rope_token = !call.k_rope ? args.k_token : call.k_rope_stride ? call.k_rope_stride : kPrefillRopeDim;
+  args.k_rope_head = call.k_rope ? 0 : args.k_head;
   args.q_indptr = call.q_indptr;
   args.kv_indptr = call.kv_indptr;
   args.out = static_cast<__nv_bfloat16*>(call.out);

@@ -12,9 +12,9 @@ void validate_prefill(const MlaPrefill& call, const char* who);
 PrefillArgs prefill_args(const MlaPrefill& call);
 
 struct PrefillTensorMaps {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, k_rope, v;
 };
-PrefillTensorMaps sm90_prefill_maps(const MlaPrefill& call);
+PrefillTensorMaps sm90_prefill_maps(const MlaPrefill& call, const PrefillArgs& args);
 
 void launch_sm90_prefill(const MlaPrefill& call, PrefillArgs args, Stream stream);
 void launch_sm80_prefill(const PrefillArgs& args, Stream stream);

@@ -9,12 +9,15 @@ namespace tpla::cuda {
 
 constexpr int kPrefillKeyDim = 192;
 constexpr int kPrefillValueDim = 128;
+constexpr int kPrefillRopeDim = 64;  // of the key's columns, the last
 constexpr int kPrefillRows = 128;  // of a tile
 
 struct PrefillArgs {
   const __nv_bfloat16* q;
   const __nv_bfloat16* k;
   const __nv_bfloat16* v;
+  const __nv_bfloat16* k_rope;
+  int64_t k_token, k_head, v_token, v_head, k_rope_token, k_rope_head;  // strides in values; all heads may share k_rope
   const int32_t* q_indptr;
   const int32_t* kv_indptr;
   __nv_bfloat16* out;

@@ -89,12 +89,12 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const DecodeSchedule<kRows, kOverhead, Logits> schedule(args);
-  const int row0 = schedule.row_tile * kRows;
   DecodeShare share = schedule.share(plan_scratch);
   DecodePiece piece;
   int splits = 0;
 
   while (schedule.next(share, piece)) {
+    const int row0 = piece.row0;
     const int rows = min(piece.rows - row0, kRows);
     const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + row0;
     for (int i = thread; i < kRows * kUnits; i += kThreads) {

@@ -25,13 +25,12 @@ constexpr int kQueryBytes = kPrefillRows * kKeyRowBytes;
 constexpr int kSharedBytes = kQueryBytes + kKeys * (kKeyRowBytes + kValueRowBytes);
 static_assert(kSharedBytes <= 99 * 1024);
 
-// kRows rows of kDim values of one head, from row `first` of a tensor [tokens, heads, kDim]; zeros from `valid` on.
+// kRows rows of kDim values, from `tensor` on, `stride` values apart; zeros from `valid` on.
 template <int kRows, int kDim, int kRowBytes>
-__device__ __forceinline__ void load_rows(uint32_t destination, const __nv_bfloat16* tensor, int64_t first, int heads, int head, int valid) {
+__device__ __forceinline__ void load_rows(uint32_t destination, const __nv_bfloat16* tensor, int64_t stride, int valid) {
   constexpr int kRowsAtOnce = kThreads / 8;  // 8 threads of 16 bytes side by side
   const int row = threadIdx.x / 8, unit = threadIdx.x % 8;
-  const int64_t stride = static_cast<int64_t>(heads) * kDim;
-  const __nv_bfloat16* source = tensor + first * stride + head * kDim + unit * 8;
+  const __nv_bfloat16* source = tensor + unit * 8;
 #pragma unroll
   for (int r = row; r < row + kRows; r += kRowsAtOnce) {
 #pragma unroll
@@ -50,11 +49,14 @@ __global__ void __launch_bounds__(kThreads) sm80_prefill_192_128(const __grid_co
   const int warp_row0 = warp * kRowTiles * 16;
 
   const auto load_keys = [&](int step) {
-    load_rows<kKeys, kKeyDim, kKeyRowBytes>(keys, args.k, tile.kv_begin + step * kKeys, args.heads, tile.head, tile.kv_len - step * kKeys);
+    const int64_t first = tile.kv_begin + step * kKeys;
+    const int valid = tile.kv_len - step * kKeys;
+    load_rows<kKeys, kKeyDim - kPrefillRopeDim, kKeyRowBytes>(keys, args.k + first * args.k_token + tile.head * args.k_head, args.k_token, valid);
+    load_rows<kKeys, kPrefillRopeDim, kKeyRowBytes>(keys + (kKeyDim - kPrefillRopeDim) * 2, args.k_rope + first * args.k_rope_token + tile.head * args.k_rope_head, args.k_rope_token, valid);
     copy_async_commit();
   };
   const auto load_values = [&](int step) {
-    load_rows<kKeys, kValueDim, kValueRowBytes>(values, args.v, tile.kv_begin + step * kKeys, args.heads, tile.head, tile.kv_len - step * kKeys);
+    load_rows<kKeys, kValueDim, kValueRowBytes>(values, args.v + (tile.kv_begin + step * kKeys) * args.v_token + tile.head * args.v_head, args.v_token, tile.kv_len - step * kKeys);
     copy_async_commit();
   };
 
@@ -67,7 +69,8 @@ __global__ void __launch_bounds__(kThreads) sm80_prefill_192_128(const __grid_co
 
   const int steps = (tile.keys + kKeys - 1) / kKeys;
   if (steps > 0) {
-    load_rows<kPrefillRows, kKeyDim, kKeyRowBytes>(query, args.q, tile.q_begin + tile.row0, args.heads, tile.head, tile.rows());
+    const int64_t stride = static_cast<int64_t>(args.heads) * kKeyDim;
+    load_rows<kPrefillRows, kKeyDim, kKeyRowBytes>(query, args.q + (tile.q_begin + tile.row0) * stride + tile.head * kKeyDim, stride, tile.rows());
     load_keys(steps - 1);
   }
   for (int step = steps - 1; step >= 0; --step) {

@@ -39,7 +39,7 @@ class PageWalk {
   __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece, bool passing)
       : args_(args), piece_(piece), passing_(passing), boxes_per_tile_(kTokenTile / args.box_tokens) {}
   // Row tiles share what they read.
-  __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece) : PageWalk(args, piece, args.row_tiles == 1) {}
+  __device__ PageWalk(const MlaDecodeArgs& args, const DecodePiece& piece) : PageWalk(args, piece, args.row_tiles * args.stacked == 1) {}
 
   // Tiles in ascending order, each once, by a whole warp.
   __device__ TileBoxes boxes(int tile) {
@@ -219,7 +219,7 @@ template <int kBlockRows, int kLatent, class Schedule>
 __device__ __forceinline__ void prefetch_next_query(const MlaDecodeArgs& args, const Schedule& schedule, DecodeShare share) {
   DecodePiece piece;
   if (!schedule.next(share, piece)) return;
-  const int row0 = schedule.row_tile * kBlockRows;
+  const int row0 = piece.row0;
   const int rows = min(piece.rows - row0, kBlockRows);
   constexpr int kRowBytes = (kLatent + 64) * 2;
   if (rows > 0) l2_prefetch(static_cast<const uint8_t*>(args.q) + (static_cast<int64_t>(piece.q_begin) * args.heads + row0) * kRowBytes, rows * kRowBytes);

@@ -225,7 +225,6 @@ __device__ __forceinline__ void compute(const MlaDecodeArgs& args, const DecodeS
   const int group_barrier = 1 + group;
   const int token_in_tile = warp * 16 + lane / 4;  // and + 8
   const int j = lane % 4;
-  const int row0 = schedule.row_tile * kRows;
   const int half_row0 = group * kHalfRows;  // of the rows whose softmax this warpgroup does
 
   const uint32_t query_low = descriptor_low(smem_address(shared.query) + first_chunk * (kRows * 128));
@@ -239,6 +238,7 @@ __device__ __forceinline__ void compute(const MlaDecodeArgs& args, const DecodeS
   int tile_count = 0;  // of the block, over all pieces
   DecodePiece piece;
   while (schedule.next(share, piece)) {
+    const int row0 = piece.row0;
     load_permuted_query<kRows, kLatent, kBoth>(args, row0, piece, shared.query, thread);
     fence_async_proxy();
     named_barrier_sync(kBothBarrier, kBoth);

@@ -51,7 +51,6 @@ __global__ void __launch_bounds__(384, 1)
 
   const ChunkRing<kChunks, kSlots, TokenChunks<kLatent>::kMissing> ring{smem_address(ring_data), smem_address(barriers)};
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
-  const int row0 = schedule.row_tile * kRows;
 
   if (threadIdx.x / 32 == 1) ring.init(4);  // the four warps of the warpgroup that owns the tile
   if (threadIdx.x / 32 == 2) prefetch_block_table(args);
@@ -87,6 +86,7 @@ __global__ void __launch_bounds__(384, 1)
     PhasedBarrier tops_ready{smem_address(barriers) + ring.kBarriers * 8 + group * 8};
 
     while (schedule.next(share, piece)) {
+      const int row0 = piece.row0;
       load_query<kRows, kLatent, kLatent + 64, kConsumers>(args, row0, piece, query, thread);
       fence_async_proxy();
       named_barrier_sync(kConsumerBarrier, kConsumers);

@@ -108,7 +108,6 @@ __global__ void __launch_bounds__(384, 1)
 
   const SharedRing ring{smem_address(ring_data), smem_address(barriers)};
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
-  const int row0 = schedule.row_tile * kRows;
 
   if (threadIdx.x / 32 == 1) ring.init();
   if (threadIdx.x / 32 == 2) prefetch_block_table(args);
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(384, 1)
     int use = 0;
     while (schedule.next(share, piece)) {
       // Long streams are a little faster where L2 treats them like anything else, short ones where it keeps code and partial results.
-      PageWalk<Logits> walk(args, piece, args.row_tiles == 1 && share.units <= 32);
+      PageWalk<Logits> walk(args, piece, args.row_tiles * args.stacked == 1 && share.units <= 32);
       for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
         const TileBoxes boxes = walk.boxes(tile);
         if (((tile - piece.tile_begin) & 1) != buffer) continue;
@@ -171,6 +170,7 @@ __global__ void __launch_bounds__(384, 1)
     int uses[2] = {0, 0};  // of each tile buffer
 
     while (schedule.next(share, piece)) {
+      const int row0 = piece.row0;
       load_query<kRows, kLatent, kLatent + 64, kConsumers>(args, row0, piece, query, thread);
       fence_async_proxy();
       named_barrier_sync(kConsumerBarrier, kConsumers);
@@ -402,8 +402,9 @@ __global__ void __launch_bounds__(384, 1)
 
 DecodeKernel sm90_mla_decode_shared_kernel(int latent, int, LogitKind logits) {
   if (latent != SharedShape::kLatent) return {};
-  const void* function = logits == LogitKind::plain ? reinterpret_cast<const void*>(&sm90_mla_decode_shared<PlainLogits>)
-                                                    : reinterpret_cast<const void*>(&sm90_mla_decode_shared<VariantLogits>);
+  const void* function = logits == LogitKind::plain   ? reinterpret_cast<const void*>(&sm90_mla_decode_shared<PlainLogits>)
+                         : logits == LogitKind::chunk ? reinterpret_cast<const void*>(&sm90_mla_decode_shared<ChunkLogits>)
+                                                      : reinterpret_cast<const void*>(&sm90_mla_decode_shared<VariantLogits>);
   return {function, SharedShape::kRows, SharedShape::kSharedBytes, SharedShape::kThreads, true, 1, SharedShape::kRun};
 }
 

@@ -69,7 +69,6 @@ __global__ void __launch_bounds__(384, 1)
 
   const ChunkRing<kChunks, kSlots, TokenChunks<kLatent>::kMissing> ring{smem_address(ring_data), smem_address(barriers)};
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
-  const int row0 = schedule.row_tile * kRows;
 
   if (threadIdx.x / 32 == 1) ring.init(kSplitRows ? 8 : 4);
   if (threadIdx.x / 32 == 2) prefetch_block_table(args);
@@ -96,7 +95,6 @@ __global__ void __launch_bounds__(384, 1)
     const int group_barrier = 1 + group;
     constexpr int kConsumerBarrier = 3, kTurn = 4, kConsumers = 256;  // kTurn + warpgroup: its turn at the tensor cores
     const uint32_t query_address = smem_address(query) + (kSplitRows ? group * 64 * 128 : 0);
-    const int group_row0 = row0 + (kSplitRows ? group * 64 : 0);
     const int thread_row = warp * 16 + lane / 4;  // and + 8; within the warpgroup's 64
 
     int splits = 0;
@@ -104,6 +102,7 @@ __global__ void __launch_bounds__(384, 1)
     if (kSplitRows && group == 1) named_barrier_arrive(kTurn, kConsumers);
 
     while (schedule.next(share, piece)) {
+      const int row0 = piece.row0, group_row0 = row0 + (kSplitRows ? group * 64 : 0);
       uint32_t rope_query[4][4];
       load_rope_query<kLatent>(args, piece, group_row0 + thread_row, rope_query);
       load_query<kRows, kLatent, Shape::kQueryColumns, kConsumers>(args, row0, piece, query, thread);
@@ -363,8 +362,11 @@ namespace {
 
 template <int kLatent, int kRows>
 DecodeKernel describe(LogitKind logits) {
-  const void* function = logits == LogitKind::plain ? reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, PlainLogits>)
-                                                    : reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, VariantLogits>);
+  const void* function = reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, VariantLogits>);
+  if (logits == LogitKind::plain) function = reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, PlainLogits>);
+  if constexpr (kRows == 128) {
+    if (logits == LogitKind::chunk) function = reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, ChunkLogits>);
+  }
   return {function, kRows, TileShape<kLatent, kRows>::kSharedBytes, TileShape<kLatent, kRows>::kThreads, true};
 }
 

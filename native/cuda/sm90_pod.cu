@@ -17,13 +17,14 @@ constexpr int pod_data_bytes() {
 
 template <int kLatent, int kRows>
 __global__ void __launch_bounds__(PrefillShape::kThreads, 1)
-    sm90_pod(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+    sm90_pod(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap k_rope_map,
+             const __grid_constant__ CUtensorMap v_map,
              const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ PrefillArgs prefill_args, const __grid_constant__ MlaDecodeArgs decode_args,
              const __grid_constant__ PodCosts costs) {
   extern __shared__ uint8_t shared_raw[];
   uint8_t* shared = shared_raw + ((1024 - (smem_address(shared_raw) & 1023)) & 1023);
   uint8_t* control = shared + pod_data_bytes<kLatent, kRows>();
-  int* first = reinterpret_cast<int*>(control + kPodDecodeControlBytes + 256);
+  uint16_t* first = reinterpret_cast<uint16_t*>(control + kPodDecodeControlBytes + 256);
   int* counters = prefill_args.counter;  // [0] prefill tiles drawn, [1] decode items drawn, [2] blocks that are through
 
   const PrefillShared prefill(shared, control + kPodDecodeControlBytes);
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(PrefillShape::kThreads, 1)
           if (loader) decode.load(kv_map);
           else decode.draw();
         } else {
-          if (threadIdx.x == 0) load_prefill_tiles(prefill_args, {q_map, k_map, v_map}, prefill);
+          if (threadIdx.x == 0) load_prefill_tiles(prefill_args, {q_map, k_map, k_rope_map, v_map}, prefill);
           __syncwarp();
         }
         if (phase == 0) named_barrier_sync(kSwitchBarrier, kSwitching);

@@ -5,6 +5,7 @@
 // TMA boxes, and whoever finishes the last part of a sequence reduces it, so that no block ever waits for another.
 #pragma once
 
+#include "sm90_column_softmax.cuh"
 #include "sm90_mla_decode.cuh"
 #include "sm90_pod_items.cuh"
 
@@ -33,7 +34,7 @@ class PodDecode {
   static constexpr int kGroupChunks = Shape::kGroupChunks;
   static constexpr int kGroups = Shape::kGroups;
   static constexpr int kSlots = Shape::kSlots;
-  static constexpr int kColumnBlocks = kRows / 8;
+  static constexpr int kThreadRows = kRows / 4;
   static constexpr int kConsumerBarrier = 6, kConsumers = 256;
 
  public:
@@ -47,12 +48,13 @@ class PodDecode {
         empty_(full_ + kSlots * 16),
         item_full_(full_ + kSlots * 24),
         item_empty_(item_full_ + 8),
-        pages_(reinterpret_cast<int*>(control + 2048)),
+        tops_ready_(item_full_ + 16),
+        pages_(reinterpret_cast<int*>(control + 256)),
         piece_(reinterpret_cast<PodPiece*>(control + 384)),
         last_(reinterpret_cast<int*>(control + 448)),
         warp_values_(reinterpret_cast<float*>(control + 512)),
         row_values_(warp_values_ + 2 * 4 * kRows) {
-    static_assert(kSlots * 24 + 16 <= 384 && 512 + (2 * 4 + 4) * kRows * 4 <= 2048 && 2048 + 128 <= kPodDecodeControlBytes && sizeof(PodPiece) <= 64);
+    static_assert(kSlots * 24 + 32 <= 256 && 512 + (2 * 4 + 4) * kRows * 4 <= kPodDecodeControlBytes && sizeof(PodPiece) <= 64);
   }
 
   // By one thread, before a barrier of the block.
@@ -62,6 +64,8 @@ class PodDecode {
       mbarrier_init(full_ + i * 16 + 8, 1);
       mbarrier_init(empty_ + i * 8, 4);  // the warps of the warpgroup that has the tile
     }
+    mbarrier_init(tops_ready_, 128);
+    mbarrier_init(tops_ready_ + 8, 128);
     mbarrier_init(item_full_, 32);
     mbarrier_init(item_empty_, kConsumers + 32);
     mbarrier_init_fence();
@@ -143,12 +147,13 @@ class PodDecode {
     const int thread = threadIdx.x - 128;
     const int group = warp_uniform(thread / 128);
     int count = 0;  // groups of chunks of earlier items
+    PhasedBarrier tops_ready{tops_ready_ + group * 8};
     for (int drawn = 0;; ++drawn) {
       mbarrier_wait(item_full_, drawn & 1);
       const PodPiece piece = *piece_;
       mbarrier_arrive(item_empty_);
       if (piece.sequence < 0) break;
-      compute_item(piece, thread, group, count);
+      compute_item(piece, thread, group, count, tops_ready);
     }
   }
 
@@ -176,7 +181,7 @@ class PodDecode {
     else wgmma_wait<2>();
   }
 
-  __device__ __forceinline__ void compute_item(const PodPiece& piece, int thread, int group, int& count) const {
+  __device__ __forceinline__ void compute_item(const PodPiece& piece, int thread, int group, int& count, PhasedBarrier& tops_ready) const {
     using Mma = Wgmma<kRows>;
     const int in_group = thread % 128, warp = in_group / 32, lane = in_group % 32;
     const int group_barrier = 1 + group;
@@ -193,12 +198,7 @@ class PodDecode {
     for (int c = 0; c < kLatentChunks; ++c)
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) out[c][i] = 0.0f;
-    float maximum[kColumnBlocks * 2], sum[kColumnBlocks * 2];
-#pragma unroll
-    for (int i = 0; i < kColumnBlocks * 2; ++i) {
-      maximum[i] = -INFINITY;
-      sum[i] = 0.0f;
-    }
+    ColumnSoftmax<kRows> softmax;
     const int tiles = piece.tile_end - piece.tile_begin;
     const int unmasked_tokens = limit(piece, piece.row0);  // the first row sees the fewest
 
@@ -230,79 +230,19 @@ class PodDecode {
       const int token0 = (piece.tile_begin + t) * kTokenTile;
       const int token = token0 + warp * 16 + lane / 4;
       if (token0 + kTokenTile > unmasked_tokens) {
-#pragma unroll
-        for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int visible = limit(piece, piece.row0 + n * 8 + (lane % 4) * 2 + j);
-            if (token >= visible) logits[n * 4 + j] = -INFINITY;
-            if (token + 8 >= visible) logits[n * 4 + 2 + j] = -INFINITY;
-          }
+        mask_columns<kRows>(logits, token, lane, [&](int row) { return limit(piece, piece.row0 + row); });
       }
 
-      // The reference of the exponent moves only when a logit exceeds it by 2^8; until then no reduction over tokens is needed.
-      bool exceeds = false;
+      if (named_barrier_any(group_barrier, 128, softmax.exceeded(logits, args_.softmax_scale_log2))) {
+        softmax.publish_tops(logits, args_.softmax_scale_log2, group_warp_values + warp * kRows, lane);
+        tops_ready.arrive_and_wait();
+        float factor[kThreadRows];
+        softmax.move(group_warp_values, lane, factor);
 #pragma unroll
-      for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float top = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * args_.softmax_scale_log2;
-          exceeds |= top > maximum[n * 2 + j] + 8.0f;
-        }
-      if (named_barrier_any(group_barrier, 128, exceeds)) {
-#pragma unroll
-        for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float value = fmaxf(logits[n * 4 + j], logits[n * 4 + 2 + j]) * args_.softmax_scale_log2;
-#pragma unroll
-            for (int d = 4; d < 32; d *= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, d));
-            if (lane < 4) group_warp_values[warp * kRows + n * 8 + lane * 2 + j] = value;
-          }
-        named_barrier_sync(group_barrier, 128);
-#pragma unroll
-        for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int row = n * 8 + (lane % 4) * 2 + j;
-            float value = maximum[n * 2 + j];
-#pragma unroll
-            for (int w = 0; w < 4; ++w) value = fmaxf(value, group_warp_values[w * kRows + row]);
-            const float factor = value == -INFINITY ? 1.0f : exp2_approx(maximum[n * 2 + j] - value);
-            maximum[n * 2 + j] = value;
-            sum[n * 2 + j] *= factor;
-#pragma unroll
-            for (int c = 0; c < kLatentChunks; ++c) {
-              out[c][n * 4 + j] *= factor;
-              out[c][n * 4 + 2 + j] *= factor;
-            }
-          }
+        for (int c = 0; c < kLatentChunks; ++c) scale_columns<kRows>(out[c], factor);
       }
-
-      // Probabilities, as [row][token] for the second product.
-#pragma unroll
-      for (int n = 0; n < kColumnBlocks; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float reference = maximum[n * 2 + j] == -INFINITY ? 0.0f : maximum[n * 2 + j];
-#pragma unroll
-          for (int half = 0; half < 4; half += 2) {
-            const float p = exp2_approx(fmaf(logits[n * 4 + half + j], args_.softmax_scale_log2, -reference));
-            logits[n * 4 + half + j] = p;
-            sum[n * 2 + j] += p;
-          }
-        }
-      {
-        // Matrix i of a store: token half i % 2 of column block n + i / 2.
-        const int matrix = lane / 8, row_in_block = lane % 8;
-        const int unit = 2 * warp + matrix % 2;
-        const uint32_t row_address = probs_address + row_in_block * 128 + ((unit ^ row_in_block) << 4);
-#pragma unroll
-        for (int n = 0; n < kColumnBlocks; n += 2) {
-          stmatrix_x4_trans(row_address + (n + matrix / 2) * 1024, pack_bf16(logits[n * 4], logits[n * 4 + 1]), pack_bf16(logits[n * 4 + 2], logits[n * 4 + 3]),
-                            pack_bf16(logits[n * 4 + 4], logits[n * 4 + 5]), pack_bf16(logits[n * 4 + 6], logits[n * 4 + 7]));
-        }
-      }
+      softmax.exponentiate(logits, args_.softmax_scale_log2);
+      store_probabilities<kRows>(logits, probs_address, warp, lane);
       if (token0 + kTokenTile > piece.kv_len) {
         for (int c = 0; c < kLatentChunks; ++c) {
           zero_chunk_tail<128>(group_address(slot_of(c / kGroupChunks)) + c % kGroupChunks * kChunkBytes, piece.kv_len - token0, in_group);
@@ -338,34 +278,34 @@ class PodDecode {
     }
     count += tiles * kGroups;
 
+    if (group == 1 && tiles % 2 == 1) {  // as many barriers as the other warpgroup met in its last tile, see tops_ready in the narrow kernel
+      named_barrier_sync(group_barrier, 128);
+      named_barrier_sync(group_barrier, 128);
+    }
+
     // Join the two warpgroups: sums over lanes and warps, then one common reference.
+    softmax.publish_sums(group_warp_values + warp * kRows, lane);
+    if (warp == 0 && lane < 4) {
 #pragma unroll
-    for (int i = 0; i < kColumnBlocks * 2; ++i) {
-#pragma unroll
-      for (int d = 4; d < 32; d *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
-      if (lane < 4) {
-        const int row = (i / 2) * 8 + lane * 2 + i % 2;
-        group_warp_values[warp * kRows + row] = sum[i];
-        if (warp == 0) row_values_[group * kRows + row] = maximum[i];
-      }
+      for (int i = 0; i < kThreadRows; ++i) row_values_[group * kRows + softmax.row_of(i, lane)] = softmax.maximum[i];
     }
     named_barrier_sync(kConsumerBarrier, kConsumers);
     const bool is_split = piece.participants > 1;
-    float factor[kColumnBlocks * 2];
+    float factor[kThreadRows];
 #pragma unroll
-    for (int i = 0; i < kColumnBlocks * 2; ++i) {
-      const int row = (i / 2) * 8 + (lane % 4) * 2 + i % 2;
+    for (int i = 0; i < kThreadRows; ++i) {
+      const int row = softmax.row_of(i, lane);
       const float top = fmaxf(row_values_[row], row_values_[kRows + row]);
       const float reference = top == -INFINITY ? 0.0f : top;
-      factor[i] = exp2_approx(maximum[i] - reference);
+      factor[i] = exp2_approx(softmax.maximum[i] - reference);
       float total[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int g = 0; g < 2; ++g)
 #pragma unroll
         for (int w = 0; w < 4; ++w) total[g] += warp_values_[(g * 4 + w) * kRows + row];
-      maximum[i] = top;
-      sum[i] = total[0] * exp2_approx(row_values_[row] - reference) + total[1] * exp2_approx(row_values_[kRows + row] - reference);
-      if (!is_split) factor[i] *= sum[i] > 0.0f ? __fdividef(1.0f, sum[i]) : 0.0f;
+      softmax.maximum[i] = top;
+      softmax.sum[i] = total[0] * exp2_approx(row_values_[row] - reference) + total[1] * exp2_approx(row_values_[kRows + row] - reference);
+      if (!is_split) factor[i] *= softmax.sum[i] > 0.0f ? __fdividef(1.0f, softmax.sum[i]) : 0.0f;
     }
 
     // Two chunks at a time: each warpgroup keeps one of them and gives the other away.
@@ -404,13 +344,13 @@ class PodDecode {
     }
     if (group == 0 && warp == 0 && lane < 4) {
 #pragma unroll
-      for (int i = 0; i < kColumnBlocks * 2; ++i) {
-        const int row = (i / 2) * 8 + lane * 2 + i % 2;
+      for (int i = 0; i < kThreadRows; ++i) {
+        const int row = softmax.row_of(i, lane);
         if (row >= rows) continue;
         if (is_split) {
-          args_.partial_sum[part * kRows + row] = make_float2(maximum[i], sum[i]);
+          args_.partial_sum[part * kRows + row] = make_float2(softmax.maximum[i], softmax.sum[i]);
         } else if (args_.lse) {
-          args_.lse[out_row0 + row] = sum[i] > 0.0f ? (maximum[i] + log2f(sum[i])) * 0.6931471805599453f : -INFINITY;
+          args_.lse[out_row0 + row] = softmax.sum[i] > 0.0f ? (softmax.maximum[i] + log2f(softmax.sum[i])) * 0.6931471805599453f : -INFINITY;
         }
       }
     }
@@ -488,6 +428,7 @@ class PodDecode {
   uint32_t full_;   // [kSlots][odd or even use]
   uint32_t empty_;  // [kSlots]
   uint32_t item_full_, item_empty_;
+  uint32_t tops_ready_;  // [2 warpgroups]
   int* pages_;  // of the item's first 32 boxes
   PodPiece* piece_;
   int* last_;

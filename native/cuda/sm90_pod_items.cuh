@@ -9,20 +9,21 @@ namespace tpla::cuda {
 
 constexpr int kMostSequences = 1024;  // of decode
 constexpr int kMostParts = 32;        // of one sequence
-constexpr int kItems = 384;           // about so many, more by at most one a sequence
+constexpr int kItems = 512;           // at most, more by at most one a sequence
+constexpr int kShrink = 96;           // a part is this fraction of all tiles that are left, so that items shrink towards the end
 constexpr int kLeastPartTiles = 8;
-constexpr int kPodDecodeControlBytes = 2304;
-constexpr int kPodControlBytes = kPodDecodeControlBytes + 256 /* prefill */ + (kMostSequences + 1) * 4 + 60 /* PodItems */;
+constexpr int kPodDecodeControlBytes = 2048;
+constexpr int kPodControlBytes = kPodDecodeControlBytes + 256 /* prefill */ + (kMostSequences + 2) * 2 /* PodItems */;
 
 struct PodCosts {
   float decode_tile;        // nanoseconds a multiprocessor takes for a tile of 64 tokens
-  float prefill_block;      // and for 128 query rows × 128 keys
+  float prefill_block;      // for 128 query rows × 128 keys
+  float prefill_tile;       // and for 128 query rows, however many keys
   int most_decode;          // multiprocessors that saturate memory with decode
   int decode_first;         // 0: from the costs
 };
 
 struct PodPiece : DecodePiece {
-  int row0;        // of the sequence's rows
   int first_item;  // of the sequence, times row tiles, plus this row tile
   int row_tiles;
   int arrival;
@@ -31,16 +32,18 @@ struct PodPiece : DecodePiece {
 };
 
 struct PodItems {
-  const int* first;  // shared memory, [sequences + 1]: items before each sequence
-  int part_tiles;
+  const uint16_t* first;  // shared memory, [sequences + 1]: items before each sequence
   int* counter;
 
   __device__ static int tiles(const MlaDecodeArgs& args, int sequence) { return (args.kv_lens[sequence] + kTokenTile - 1) / kTokenTile; }
   __device__ static int query_tokens(const MlaDecodeArgs& args, int sequence) {
     return args.q_indptr ? args.q_indptr[sequence + 1] - args.q_indptr[sequence] : args.q_tokens;
   }
-  // A sequence without tokens is one item that writes zeros.
-  __device__ static int parts(int tiles, int part_tiles) { return min(max((tiles + part_tiles - 1) / part_tiles, 1), kMostParts); }
+  // `left`: tiles of this and all later sequences. A sequence without tokens is one item that writes zeros.
+  __device__ static int parts(int tiles, int left, int all) {
+    const int part_tiles = max(max((left + kShrink - 1) / kShrink, (all + kItems - 1) / kItems), kLeastPartTiles);
+    return min(max((tiles + part_tiles - 1) / part_tiles, 1), kMostParts);
+  }
 
   // False past the last item. Tickets of one item's row tiles follow each other, so that all but the first find the tokens in L2.
   __device__ bool find(const MlaDecodeArgs& args, int ticket, int block_rows, PodPiece& piece) const {
@@ -70,34 +73,10 @@ struct PodItems {
   }
 };
 
-// Sum over the block; `scratch`: an int a warp. Ends with a barrier.
-__device__ inline int block_sum(int value, int* scratch) {
-  value = __reduce_add_sync(~0u, value);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  int total = 0;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) total += scratch[w];
-  __syncthreads();
-  return total;
-}
-
-// All threads of the block call this. `first` (shared memory, sequences + 1 ints) is filled; true where this multiprocessor begins with decode.
-__device__ inline bool plan_pod(const PrefillArgs& prefill, const MlaDecodeArgs& decode, const PodCosts& costs, int* counter, int* first, PodItems& items) {
-  __shared__ int scratch[16];
-  const int threads = blockDim.x, thread = threadIdx.x;
-  const int per_thread = (decode.batch + threads - 1) / threads;
-  const int begin = min(thread * per_thread, decode.batch), end = min(begin + per_thread, decode.batch);
-  int own = 0;
-  for (int i = begin; i < end; ++i) own += PodItems::tiles(decode, i);
-  const int decode_tiles = block_sum(own, scratch);
-
-  items.first = first;
-  items.counter = counter;
-  items.part_tiles = max((decode_tiles + kItems - 1) / kItems, kLeastPartTiles);
-  own = 0;
-  for (int i = begin; i < end; ++i) own += PodItems::parts(PodItems::tiles(decode, i), items.part_tiles);
-  int inclusive = own;
-  const int lane = thread % 32, warp = thread / 32;
+// Sum over the block, and over the threads before this one; `scratch`: an int a warp. Ends with a barrier.
+__device__ inline int block_sum(int value, int* scratch, int* before = nullptr) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int inclusive = value;
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
     const int other = __shfl_up_sync(~0u, inclusive, d);
@@ -105,23 +84,53 @@ __device__ inline bool plan_pod(const PrefillArgs& prefill, const MlaDecodeArgs&
   }
   if (lane == 31) scratch[warp] = inclusive;
   __syncthreads();
-  int position = inclusive - own;
-  for (int w = 0; w < warp; ++w) position += scratch[w];
-  for (int i = begin; i < end; ++i) {
-    first[i] = position;
-    position += PodItems::parts(PodItems::tiles(decode, i), items.part_tiles);
+  int total = 0, of_warps_before = 0;
+  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
+    if (w == warp) of_warps_before = total;
+    total += scratch[w];
   }
-  if (thread == threads - 1) first[decode.batch] = position;
+  if (before) *before = of_warps_before + inclusive - value;
+  __syncthreads();
+  return total;
+}
+
+// All threads of the block call this. `first` (shared memory, sequences + 1 numbers) is filled; true where this multiprocessor begins with decode.
+__device__ inline bool plan_pod(const PrefillArgs& prefill, const MlaDecodeArgs& decode, const PodCosts& costs, int* counter, uint16_t* first, PodItems& items) {
+  __shared__ int scratch[16];
+  const int threads = blockDim.x, thread = threadIdx.x;
+  const int per_thread = (decode.batch + threads - 1) / threads;
+  const int begin = min(thread * per_thread, decode.batch), end = min(begin + per_thread, decode.batch);
+  int own = 0, tiles_before, items_before;
+  for (int i = begin; i < end; ++i) own += PodItems::tiles(decode, i);
+  const int decode_tiles = block_sum(own, scratch, &tiles_before);
+
+  // Adds up the parts of this thread's sequences, and says where each begins.
+  const auto count_parts = [&](auto begins_at) {
+    int count = 0, left = decode_tiles - tiles_before;
+    for (int i = begin; i < end; ++i) {
+      const int tiles = PodItems::tiles(decode, i);
+      begins_at(i, count);
+      count += PodItems::parts(tiles, left, decode_tiles);
+      left -= tiles;
+    }
+    return count;
+  };
+  items.first = first;
+  items.counter = counter;
+  const int all_items = block_sum(count_parts([](int, int) {}), scratch, &items_before);
+  count_parts([&](int i, int before) { first[i] = static_cast<uint16_t>(items_before + before); });
+  if (thread == threads - 1) first[decode.batch] = static_cast<uint16_t>(all_items);
   __syncthreads();
 
   // Multiprocessors in proportion to the work, but no more for decode than memory can serve.
-  int blocks = 0;
+  int blocks = 0, tiles = 0;
   for (int i = thread; i < prefill.batch; i += threads) {
     const int q_len = prefill.q_indptr[i + 1] - prefill.q_indptr[i], kv_len = prefill.kv_indptr[i + 1] - prefill.kv_indptr[i];
     const int mean_keys = prefill.causal ? max(kv_len - q_len / 2, kv_len / 2) : kv_len;
-    blocks += (q_len + kPrefillRows - 1) / kPrefillRows * (mean_keys / 128 + 1);
+    tiles += (q_len + kPrefillRows - 1) / kPrefillRows;
+    blocks += (q_len + kPrefillRows - 1) / kPrefillRows * (mean_keys / 128);
   }
-  const float prefill_ns = costs.prefill_block * block_sum(blocks, scratch) * prefill.heads;
+  const float prefill_ns = (costs.prefill_block * block_sum(blocks, scratch) + costs.prefill_tile * block_sum(tiles, scratch)) * prefill.heads;
   const float decode_ns = costs.decode_tile * decode_tiles * decode.row_tiles;
   const int all = gridDim.x;
   int decoding = costs.decode_first;

@@ -65,7 +65,8 @@ struct PrefillShared {
 
 struct PrefillMaps {
   const CUtensorMap& q;
-  const CUtensorMap& k;
+  const CUtensorMap& k;       // all columns but the last 64
+  const CUtensorMap& k_rope;
   const CUtensorMap& v;
 };
 
@@ -74,6 +75,7 @@ __device__ inline int key_blocks(const PrefillTile& tile) { return (tile.keys + 
 // By one thread.
 __device__ __forceinline__ void load_prefill_tiles(const PrefillArgs& args, const PrefillMaps& maps, const PrefillShared& s) {
   using Shape = PrefillShape;
+  constexpr int kOwnChunks = (kPrefillKeyDim - kPrefillRopeDim) / 64;
   const int tiles = args.tiles();
   int keys_loaded = 0, values_loaded = 0, drawn = 0;
   for (;;) {
@@ -97,7 +99,9 @@ __device__ __forceinline__ void load_prefill_tiles(const PrefillArgs& args, cons
       ++keys_loaded;
       mbarrier_wait(s.keys_empty + stage * 8, (use & 1) ^ 1);
       mbarrier_arrive_expect_bytes(s.keys_full + stage * 8, Shape::kKeyBytes);
-      tma_load_4d(s.keys + stage * Shape::kKeyBytes, maps.k, s.keys_full + stage * 8, 0, tile.kv_begin + block * Shape::kBlockKeys, 0, tile.head);
+      const int token = tile.kv_begin + block * Shape::kBlockKeys;
+      tma_load_4d(s.keys + stage * Shape::kKeyBytes, maps.k, s.keys_full + stage * 8, 0, token, 0, tile.head);
+      tma_load_4d(s.keys + stage * Shape::kKeyBytes + kOwnChunks * Shape::kBlockBytes, maps.k_rope, s.keys_full + stage * 8, 0, token, 0, args.k_rope_head == 0 ? 0 : tile.head);
     };
     const auto load_values = [&](int block) {
       const int stage = values_loaded % Shape::kStages, use = values_loaded / Shape::kStages;
@@ -288,6 +292,7 @@ __device__ __forceinline__ void compute_prefill_tiles(const PrefillArgs& args, c
     release(s.query_empty);
   }
   if (group == 0) named_barrier_sync(kTurn, 256);  // the arrival that is still pending: leaves the barrier as it was found
+  else named_barrier_sync(group_barrier, 128);     // as many barriers as the other: racecheck orders what two warps did by how many each had met
 }
 
 }  // namespace tpla::cuda

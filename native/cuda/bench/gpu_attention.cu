@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "cuda/attention.h"
 #include "cuda/bench/gpu.h"
+#include "cuda/bench/gpu_chunk.h"
 #include "cuda/bench/gpu_decode.h"
 #include "cuda/bench/gpu_gqa.h"
 #include "cuda/bench/gpu_pod.h"
@@ -29,6 +30,7 @@ auto with_gpu(int device, Body&& body) {
 std::unique_ptr<GpuProblem> make_problem(const DecodeShape& shape, const RunOptions& options) { return make_gpu_decode(shape, options.seed, options.runs > 0); }
 std::unique_ptr<GpuProblem> make_problem(const GqaShape& shape, const RunOptions& options) { return make_gpu_gqa(shape, options.seed, options.runs > 0); }
 std::unique_ptr<GpuProblem> make_problem(const PrefillShape& shape, const RunOptions& options) { return make_gpu_prefill(shape, options.seed, options.runs > 0); }
+std::unique_ptr<GpuProblem> make_problem(const ChunkShape& shape, const RunOptions& options) { return make_gpu_chunk(shape, options.seed, options.runs > 0); }
 
 template <class Shape>
 Outcome run(int device, const Shape& shape, const RunOptions& options) {
@@ -74,6 +76,10 @@ std::string plan_on_gpu(int device, const PrefillShape& shape) {
   return with_gpu(device, [&] { return gpu_kernel_for(shape); });
 }
 
+std::string plan_on_gpu(int device, const ChunkShape& shape) {
+  return with_gpu(device, [&] { return gpu_kernel_for(shape); });
+}
+
 std::string plan_on_gpu(int device, const PodShape& shape) {
   return with_gpu(device, [&] { return gpu_kernel_for(shape); });
 }
@@ -81,15 +87,25 @@ std::string plan_on_gpu(int device, const PodShape& shape) {
 Outcome run_on_gpu(int device, const DecodeShape& shape, const RunOptions& options) { return run(device, shape, options); }
 Outcome run_on_gpu(int device, const GqaShape& shape, const RunOptions& options) { return run(device, shape, options); }
 Outcome run_on_gpu(int device, const PrefillShape& shape, const RunOptions& options) { return run(device, shape, options); }
+Outcome run_on_gpu(int device, const ChunkShape& shape, const RunOptions& options) { return run(device, shape, options); }
 
 Outcome run_on_gpu(int device, const PodShape& shape, const RunOptions& options) {
+  std::vector<Timing> none;
+  return run_on_gpu(device, shape, options, {}, none);
+}
+
+Outcome run_on_gpu(int device, const PodShape& shape, const RunOptions& options, const std::vector<int>& splits, std::vector<Timing>& of_splits) {
   return with_gpu(device, [&] {
     const auto problem = make_gpu_pod(shape, options.seed, options.runs > 0);
     Outcome outcome = run_problem(*problem, options);
     if (options.runs > 0) {
-      problem->run_serially();
+      std::vector<std::function<void()>> settings{[&] { problem->run_fused(shape.decode_multiprocessors); }, [&] { problem->run_serially(); }};
+      for (const int split : splits) settings.push_back([&problem, split] { problem->run_fused(split); });
       GpuStream stream;
-      outcome.serial = time_problem(*problem, options.runs, stream);
+      std::vector<Timing> timings = time_in_turns(*problem, settings, options.runs, stream);
+      outcome.timing = timings[0];
+      outcome.serial = timings[1];
+      of_splits.assign(timings.begin() + 2, timings.end());
     }
     return outcome;
   });

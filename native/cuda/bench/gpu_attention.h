@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <string>
+#include <vector>
 
 #include "bench/attention_shape.h"
 
@@ -26,11 +27,16 @@ Rates measure_gpu(int device);
 std::string plan_on_gpu(int device, const DecodeShape& shape);
 std::string plan_on_gpu(int device, const GqaShape& shape);
 std::string plan_on_gpu(int device, const PrefillShape& shape);
+std::string plan_on_gpu(int device, const ChunkShape& shape);
 std::string plan_on_gpu(int device, const PodShape& shape);
 
 Outcome run_on_gpu(int device, const DecodeShape& shape, const RunOptions& options);
 Outcome run_on_gpu(int device, const GqaShape& shape, const RunOptions& options);
 Outcome run_on_gpu(int device, const PrefillShape& shape, const RunOptions& options);
+Outcome run_on_gpu(int device, const ChunkShape& shape, const RunOptions& options);
 Outcome run_on_gpu(int device, const PodShape& shape, const RunOptions& options);
+
+// As run_on_gpu, then times each split: multiprocessors that begin with decode.
+Outcome run_on_gpu(int device, const PodShape& shape, const RunOptions& options, const std::vector<int>& splits, std::vector<Timing>& of_splits);
 
 }  // namespace tpla::bench

@@ -50,6 +50,10 @@ class GpuPod : public GpuPodProblem {
   int sets() const override { return std::max(decode_->sets(), prefill_->sets()); }
   std::vector<DeviceBuffer<uint8_t>*> outputs() override { return {decode_->outputs()[0], prefill_->outputs()[0]}; }
   void run_serially() override { serially_ = true; }
+  void run_fused(int decode_multiprocessors) override {
+    serially_ = false;
+    batch_.decode_multiprocessors = decode_multiprocessors;
+  }
 
   void launch(int set, cudaStream_t stream) override {
     if (!serially_) {

@@ -10,6 +10,8 @@ class GpuPodProblem : public GpuProblem {
  public:
   // From now on: prefill and decode one after the other, in two launches.
   virtual void run_serially() = 0;
+  // From now on: fused, with so many multiprocessors that begin with decode; 0: chosen on the device.
+  virtual void run_fused(int decode_multiprocessors) = 0;
 };
 
 // A prefill and a decode problem in one call.

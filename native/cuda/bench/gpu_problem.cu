@@ -1,6 +1,10 @@
 #include "cuda/bench/gpu_problem.h"
 
+#include <algorithm>
 #include <cmath>
+#include <memory>
+#include <numeric>
+#include <random>
 
 #include "core/error.h"
 
@@ -86,18 +90,54 @@ int calls_per_run(const GpuProblem& problem, double one_call_ms) {
   return rounds * problem.sets();
 }
 
+// Launches of a problem in one graph, which take the input sets in turn, set 0 last, whose result is known.
+class TimedCalls {
+ public:
+  TimedCalls(GpuProblem& problem, GpuStream& stream)
+      : sets_(problem.sets()), calls_(calls_per_run(problem, time_on_gpu(stream, 1, [&] { problem.launch(0, stream.get()); })[0])), graph_(stream, [&](cudaStream_t into) {
+          for (int i = 1; i <= calls_; ++i) problem.launch(i % sets_, into);
+        }) {}
+
+  void replay(GpuStream& stream) { graph_.replay(stream); }
+
+  // `times`: milliseconds of replays, sorted.
+  Timing timing(std::vector<double> times) const {
+    for (double& ms : times) ms /= calls_;
+    return {times[times.size() / 2], times.front(), times.back(), static_cast<int>(times.size()), calls_, sets_};
+  }
+
+ private:
+  const int sets_, calls_;
+  GpuGraph graph_;
+};
+
 }  // namespace
 
 Timing time_problem(GpuProblem& problem, int runs, GpuStream& stream) {
-  const double one_call_ms = time_on_gpu(stream, 1, [&] { problem.launch(0, stream.get()); })[0];
-  const int calls = calls_per_run(problem, one_call_ms);
-  // Set 0 last, whose result is known.
-  GpuGraph graph(stream, [&](cudaStream_t into) {
-    for (int i = 1; i <= calls; ++i) problem.launch(i % problem.sets(), into);
-  });
-  std::vector<double> times = time_on_gpu(stream, runs, [&] { graph.replay(stream); });
-  for (double& ms : times) ms /= calls;
-  return {times[times.size() / 2], times.front(), times.back(), runs, calls, problem.sets()};
+  TimedCalls calls(problem, stream);
+  return calls.timing(time_on_gpu(stream, runs, [&] { calls.replay(stream); }));
+}
+
+std::vector<Timing> time_in_turns(GpuProblem& problem, const std::vector<std::function<void()>>& settings, int runs, GpuStream& stream) {
+  std::vector<std::unique_ptr<TimedCalls>> calls;
+  for (const auto& set : settings) {
+    set();
+    calls.push_back(std::make_unique<TimedCalls>(problem, stream));
+  }
+  std::vector<std::vector<double>> times(settings.size());
+  std::vector<size_t> order(settings.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::mt19937 random(1);
+  for (int run = 0; run < runs; ++run) {
+    std::shuffle(order.begin(), order.end(), random);
+    for (const size_t i : order) times[i].push_back(time_on_gpu(stream, 1, [&] { calls[i]->replay(stream); })[0]);
+  }
+  std::vector<Timing> result;
+  for (size_t i = 0; i < settings.size(); ++i) {
+    std::sort(times[i].begin(), times[i].end());
+    result.push_back(calls[i]->timing(times[i]));
+  }
+  return result;
 }
 
 int sets_that_outgrow_l2(size_t bytes_per_set, size_t fixed_bytes) {

@@ -34,6 +34,10 @@ int sets_that_outgrow_l2(size_t bytes_per_set, size_t fixed_bytes);
 // Medians of graph replays in which calls take the input sets in turn, set 0 last.
 Timing time_problem(GpuProblem& problem, int runs, GpuStream& stream);
 
+// The same for each of several settings of one problem, in turns of random order: a GPU at its power limit slows down while it is measured, and
+// whoever came later, or after one that draws more power, would seem slower.
+std::vector<Timing> time_in_turns(GpuProblem& problem, const std::vector<std::function<void()>>& settings, int runs, GpuStream& stream);
+
 // Checks first, then times; the timed launches' last result must still have the checked bits.
 Outcome run_problem(GpuProblem& problem, const RunOptions& options);
 

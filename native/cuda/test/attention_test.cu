@@ -1,12 +1,17 @@
 // Checks the attention kernels on this machine's GPU without Node: for compute-sanitizer, ncu and cuda-gdb.
 //   attention_test decode COUNT SEED [sm80] [fp8]    random shapes against float64, ten launches each
 //   attention_test variants COUNT SEED [sm80] [fp8]  the same with softcap, window, ALiBi and block masks
+//   attention_test chunk COUNT SEED [sm80] [fp8]     5 to 512 query tokens, every fourth shape with variants
 //   attention_test gqa COUNT SEED              keys and values of their own; every second shape with variants
 //   attention_test prefill COUNT SEED [sm80]
+//   attention_test mla-chunk COUNT SEED [sm80]       chunks from queries to values, in both forms
+//   attention_test chunk-times RUNS            lines HEADS QTOKENS CACHED from standard input: both forms checked, then timed
 //   attention_test pod COUNT SEED              both at once
 //   attention_test time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]]
 //   attention_test time LATENT BATCH HEADS QTOKENS LEN[;LEN...] [fp8] [PAGE]
 //   attention_test times [RUNS [REPEATS]]      lines of the same fields from standard input, each checked, then timed
+//   attention_test pod-times RUNS [SPLIT...]   lines LATENT BATCH HEADS LEN PREFILL_HEADS PREFILL_LEN PREFILL_QTOKENS from standard input: checked, then
+//                                              two launches and one timed, then one with so many multiprocessors that begin with decode
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -80,6 +85,27 @@ static DecodeShape random_variant_decode(unsigned seed, KernelPath path, KvType 
   return shape;
 }
 
+// Chunks of many query tokens, some behind a cached prefix; every fourth with variants.
+static DecodeShape random_chunk(unsigned seed, KernelPath path, KvType kv) {
+  std::mt19937 random(seed * 17 + 3);
+  DecodeShape shape = random_decode(seed, path, kv);
+  const int heads[] = {1, 3, 8, 16, 24, 64, 128};
+  shape.heads = heads[random() % 7];
+  const int longest = std::min(512, 24000 / shape.heads);
+  const int batch = 1 + random() % 3;
+  const bool ragged = random() % 2;
+  const int q_tokens = 5 + random() % (longest - 4);
+  shape.q_lens.clear();
+  shape.kv_lens.clear();
+  for (int b = 0; b < batch; ++b) {
+    const int q_len = ragged ? random() % (q_tokens + 1) : q_tokens;
+    shape.q_lens.push_back(q_len);
+    shape.kv_lens.push_back(random() % 8 == 0 ? random() % (q_len + 1) : q_len + random() % (random() % 2 ? 300 : 2000));
+  }
+  if (seed % 4 == 0) shape.variants = random_variants(seed, shape.kv_lens);
+  return shape;
+}
+
 static GqaShape random_gqa(unsigned seed) {
   std::mt19937 random(seed * 31 + 5);
   const DecodeShape like = random_decode(seed, KernelPath::automatic, KvType::bf16);
@@ -112,6 +138,19 @@ static PrefillShape random_prefill(unsigned seed, KernelPath path = KernelPath::
     shape.q_lens.push_back(q_len);
     shape.kv_lens.push_back(random() % 2 ? q_len : random() % 6 == 0 ? random() % 100 : q_len + random() % 500);
   }
+  return shape;
+}
+
+static ChunkShape random_mla_chunk(unsigned seed, KernelPath path) {
+  const DecodeShape like = random_chunk(seed, path, KvType::bf16);
+  ChunkShape shape;
+  shape.q_lens = like.q_lens;
+  shape.kv_lens = like.kv_lens;
+  shape.heads = std::min(like.heads, 16);
+  shape.page_tokens = like.page_tokens;
+  shape.causal = like.causal;
+  shape.form = seed % 2 ? ChunkFormChoice::absorbed : ChunkFormChoice::unabsorbed;
+  shape.path = path;
   return shape;
 }
 
@@ -200,9 +239,60 @@ static int time_shapes(int runs, int repeats) {
   return failures != 0;
 }
 
+static int time_chunks(int runs) {
+  int failures = 0;
+  for (std::string line; std::getline(std::cin, line);) {
+    ChunkShape shape;
+    std::stringstream fields(line);
+    int q_tokens = 0, cached = 0;
+    fields >> shape.heads >> q_tokens >> cached;
+    shape.q_lens = {q_tokens};
+    shape.kv_lens = {cached + q_tokens};
+    double us[2];
+    bool ok = true;
+    double error = 0;
+    for (const ChunkFormChoice form : {ChunkFormChoice::absorbed, ChunkFormChoice::unabsorbed}) {
+      shape.form = form;
+      const Outcome outcome = run_on_gpu(0, shape, {1, 2, false, runs});
+      us[form == ChunkFormChoice::unabsorbed] = outcome.timing->median_ms * 1e3;
+      ok &= outcome.check->same_bits && outcome.check->worst_row < kErrorLimit && outcome.check->worst_lse < kLseLimit;
+      error = std::max(error, outcome.check->worst_row);
+    }
+    failures += !ok;
+    shape.form = ChunkFormChoice::automatic;
+    std::printf("%s %-16s absorbed %.1f us, un-absorbed %.1f (%.3f), error %.1e, chosen: %s\n", ok ? "ok  " : "FAIL", line.c_str(), us[0], us[1], us[1] / us[0], error, plan_on_gpu(0, shape).c_str());
+    std::fflush(stdout);
+  }
+  return failures != 0;
+}
+
+static int time_pods(int runs, const std::vector<int>& splits) {
+  int failures = 0;
+  for (std::string line; std::getline(std::cin, line);) {
+    PodShape shape;
+    std::stringstream fields(line);
+    int batch = 0, len = 0, prefill_len = 0, prefill_q_tokens = 0;
+    fields >> shape.decode.latent >> batch >> shape.decode.heads >> len >> shape.prefill.heads >> prefill_len >> prefill_q_tokens;
+    shape.decode.kv_lens.assign(batch, len);
+    shape.decode.q_lens.assign(batch, 1);
+    shape.prefill.kv_lens = {prefill_len};
+    shape.prefill.q_lens = {prefill_q_tokens};
+    std::vector<Timing> of_splits;
+    const Outcome outcome = run_on_gpu(0, shape, {1, 3, false, runs}, splits, of_splits);
+    const bool ok = outcome.check->same_bits && outcome.check->worst_row < kErrorLimit && outcome.check->worst_lse < kLseLimit;
+    failures += !ok;
+    const double serial = outcome.serial->median_ms;
+    std::printf("%s %-36s %s serial %.4f ms, chosen %.4f (%.3f)", ok ? "ok  " : "FAIL", line.c_str(), outcome.kernel.c_str(), serial, outcome.timing->median_ms, serial / outcome.timing->median_ms);
+    for (size_t i = 0; i < splits.size(); ++i) std::printf(", %d: %.4f (%.3f)", splits[i], of_splits[i].median_ms, serial / of_splits[i].median_ms);
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+  return failures != 0;
+}
+
 static int run(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
-  if ((mode == "decode" || mode == "variants" || mode == "gqa" || mode == "prefill" || mode == "pod") && argc >= 4) {
+  if ((mode == "decode" || mode == "variants" || mode == "chunk" || mode == "mla-chunk" || mode == "gqa" || mode == "prefill" || mode == "pod") && argc >= 4) {
     const int count = std::atoi(argv[2]), first = std::atoi(argv[3]);
     const std::vector<std::string> options(argv + 4, argv + argc);
     const auto given = [&](const char* name) { return std::find(options.begin(), options.end(), name) != options.end(); };
@@ -212,6 +302,8 @@ static int run(int argc, char** argv) {
     for (int seed = first; seed < first + count; ++seed) {
       if (mode == "decode") failures += !right(random_decode(seed, path, kv), seed);
       else if (mode == "variants") failures += !right(random_variant_decode(seed, path, kv), seed);
+      else if (mode == "mla-chunk") failures += !right(random_mla_chunk(seed, path), seed);
+      else if (mode == "chunk") failures += !right(random_chunk(seed, path, kv), seed);
       else if (mode == "gqa") failures += !right(random_gqa(seed), seed);
       else if (mode == "prefill") failures += !right(random_prefill(seed, path), seed);
       else failures += !right(random_pod(seed), seed);
@@ -221,8 +313,14 @@ static int run(int argc, char** argv) {
   }
   if (mode == "time-gqa" && argc >= 8) return time_gqa(argc, argv);
   if (mode == "time" && argc >= 7) return time_shape(argc, argv);
+  if (mode == "chunk-times" && argc >= 3) return time_chunks(std::atoi(argv[2]));
+  if (mode == "pod-times" && argc >= 3) {
+    std::vector<int> splits;
+    for (int i = 3; i < argc; ++i) splits.push_back(std::atoi(argv[i]));
+    return time_pods(std::atoi(argv[2]), splits);
+  }
   if (mode == "times") return time_shapes(argc > 2 ? std::atoi(argv[2]) : 20, argc > 3 ? std::atoi(argv[3]) : 3);
-  std::fprintf(stderr, "usage: attention_test decode|variants COUNT SEED [sm80] [fp8] | gqa COUNT SEED | prefill COUNT SEED [sm80] | pod COUNT SEED | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [fp8] [PAGE] | times [RUNS [REPEATS]]\n");
+  std::fprintf(stderr, "usage: attention_test decode|variants|chunk COUNT SEED [sm80] [fp8] | gqa COUNT SEED | prefill COUNT SEED [sm80] | mla-chunk COUNT SEED [sm80] | chunk-times RUNS | pod COUNT SEED | time-gqa HEAD_DIM BATCH HEADS KV_HEADS QTOKENS LEN [PAGE [nhd|hnd]] | time LATENT BATCH HEADS QTOKENS LENS [fp8] [PAGE] | times [RUNS [REPEATS]] | pod-times RUNS [SPLIT...]\n");
   return 2;
 }
 
