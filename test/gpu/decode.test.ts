@@ -31,6 +31,18 @@ test(`latent 288, which only kernels for compute capability 9.0 take: ${SHAPES_P
 });
 
 for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
+  test(`chunks of up to 512 query tokens, path ${path}: more rows than blocks take side by side`, async () => {
+    for (let seed = 1; seed <= 12; seed++) {
+      const draw = new Draw(seed * 311);
+      const qLens = Int32Array.from({ length: draw.integer(1, 3) }, () => draw.integer(5, 512));
+      const kvLens = qLens.map((len) => len + draw.integer(0, 1500));
+      const problem = randomDecode(draw, path, draw.of(LATENTS));
+      await mustBeRight({ ...problem, qLens, kvLens, heads: draw.of([8, 16, 40]) }, { seed, repeats: 4 });
+    }
+  });
+}
+
+for (const path of ['auto', 'sm80'] satisfies AttentionPath[]) {
   test(`logit variants, path ${path}: random shapes and combinations; what no query sees is NaN or does not exist`, async () => {
     for (let seed = 1; seed <= 60; seed++) {
       const draw = new Draw(seed * 77);
