@@ -7,13 +7,12 @@ import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { systemClock } from '../../src/clock.js';
 import { native } from '../../src/native/loader.js';
-import type { KvArena } from '../../src/native/types.js';
 import { decodeMessage, encodeMessage, type Message } from '../../src/transfer/messages.js';
 import { createHandoffReceiver } from '../../src/transfer/receiver.js';
 import { createHandoffSender } from '../../src/transfer/sender.js';
 import type { HandoffReceiver, HandoffTicket } from '../../src/transfer/types.js';
 import { Peer } from '../support/handoff_child.js';
-import { BIG, BIG_PAGES, BIG_TARGET, BIG_TOKENS } from '../support/handoff_fault_shapes.js';
+import { BIG, BIG_PAGES, BIG_TARGET, BIG_TARGET_PAGES, BIG_TOKENS, bigGrant, isPoisoned, poison } from '../support/handoff_fault_shapes.js';
 import { endpoint, failure, fillCanonical, findDifference, handshake, LAYERS, newArena, pageRange, sampled, smallLayout, stats, until } from '../support/handoff.js';
 import { openFds } from '../support/handoff_exercises.js';
 
@@ -21,19 +20,6 @@ const directory = mkdtempSync(join(tmpdir(), 'tpla-faults-'));
 test.after(() => rmSync(directory, { recursive: true }));
 let sockets = 0;
 const freshAddress = () => `unix:${join(directory, `${sockets++}.sock`)}`;
-
-const TARGET_PAGES = pageRange(0, BIG_PAGES / 2);
-const grant = (leaseMs = 60_000) => ({ tokens: BIG_TOKENS, pages: [TARGET_PAGES], leaseMs });
-
-function poison(arena: KvArena): void {
-  for (const rank of [0, 1]) for (let layer = 0; layer < BIG.layers; layer++) for (const page of TARGET_PAGES) arena.page(rank, layer, page).fill(0x5a);
-}
-
-function isPoisoned(arena: KvArena): boolean {
-  const expected = Buffer.alloc(arena.page(0, 0, 0).length, 0x5a);
-  for (const rank of [0, 1]) for (let layer = 0; layer < BIG.layers; layer++) for (const page of TARGET_PAGES) if (expected.compare(arena.page(rank, layer, page)) !== 0) return false;
-  return true;
-}
 
 const target = newArena(BIG_TARGET, BIG_PAGES);
 
@@ -51,7 +37,7 @@ for (const step of ['opened', 'pushing', 'pushed', 'committing']) {
     const fds = openFds();
     const peer = new Peer(['prefill', receiver.address, step]);
     await peer.line('ready');
-    const { ticket, committed, failing } = receiver.open(grant());
+    const { ticket, committed, failing } = receiver.open(bigGrant());
     let failedAt = 0;
     failing.addEventListener('abort', () => { failedAt = performance.now(); });
     peer.tell(ticket);
@@ -61,7 +47,7 @@ for (const step of ['opened', 'pushing', 'pushed', 'committing']) {
       await peer.kill();
       const outcome = await committed.then(() => 'committed', (error: { code: string }) => error.code);
       assert.ok(['committed', 'HANDOFF_FAILED'].includes(outcome), outcome);
-      if (outcome === 'committed') assert.is(findDifference(target, TARGET_PAGES, [0, 64], 1), null);
+      if (outcome === 'committed') assert.is(findDifference(target, BIG_TARGET_PAGES, [0, 64], 1), null);
     } else {
       const killedAt = performance.now();
       peer.child.kill('SIGKILL');
@@ -81,19 +67,19 @@ for (const step of ['opened', 'pushing', 'pushed', 'committing']) {
 test('a killed prefill is replaced by another one on the same receiver', () => withReceiver(async (receiver) => {
   const doomed = new Peer(['prefill', receiver.address, 'pushing']);
   await doomed.line('ready');
-  const lost = receiver.open(grant());
+  const lost = receiver.open(bigGrant());
   doomed.tell(lost.ticket);
   await doomed.line('pushing');
   await doomed.kill();
   await failure(lost.committed);
   const heir = new Peer(['prefill', receiver.address, 'none']);
   await heir.line('ready');
-  const { ticket, committed } = receiver.open(grant());
+  const { ticket, committed } = receiver.open(bigGrant());
   heir.tell(ticket);
   const commit = await committed;
   assert.is(commit.bytes, BIG_TOKENS[1] * BIG.layers * 2 * 640);
-  assert.is(findDifference(target, TARGET_PAGES, [0, 200], 1), null);
-  assert.is(findDifference(target, TARGET_PAGES, [BIG_TOKENS[1] - 100, BIG_TOKENS[1]], 1), null);
+  assert.is(findDifference(target, BIG_TARGET_PAGES, [0, 200], 1), null);
+  assert.is(findDifference(target, BIG_TARGET_PAGES, [BIG_TOKENS[1] - 100, BIG_TOKENS[1]], 1), null);
   await heir.kill();
 }));
 
@@ -102,7 +88,7 @@ test('prefill is stopped in the middle of writing: its lease runs out, and not o
   await peer.line('ready');
   let caught = 0;
   for (let round = 0; round < 30 && caught < 4; round++) {
-    const { ticket, committed, failing } = receiver.open(grant(250));
+    const { ticket, committed, failing } = receiver.open(bigGrant(250));
     let outcome = '';
     void committed.then(() => { outcome = 'committed'; }, (error: { code: string }) => { outcome = error.code; });
     peer.lines.length = 0;
@@ -177,11 +163,11 @@ const hasNamespaces = spawnSync(NAMESPACES[0]!, [...NAMESPACES.slice(1), 'true']
 (hasNamespaces ? test : test.skip)('prefill in another network and PID namespace hands off the same way', () => withReceiver(async (receiver) => {
   const peer = new Peer(['prefill', receiver.address, 'none'], NAMESPACES);
   await peer.line('ready');
-  const { ticket, committed } = receiver.open(grant());
+  const { ticket, committed } = receiver.open(bigGrant());
   peer.tell(ticket);
   assert.is((await committed).path, 'shm');
-  assert.is(findDifference(target, TARGET_PAGES, [0, 200], 1), null);
-  const second = receiver.open(grant());
+  assert.is(findDifference(target, BIG_TARGET_PAGES, [0, 200], 1), null);
+  const second = receiver.open(bigGrant());
   peer.child.kill('SIGKILL');
   await peer.ended;
   receiver.cancel(second.ticket.session);

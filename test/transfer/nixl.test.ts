@@ -8,16 +8,16 @@ import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import { systemClock } from '../../src/clock.js';
 import { native } from '../../src/native/loader.js';
-import type { KvArena, KvLayout, Nixl } from '../../src/native/types.js';
+import type { KvLayout, Nixl } from '../../src/native/types.js';
 import { describeNixl, findNixl, nixlVersion, openNixl } from '../../src/transfer/nixl.js';
 import { createHandoffReceiver } from '../../src/transfer/receiver.js';
 import { createHandoffSender } from '../../src/transfer/sender.js';
-import type { HandoffReceiver, HandoffTicket, TransferPath } from '../../src/transfer/types.js';
+import type { TransferPath } from '../../src/transfer/types.js';
 import { tpla } from '../support/cli.js';
-import { endpoint, failure, fillCanonical, findDifference, LAYERS, newArena, pageRange, smallLayout, stats, until } from '../support/handoff.js';
-import { cancelInTheMiddle, landPrompt, openFds, SOURCE_PAGES, TARGET_PAGES, threads, TOKENS, VIEWS } from '../support/handoff_exercises.js';
-import { Peer } from '../support/handoff_child.js';
-import { BIG, BIG_PAGES, BIG_TARGET, BIG_TOKENS } from '../support/handoff_fault_shapes.js';
+import { endpoint, failure, fillCanonical, LAYERS, newArena, pageRange, smallLayout, stats, until } from '../support/handoff.js';
+import { cancelInTheMiddle, landPrompt, SOURCE_PAGES, TARGET_PAGES, TOKENS, VIEWS } from '../support/handoff_exercises.js';
+import { BIG_PAGES, BIG_TARGET } from '../support/handoff_fault_shapes.js';
+import { abortWithKilledDecode, ANY_TCP, cutOffStoppedPrefill, leakNothing, type LibraryUnderTest, refuseUngrantedPieces, replaceKilledPrefill, withReceiver } from '../support/handoff_library_exercises.js';
 import { buildLibrary, buildNixlStandIn } from '../support/nixl_library.js';
 
 const test = suite('transfer/nixl');
@@ -25,8 +25,6 @@ const directory = mkdtempSync(join(tmpdir(), 'tpla-nixl-'));
 const LIBRARY = buildNixlStandIn(directory);
 test.after(() => rmSync(directory, { recursive: true }));
 
-const ADDRESS = 'tcp://127.0.0.1:0';
-const LINK = `nixl=${LIBRARY}`;
 const open = async () => (await openNixl({ use: 'always', library: LIBRARY, backends: ['UCX'], options: {} }))!;
 
 /** The library looks at each transfer. */
@@ -44,7 +42,7 @@ async function pair(change: Partial<KvLayout> = { form: 'tpla', ranks: 2, pageTo
   const source = newArena(smallLayout(), 64);
   const target = newArena(smallLayout(change), 64);
   const [near, far] = [await open(), await open()];
-  const receiver = await createHandoffReceiver(ADDRESS, { ...endpoint(target, systemClock), nixl: far });
+  const receiver = await createHandoffReceiver(ANY_TCP, { ...endpoint(target, systemClock), nixl: far });
   const newSender = () => createHandoffSender({ ...endpoint(source, systemClock), nixl: near, requirePath: 'nixl' });
   const sender = newSender();
   const close = async () => {
@@ -72,87 +70,15 @@ for (const [name, change] of VIEWS) {
 
 const bigTarget = newArena(BIG_TARGET, BIG_PAGES);
 test.after(() => bigTarget.close());
-const bigPages = pageRange(0, BIG_PAGES / 2);
-const bigGrant = (leaseMs = 60_000) => ({ tokens: BIG_TOKENS, pages: [bigPages], leaseMs });
+const library: LibraryUnderTest = { path: 'nixl', link: `nixl=${LIBRARY}`, open: async () => ({ nixl: await open() }) };
 
-function poison(arena: KvArena): void {
-  for (const rank of [0, 1]) for (let layer = 0; layer < BIG.layers; layer++) for (const page of bigPages) arena.page(rank, layer, page).fill(0x5a);
-}
+test('two processes: a prompt of 42 MB lands, then a killed prefill is noticed and replaced', () =>
+  withReceiver(library, bigTarget, (receiver) => replaceKilledPrefill(library, bigTarget, receiver)));
 
-function isPoisoned(arena: KvArena): boolean {
-  const expected = Buffer.alloc(arena.page(0, 0, 0).length, 0x5a);
-  for (const rank of [0, 1]) for (let layer = 0; layer < BIG.layers; layer++) for (const page of bigPages) if (expected.compare(arena.page(rank, layer, page)) !== 0) return false;
-  return true;
-}
+test('prefill stops in the middle: its lease runs out, no late byte lands, and once it goes on it is served again', () =>
+  withReceiver(library, bigTarget, (receiver) => cutOffStoppedPrefill(library, bigTarget, receiver)));
 
-async function withReceiver(body: (receiver: HandoffReceiver) => Promise<void>): Promise<void> {
-  const nixl = await open();
-  const receiver = await createHandoffReceiver(ADDRESS, { ...endpoint(bigTarget, systemClock), nixl });
-  try {
-    await body(receiver);
-  } finally {
-    await receiver.close();
-    nixl.close();
-  }
-}
-
-test('two processes: a prompt of 42 MB lands, then a killed prefill is noticed and replaced', () => withReceiver(async (receiver) => {
-  const doomed = new Peer(['prefill', receiver.address, 'pushing', LINK]);
-  await doomed.line('ready');
-  const lost = receiver.open(bigGrant());
-  doomed.tell(lost.ticket);
-  await doomed.line('pushing');
-  doomed.child.kill('SIGKILL');
-  const error = await failure(lost.committed);
-  assert.is(error.code, 'HANDOFF_FAILED');
-  assert.match(error.message, /prefill is gone/);
-  poison(bigTarget);
-  await doomed.ended;
-  assert.ok(isPoisoned(bigTarget), 'nothing was written after the promise had settled');
-  const heir = new Peer(['prefill', receiver.address, 'none', LINK]);
-  await heir.line('ready');
-  const { ticket, committed } = receiver.open(bigGrant());
-  heir.tell(ticket);
-  assert.is((await committed).path, 'nixl');
-  assert.is(findDifference(bigTarget, bigPages, [0, 200], 1), null);
-  assert.is(findDifference(bigTarget, bigPages, [BIG_TOKENS[1] - 100, BIG_TOKENS[1]], 1), null);
-  await heir.kill();
-  assert.equal([receiver.stats().open, receiver.stats().draining], [0, 0]);
-}));
-
-test('prefill stops in the middle: its lease runs out, no late byte lands, and once it goes on it is served again', () => withReceiver(async (receiver) => {
-  const peer = new Peer(['prefill', receiver.address, 'pushing', LINK]);
-  await peer.line('ready');
-  const { ticket, committed } = receiver.open(bigGrant(2000));
-  peer.tell(ticket);
-  await peer.line('pushing');
-  peer.child.kill('SIGSTOP');
-  assert.is((await failure(committed)).code, 'LEASE_EXPIRED');
-  poison(bigTarget);
-  peer.child.kill('SIGCONT');
-  await new Promise((resolve) => setTimeout(resolve, 200));
-  assert.ok(isPoisoned(bigTarget), 'a late write landed');
-  await peer.kill();
-}));
-
-test("decode is killed: prefill's session aborts", async () => {
-  const nixl = await open();
-  const source = newArena(BIG, BIG_PAGES);
-  const pages = pageRange(0, BIG_PAGES);
-  const sender = createHandoffSender({ ...endpoint(source, systemClock), nixl });
-  const peer = new Peer(['decode', ADDRESS, '60000', LINK]);
-  const session = await sender.open(JSON.parse((await peer.line('ticket')).slice('ticket '.length)) as HandoffTicket);
-  assert.is(session.path, 'nixl');
-  const pushes = Array.from({ length: BIG.layers }, (_, layer) => session.push([layer, layer + 1], BIG_TOKENS, pages));
-  await peer.kill();
-  await until(() => session.aborted.aborted, 'the abort', 5000);
-  assert.is((session.aborted.reason as { code: string }).code, 'HANDOFF_FAILED');
-  await Promise.allSettled(pushes);
-  assert.is((await failure(session.push([0, 1], BIG_TOKENS, pages))).code, 'HANDOFF_FAILED');
-  await sender.close();
-  nixl.close();
-  source.close();
-});
+test("decode is killed: prefill's session aborts", () => abortWithKilledDecode(library));
 
 // ---------------------------------------------------------------- transfers that go wrong
 
@@ -218,59 +144,17 @@ test('decode cancels in the middle: no late write, the next hand-off on the same
 
 test('connections through NIXL leak no thread, no descriptor, and nothing inside the library', async () => {
   const ends = await pair();
-  const run = async (sender: typeof ends.sender) => {
-    const { ticket, committed } = ends.receiver.open(grant());
-    const session = await sender.open(ticket);
-    await session.push([0, LAYERS], TOKENS, SOURCE_PAGES);
-    await session.commit({ firstTokens: [], prefill: stats(100) });
-    await committed;
-  };
-  const runAnew = async () => {
-    const sender = ends.newSender();
-    await run(sender);
-    await sender.close();
-  };
-  for (let i = 0; i < 3; i++) await runAnew();
-  await run(ends.sender);
-  const before = { threads: threads(), fds: openFds() };
-  for (let i = 0; i < 10; i++) await runAnew();
-  await until(() => threads() <= before.threads && openFds() <= before.fds, `threads and descriptors to end: ${threads()} ${openFds()} against ${JSON.stringify(before)}`);
+  await leakNothing(ends.receiver, ends.sender, ends.newSender);
   // The stand-in ends the process where an agent goes with transfers or memory left.
   await ends.close();
 });
 
 test('pieces that were not granted, or have another size, end the link; memory stays as it was', async () => {
-  const target = newArena(smallLayout(), 64);
-  const source = newArena(smallLayout(), 64);
   const [near, far] = [await open(), await open()];
-  const receiver = await far.listen(target);
-  const gate = native().WriteGate.create(4);
-  const key = 'k'.repeat(32);
-  receiver.admit(key, gate);
-  const epoch = gate.open(1);
-  receiver.grant(key, 1, epoch, [16, 100], [pageRange(10, 7)]);
-  for (let page = 0; page < 64; page++) for (let layer = 0; layer < LAYERS; layer++) target.page(0, layer, page).fill(0x44);
-  const put = { src: source, layers: [0, 1] as [number, number], tokens: [16, 32] as [number, number], srcPages: [pageRange(0, 8)], slot: 1, epoch };
-  for (const [layout, change] of [
-    [smallLayout(), { tokens: [0, 32] }],
-    [smallLayout(), { tokens: [96, 101] }],
-    [smallLayout(), { slot: 2 }],
-    [smallLayout({ pageTokens: 32 }), { tokens: [32, 64] }],
-    [smallLayout({ dtype: 'f32' }), {}],
-    [smallLayout({ form: 'tpla', ranks: 2 }), {}],
-  ] as [KvLayout, object][]) {
-    const sender = await near.connect({ address: receiver.address, key, layout });
-    assert.is((await failure(sender.put({ ...put, ...change }))).code, 'IO_FAILED');
-    sender.close();
-    receiver.disconnect(key);
-  }
-  assert.is((await failure(near.connect({ address: receiver.address, key: 'x'.repeat(32), layout: smallLayout() }))).code, 'IO_FAILED');
-  assert.match((await failure(near.connect({ address: Buffer.from('not metadata'), key, layout: smallLayout() }))).message, /NIXL cannot use the peer's address/);
-  for (let page = 0; page < 64; page++) for (let layer = 0; layer < LAYERS; layer++) assert.ok(target.page(0, layer, page).every((byte) => byte === 0x44), `page ${page}`);
-  receiver.close();
+  await refuseUngrantedPieces(near, far);
+  assert.match((await failure(near.connect({ address: Buffer.from('not metadata'), key: 'k'.repeat(32), layout: smallLayout() }))).message, /NIXL cannot use the peer's address/);
   near.close();
   far.close();
-  gate.close();
 });
 
 // ---------------------------------------------------------------- which path is taken

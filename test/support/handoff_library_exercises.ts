@@ -1,0 +1,157 @@
+/** What every library that carries KV between hosts has to do, in one process and in two. Assertions of one library stay in its test. */
+import * as assert from 'uvu/assert';
+import { systemClock } from '../../src/clock.js';
+import { native } from '../../src/native/loader.js';
+import type { KvArena, KvLayout, Nixl, Ucx } from '../../src/native/types.js';
+import { createHandoffReceiver } from '../../src/transfer/receiver.js';
+import { createHandoffSender } from '../../src/transfer/sender.js';
+import type { HandoffReceiver, HandoffSender, HandoffTicket } from '../../src/transfer/types.js';
+import { endpoint, failure, findDifference, LAYERS, newArena, pageRange, smallLayout, stats, until } from './handoff.js';
+import { Peer } from './handoff_child.js';
+import { openFds, SOURCE_PAGES, TARGET_PAGES, threads, TOKENS } from './handoff_exercises.js';
+import { BIG, BIG_PAGES, BIG_TARGET_PAGES, BIG_TOKENS, bigGrant, isPoisoned, poison } from './handoff_fault_shapes.js';
+
+/** The library under test, opened, and how a peer process is told to use it. */
+export interface LibraryUnderTest {
+  path: 'ucx' | 'nixl';
+  open(): Promise<{ ucx: Ucx } | { nixl: Nixl }>;
+  /** Last argument of `handoff_peer.ts`. */
+  link: string;
+  env?: Record<string, string>;
+}
+
+export const ANY_TCP = 'tcp://127.0.0.1:0';
+
+/** A receiver of this process that owns `target`. */
+export async function withReceiver(library: LibraryUnderTest, target: KvArena, body: (receiver: HandoffReceiver) => Promise<void>): Promise<void> {
+  const opened = await library.open();
+  const receiver = await createHandoffReceiver(ANY_TCP, { ...endpoint(target, systemClock), ...opened });
+  try {
+    await body(receiver);
+  } finally {
+    await receiver.close();
+    closeLibrary(opened);
+  }
+}
+
+export function closeLibrary(opened: { ucx: Ucx } | { nixl: Nixl }): void {
+  if ('ucx' in opened) opened.ucx.close();
+  else opened.nixl.close();
+}
+
+/** Prefill is killed while it pushes 42 MB: decode knows, nothing lands late, and another prefill's hand-off is whole. */
+export async function replaceKilledPrefill({ path, link, env }: LibraryUnderTest, target: KvArena, receiver: HandoffReceiver): Promise<void> {
+  const doomed = new Peer(['prefill', receiver.address, 'pushing', link], [], env);
+  await doomed.line('ready');
+  const lost = receiver.open(bigGrant());
+  doomed.tell(lost.ticket);
+  await doomed.line('pushing');
+  const killedAt = performance.now();
+  doomed.child.kill('SIGKILL');
+  const error = await failure(lost.committed);
+  assert.is(error.code, 'HANDOFF_FAILED');
+  assert.match(error.message, /prefill is gone/);
+  assert.ok(performance.now() - killedAt < 5000, 'within the lease');
+  poison(target);
+  await doomed.ended;
+  assert.ok(isPoisoned(target), 'nothing was written after the promise had settled');
+  const heir = new Peer(['prefill', receiver.address, 'none', link], [], env);
+  await heir.line('ready');
+  const { ticket, committed } = receiver.open(bigGrant());
+  heir.tell(ticket);
+  assert.is((await committed).path, path);
+  assert.is(findDifference(target, BIG_TARGET_PAGES, [0, 200], 1), null);
+  assert.is(findDifference(target, BIG_TARGET_PAGES, [BIG_TOKENS[1] - 100, BIG_TOKENS[1]], 1), null);
+  await heir.kill();
+  assert.equal([receiver.stats().open, receiver.stats().draining], [0, 0]);
+}
+
+/** Prefill is stopped while it pushes: its lease runs out, decode has its pages back, and no byte lands once it goes on. */
+export async function cutOffStoppedPrefill({ link, env }: LibraryUnderTest, target: KvArena, receiver: HandoffReceiver): Promise<void> {
+  const peer = new Peer(['prefill', receiver.address, 'pushing', link], [], env);
+  await peer.line('ready');
+  const { ticket, committed } = receiver.open(bigGrant(2000));
+  peer.tell(ticket);
+  await peer.line('pushing');
+  peer.child.kill('SIGSTOP');
+  assert.is((await failure(committed)).code, 'LEASE_EXPIRED');
+  poison(target);
+  peer.child.kill('SIGCONT');
+  await new Promise((resolve) => setTimeout(resolve, 200));
+  assert.ok(isPoisoned(target), 'a late write landed');
+  await peer.kill();
+}
+
+/** Decode is killed while this process pushes: its session aborts, and takes no more. */
+export async function abortWithKilledDecode(library: LibraryUnderTest): Promise<void> {
+  const opened = await library.open();
+  const source = newArena(BIG, BIG_PAGES);
+  const pages = pageRange(0, BIG_PAGES);
+  const sender = createHandoffSender({ ...endpoint(source, systemClock), ...opened });
+  const peer = new Peer(['decode', ANY_TCP, '60000', library.link], [], library.env);
+  const session = await sender.open(JSON.parse((await peer.line('ticket')).slice('ticket '.length)) as HandoffTicket);
+  assert.is(session.path, library.path);
+  const pushes = Array.from({ length: BIG.layers }, (_, layer) => session.push([layer, layer + 1], BIG_TOKENS, pages));
+  await peer.kill();
+  await until(() => session.aborted.aborted, 'the abort', 5000);
+  assert.is((session.aborted.reason as { code: string }).code, 'HANDOFF_FAILED');
+  await Promise.allSettled(pushes);
+  assert.is((await failure(session.push([0, 1], BIG_TOKENS, pages))).code, 'HANDOFF_FAILED');
+  await sender.close();
+  closeLibrary(opened);
+  source.close();
+}
+
+/** Ten senders come and go beside one that stays: no thread and no descriptor is left of them. */
+export async function leakNothing(receiver: HandoffReceiver, staying: HandoffSender, newSender: () => HandoffSender): Promise<void> {
+  const run = async (sender: HandoffSender) => {
+    const { ticket, committed } = receiver.open({ tokens: TOKENS, pages: [TARGET_PAGES], leaseMs: 60_000 });
+    const session = await sender.open(ticket);
+    await session.push([0, LAYERS], TOKENS, SOURCE_PAGES);
+    await session.commit({ firstTokens: [], prefill: stats(100) });
+    await committed;
+  };
+  const runAnew = async () => {
+    const sender = newSender();
+    await run(sender);
+    await sender.close();
+  };
+  for (let i = 0; i < 3; i++) await runAnew();
+  await run(staying);
+  const before = { threads: threads(), fds: openFds() };
+  for (let i = 0; i < 10; i++) await runAnew();
+  await until(() => threads() <= before.threads && openFds() <= before.fds, `threads and descriptors to end: ${threads()} ${openFds()} against ${JSON.stringify(before)}`);
+}
+
+/** Puts of tokens, slots and layouts that were not granted end the link; decode's memory stays as it was. */
+export async function refuseUngrantedPieces(near: Ucx | Nixl, far: Ucx | Nixl): Promise<void> {
+  const target = newArena(smallLayout(), 64);
+  const source = newArena(smallLayout(), 64);
+  const receiver = await far.listen(target);
+  const gate = native().WriteGate.create(4);
+  const key = 'k'.repeat(32);
+  receiver.admit(key, gate);
+  const epoch = gate.open(1);
+  receiver.grant(key, 1, epoch, [16, 100], [pageRange(10, 7)]);
+  for (let page = 0; page < 64; page++) for (let layer = 0; layer < LAYERS; layer++) target.page(0, layer, page).fill(0x44);
+  const put = { src: source, layers: [0, 1] as [number, number], tokens: [16, 32] as [number, number], srcPages: [pageRange(0, 8)], slot: 1, epoch };
+  for (const [layout, change] of [
+    [smallLayout(), { tokens: [0, 32] }],
+    [smallLayout(), { tokens: [96, 101] }],
+    [smallLayout(), { slot: 2 }],
+    [smallLayout({ pageTokens: 32 }), { tokens: [32, 64] }],
+    [smallLayout({ dtype: 'f32' }), {}],
+    [smallLayout({ form: 'tpla', ranks: 2 }), {}],
+  ] as [KvLayout, object][]) {
+    const sender = await near.connect({ address: receiver.address, key, layout });
+    assert.is((await failure(sender.put({ ...put, ...change }))).code, 'IO_FAILED');
+    sender.close();
+    receiver.disconnect(key);
+  }
+  assert.is((await failure(near.connect({ address: receiver.address, key: 'x'.repeat(32), layout: smallLayout() }))).code, 'IO_FAILED');
+  for (let page = 0; page < 64; page++) for (let layer = 0; layer < LAYERS; layer++) assert.ok(target.page(0, layer, page).every((byte) => byte === 0x44), `page ${page}`);
+  receiver.close();
+  gate.close();
+  source.close();
+  target.close();
+}
