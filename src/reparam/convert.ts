@@ -21,8 +21,8 @@ import type { Progress } from '../report/progress.js';
 import { StageClock, type Stage } from './stages.js';
 import { fingerprintOf, reparameteriseLayer, tplaSection, type FitContext, type LayerOptions } from './reparameterise.js';
 import { isWritten, planBytes, planShards, writeShard } from './shards.js';
-import { checkCandidates, uniformWidth, widthBytes, type WidthBudget, type WidthShape } from './width_choice.js';
-import { closedForms, WidthSearch, type WidthChoice } from './width_search.js';
+import { checkCandidates, uniformWidth, widthBytes, type WidthBudget, type WidthChoice, type WidthShape } from './width_choice.js';
+import { closedForms, WidthSearch } from './width_search.js';
 
 export interface ConversionOptions {
   model: string;

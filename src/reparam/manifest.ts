@@ -5,7 +5,7 @@ import type { BasisKind } from './basis.js';
 import type { CalibrationOptions, CalibrationText } from './calibration.js';
 import type { Journal } from './journal.js';
 import type { Method } from './method.js';
-import type { WidthChoice } from './width_search.js';
+import type { WidthChoice } from './width_choice.js';
 
 /** What is known of one converted layer. */
 export interface LayerRecord {

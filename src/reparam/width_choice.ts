@@ -53,6 +53,20 @@ export function uniformWidth({ bytesPerToken, candidates }: WidthBudget, shape: 
   throw new TplaError('USAGE', `no slicing over ${shape.groups} groups stays within ${bytesPerToken} bytes per token; ${least === 0 ? 'without a shared subspace' : `with the narrowest, ${least},`} it is ${everywhere(least)}`);
 }
 
+/** What was chosen and why; part of the manifest. */
+export interface WidthChoice {
+  budget_bytes_per_token: number;
+  candidates: number[];
+  /** Of each layer. */
+  shared: number[];
+  /** The one width that fits everywhere, which the choice was compared with. */
+  uniform: number;
+  /** Of closed forms, in decode, on sequences that neither fit nor choice have seen. */
+  kl: { chosen: number; uniform: number };
+  /** [layer][candidate], on which the choice rests. */
+  losses: number[][];
+}
+
 /**
  * One candidate a layer so that the losses add up to the least within the budget: exact, by dynamic programming over what is spent. Of
  * choices that lose the same, one that takes fewer bytes.

@@ -17,26 +17,12 @@ import type { StoredTensor } from './layer_tensors.js';
 import type { Method } from './method.js';
 import { Overlay } from './overlay.js';
 import { reparameteriseLayer, tplaSection, type LayerOptions } from './reparameterise.js';
-import { chooseWidths, uniformWidth, type WidthBudget, type WidthShape } from './width_choice.js';
+import { chooseWidths, uniformWidth, type WidthBudget, type WidthChoice, type WidthShape } from './width_choice.js';
 
 /** Loss of each layer at each candidate width, nats per token. */
 export interface WidthLosses {
   candidates: number[];
   kl: number[][];
-}
-
-/** What was chosen and why; part of the manifest. */
-export interface WidthChoice {
-  budget_bytes_per_token: number;
-  candidates: number[];
-  /** Of each layer. */
-  shared: number[];
-  /** The one width that fits everywhere, which the choice was compared with. */
-  uniform: number;
-  /** Of closed forms, in decode, on sequences that neither fit nor choice have seen. */
-  kl: { chosen: number; uniform: number };
-  /** [layer][candidate], on which the choice rests. */
-  losses: number[][];
 }
 
 export interface WidthSearchOptions {

@@ -4,15 +4,8 @@ import { parse as parseYaml } from 'yaml';
 import { TplaError } from '../../errors.js';
 import { parseCsv } from '../../report/csv.js';
 import { isResultColumn } from './columns.js';
+import type { Comparison } from './run.js';
 import { shapeFromFields, workOfShape, type AttentionShape, type ShapeFields } from './shape.js';
-
-/** Times of other software, or of an earlier run, by the work they were measured on. */
-export interface Comparison {
-  /** Name of the file without its folder and ending. */
-  name: string;
-  /** Milliseconds by workOfShape. */
-  ms: Map<string, number>;
-}
 
 /** Shapes of a CSV, YAML or JSON file, whose columns or keys are those of a results file. */
 export function readShapes(file: string): AttentionShape[] {

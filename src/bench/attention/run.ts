@@ -3,8 +3,15 @@ import type { AttentionCheck, AttentionModule, AttentionTarget, AttentionTiming 
 import type { ProbeResult } from '../../native/types.js';
 import type { Progress } from '../../report/progress.js';
 import { costOfShape } from './cost.js';
-import type { Comparison } from './files.js';
 import { describeShape, fieldsOfShape, problemOfShape, workOfShape, type AttentionShape } from './shape.js';
+
+/** Times of other software, or of an earlier run, by the work they were measured on. */
+export interface Comparison {
+  /** Name of the file without its folder and ending. */
+  name: string;
+  /** Milliseconds by workOfShape. */
+  ms: Map<string, number>;
+}
 
 export interface BenchOptions {
   target: AttentionTarget;

@@ -6,10 +6,7 @@ import { native } from '../../native/loader.js';
 import type { KvArena, KvRegion } from '../../native/types.js';
 import { bytesLanded, memoryBytes, pagesFor, type BenchCase } from './cases.js';
 import type { Control } from './control.js';
-import type { HandoffPath } from './paths.js';
-
-/** memcpy over all cores, one GPU copy, TCP sockets (as many as the hand-off has) whose reader throws the bytes away, or one file from begin to end. */
-export type Baseline = 'memcpy' | 'gpu-copy' | 'sockets' | 'file';
+import type { HandoffPath } from './path.js';
 
 const SOCKETS = 4;
 const MAX_THREADS = 16;

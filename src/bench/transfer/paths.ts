@@ -2,45 +2,11 @@
 import { nixlLibraryFromEnv } from '../../config/env.js';
 import { TplaError } from '../../errors.js';
 import { native } from '../../native/loader.js';
-import type { HandoffEndpointOptions } from '../../transfer/types.js';
 import { describeNixl, findNixl, NIXL_BY_NAME, openNixl } from '../../transfer/nixl.js';
 import { describeUcx, findUcx, openUcx } from '../../transfer/ucx.js';
-import type { BenchCase } from './cases.js';
-import type { Baseline } from './baseline.js';
-import { gpu, HOST, type Memory } from './memory.js';
-import type { BenchRow } from './rows.js';
+import { gpu, HOST } from './memory.js';
+import type { BenchPath, HandoffPath, OpenLink } from './path.js';
 import { benchStorage } from './storage.js';
-
-/** Two processes hand KV over: how the ends are set up so that it takes this path. The hand-off states the one it took. */
-export interface HandoffPath {
-  summary: string;
-  /** Why it cannot run on this machine; null where it can. */
-  missing(): string | null;
-  source: Memory;
-  target: Memory;
-  /** What decode's hand-off channel listens on. */
-  channel: 'unix' | 'tcp';
-  /** What the same bytes are moved by with nothing done to them. */
-  baseline: Baseline;
-  /** What each end needs beyond handshake and arena; opened for every case anew. */
-  link?: () => Promise<OpenLink>;
-}
-
-export interface OpenLink {
-  /** What carries the bytes, as it says of itself. */
-  carrier?: string;
-  options: Partial<HandoffEndpointOptions>;
-  close(): void;
-}
-
-/** One process moves KV by itself (to a disk, say). */
-export interface LocalPath {
-  summary: string;
-  missing(): string | null;
-  run(what: BenchCase, options: { iterations: number; warmup: number; verify: boolean }): Promise<BenchRow[]>;
-}
-
-export type BenchPath = HandoffPath | LocalPath;
 
 async function ucxLink(): Promise<OpenLink> {
   const ucx = (await openUcx({ use: 'always', library: null, options: {} }))!;

@@ -3,9 +3,11 @@ import { scatter } from '../../report/scatter.js';
 import { table } from '../../report/table.js';
 import type { StorageMechanism } from '../../native/types.js';
 import type { HandoffDirection, TransferPath } from '../../transfer/types.js';
-import type { Baseline } from './baseline.js';
 import { pieces, type BenchCase, type StorageDirection } from './cases.js';
 import { median, summarise, type Latency } from './statistics.js';
+
+/** memcpy over all cores, one GPU copy, TCP sockets (as many as the hand-off has) whose reader throws the bytes away, or one file from begin to end. */
+export type Baseline = 'memcpy' | 'gpu-copy' | 'sockets' | 'file';
 
 /** What a row is about: known before it is run. */
 export interface RowShape {

@@ -16,7 +16,8 @@ import { benchHandshake } from './handshake.js';
 import { serveControl, type Request } from './control.js';
 import { monotonicUs } from './timeline.js';
 import { newArena } from './memory.js';
-import { handoffPath, openLink, type OpenLink } from './paths.js';
+import type { OpenLink } from './path.js';
+import { handoffPath, openLink } from './paths.js';
 import { differenceFromPattern } from './pattern.js';
 
 const LEASE_MS = 30_000;
