@@ -231,15 +231,6 @@ int main(int argc, char** argv) {
     to.shared = mixed(shared);
     run(from, to, {0, 300}, {0, 40}, 40);
   }
-  if (!quick) {
-    // More layers than one launch takes, of two widths.
-    KvLayout from = layout(KvForm::mla, 1, KvDType::bf16, 16, 64, 16), to = layout(KvForm::tpla, 2, KvDType::bf16, 16, 64, 16);
-    from.layers = to.layers = 300;
-    std::vector<int> shared;
-    for (int layer = 0; layer < to.layers; layer++) shared.push_back(layer % 7 == 0 ? 16 : 0);
-    to.shared = mixed(shared);
-    run(from, to, {0, 300}, {0, 40}, 40);
-  }
   // Layers whose rows have widths drawn at random, among them all and none of the latent.
   for (int draw = 0; draw < (quick ? 1 : 24); draw++) {
     const int groups = 1 << (1 + random_bits() % 3);
