@@ -302,6 +302,21 @@ async function rogue(receiver: HandoffReceiver): Promise<{ channel: Channel; hea
   return { channel, heard, closed, say: (message) => channel.send(encodeMessage(message)), fds: received };
 }
 
+/** One whose session is granted. */
+async function grantedRogue(receiver: HandoffReceiver, source: KvArena) {
+  const peer = await rogue(receiver);
+  const { ticket, committed } = receiver.open(grant());
+  peer.say({ type: 'hello', handshake: handshake(source.layout) });
+  peer.say({ type: 'open', session: ticket.session, path: 'shm' });
+  await until(() => peer.heard.some(({ type }) => type === 'granted'), 'the grant');
+  const end = async () => {
+    peer.channel.close();
+    await until(() => peer.closed.length > 0, 'the close');
+    for (const fd of peer.fds) closeSync(fd);
+  };
+  return { peer, ticket, committed, end };
+}
+
 test('a peer that breaks the protocol loses its connection and its sessions, nobody else\'s', async () => {
   const { source, target, receiver, sender, close } = await pair();
   fillCanonical(source, SOURCE_PAGES, TOKENS, 1);
@@ -352,18 +367,12 @@ test('pushes out of range, and checksums that do not fit, fail the session witho
   ];
   for (const page of TARGET_PAGES) target.page(0, 0, page).fill(0x22);
   for (const [change, code, reason] of bad) {
-    const peer = await rogue(receiver);
-    const { ticket, committed } = receiver.open(grant());
-    peer.say({ type: 'hello', handshake: handshake(source.layout) });
-    peer.say({ type: 'open', session: ticket.session, path: 'shm' });
-    await until(() => peer.heard.some(({ type }) => type === 'granted'), 'the grant');
+    const { peer, ticket, committed, end } = await grantedRogue(receiver, source);
     peer.say({ type: 'pushed', session: ticket.session, layers: [0, LAYERS], tokens: TOKENS, checksums: new BigUint64Array(8), ...change });
     const error = await failure(committed);
     assert.is(error.code, code);
     assert.match(error.message, reason);
-    peer.channel.close();
-    await until(() => peer.closed.length > 0, 'the close');
-    for (const fd of peer.fds) closeSync(fd);
+    await end();
   }
   for (const page of TARGET_PAGES) assert.ok(target.page(0, 0, page).every((byte) => byte === 0x22));
   await close();
@@ -381,11 +390,7 @@ test('a commit goes ahead of its pushes, and holds them to their number', async 
     [0, [whole], 'HANDOFF_FAILED', /committed although layer 0 lacks/],
   ];
   for (const [pushes, rectangles, code, reason] of cases) {
-    const peer = await rogue(receiver);
-    const { ticket, committed } = receiver.open(grant());
-    peer.say({ type: 'hello', handshake: handshake(source.layout) });
-    peer.say({ type: 'open', session: ticket.session, path: 'shm' });
-    await until(() => peer.heard.some(({ type }) => type === 'granted'), 'the grant');
+    const { peer, ticket, committed, end } = await grantedRogue(receiver, source);
     peer.say({ type: 'commit', session: ticket.session, pushes, sinceMs: 0.5, firstTokens: [], prefill: stats(100) });
     for (const rectangle of rectangles) {
       const { checksums } = await native().kvPut({ src: source, dst: target, ...rectangle, srcPages: [SOURCE_PAGES], dstPages: [TARGET_PAGES] });
@@ -399,9 +404,7 @@ test('a commit goes ahead of its pushes, and holds them to their number', async 
       assert.is(error.code, code);
       assert.match(error.message, reason);
     }
-    peer.channel.close();
-    await until(() => peer.closed.length > 0, 'the close');
-    for (const fd of peer.fds) closeSync(fd);
+    await end();
   }
   await close();
 });
