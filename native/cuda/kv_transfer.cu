@@ -11,6 +11,7 @@
 
 #include "core/error.h"
 #include "core/kv_row.h"
+#include "runtime.h"
 #include "transfer/kv_checksum.h"
 #include "transfer/reshard.h"
 
@@ -601,26 +602,7 @@ __global__ void __launch_bounds__(kThreads, 2) convert_rows(const __grid_constan
   tell_host(launch);
 }
 
-void check(cudaError_t status, const char* call) {
-  if (status == cudaSuccess) return;
-  throw Error(status == cudaErrorMemoryAllocation ? "OUT_OF_MEMORY" : "INTERNAL", std::string(call) + ": " + cudaGetErrorString(status));
-}
-
 [[noreturn]] void refuse(const std::string& message) { throw Error("REQUEST_INVALID", "KV transfer on GPU: " + message); }
-
-// Calls run on `device`, whatever the thread's current one is.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
 
 int bases_of(const RowLayout& layout, int replicas) { return layout.form == KvForm::mla ? replicas : layout.ranks; }
 
@@ -694,8 +676,8 @@ std::vector<RowPlan> plan_reading(const RowLayout& layout) {
 template <class T>
 T* upload(const std::vector<T>& host) {
   T* device = nullptr;
-  check(cudaMalloc(&device, host.size() * sizeof(T)), "cudaMalloc");
-  check(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  check_runtime(cudaMalloc(&device, host.size() * sizeof(T)), "cudaMalloc");
+  check_runtime(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
   return device;
 }
 
@@ -752,7 +734,7 @@ struct KvRoute::State {
 
 void KvRoute::State::build(const KvRegion& from, const KvRegion& to) {
   const OnDevice on(device);
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check_runtime(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   src = from.layout;
   dst = to.layout;
   copies = copies_per_page(dst);
@@ -875,8 +857,8 @@ void KvRoute::Group::launch(Launch<kTables>& parameters, int blocks, CUstream_st
   const dim3 grid(std::min<uint32_t>(wanted, (units * kParts + kWarps - 1) / kWarps), copies);
   const void* function = kernel<kTables>();
   const size_t bytes = shared_bytes + parameters.layers * sizeof(LayerPlace);
-  if (bytes > 48 * 1024) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "cudaFuncSetAttribute");
-  check(cudaLaunchKernel(function, grid, dim3(kThreads), arguments, bytes, stream), "launching a KV transfer");
+  if (bytes > 48 * 1024) check_runtime(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "cudaFuncSetAttribute");
+  check_runtime(cudaLaunchKernel(function, grid, dim3(kThreads), arguments, bytes, stream), "launching a KV transfer");
 }
 
 KvRoute::KvRoute(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -902,7 +884,7 @@ int KvRoute::copies() const { return state_->copies; }
 
 void KvRoute::put(Range layers, Range tokens, const PageTables& src_pages, const PageTables& dst_pages, uint64_t* checksums, CUstream_st* stream, int blocks) const {
   const OnDevice on(state_->device);
-  check(cudaMemsetAsync(checksums, 0, size_t(pages_of(state_->dst, tokens).size()) * state_->copies * sizeof(uint64_t), stream), "cudaMemsetAsync");
+  check_runtime(cudaMemsetAsync(checksums, 0, size_t(pages_of(state_->dst, tokens).size()) * state_->copies * sizeof(uint64_t), stream), "cudaMemsetAsync");
   enqueue(layers, tokens, src_pages, dst_pages, {checksums, nullptr, nullptr, 0}, stream, blocks);
 }
 
