@@ -203,4 +203,11 @@ class VariantLogits {
   int origin_;
 };
 
+// A policy for kernels that are only chosen where a block takes all rows of a sequence: what stacking needs of the schedule costs registers.
+template <class Logits>
+struct Unstacked : Logits {
+  using Logits::Logits;
+  static constexpr bool kStacks = false;
+};
+
 }  // namespace tpla::cuda

@@ -4,6 +4,8 @@
 //            while the softmax of this one runs, and the other warpgroup fills the tensor cores meanwhile. A latent of 320 leaves
 //            shared memory for three tiles only, too few to hold two of them.
 //   64 rows  (memory-bound): both warpgroups have the same rows and take alternate tiles; they are joined at the end of the piece.
+#include <type_traits>
+
 #include "mla_decode_combine.cuh"
 #include "mla_decode_kernel.h"
 #include "sm90_mla_decode.cuh"
@@ -362,7 +364,8 @@ namespace {
 
 template <int kLatent, int kRows>
 DecodeKernel describe(LogitKind logits) {
-  const void* function = reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, VariantLogits>);
+  using Variants = std::conditional_t<kRows == 64, Unstacked<VariantLogits>, VariantLogits>;
+  const void* function = reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, Variants>);
   if (logits == LogitKind::plain) function = reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, PlainLogits>);
   if constexpr (kRows == 128) {
     if (logits == LogitKind::chunk) function = reinterpret_cast<const void*>(&sm90_mla_decode_tile<kLatent, kRows, ChunkLogits>);
