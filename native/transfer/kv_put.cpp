@@ -9,8 +9,8 @@
 #include "core/error.h"
 #include "transfer/kv_checksum.h"
 #include "transfer/parallel.h"
-#include "transfer/prefetch.h"
 #include "transfer/reshard.h"
+#include "transfer/row_hash.h"
 #include "transfer/row_kernels.h"
 #include "transfer/row_mover.h"
 
@@ -20,8 +20,10 @@ namespace {
 
 // Below this a second thread costs more than it brings.
 constexpr size_t kBytesPerThread = 512 * 1024;
-// What a thread takes at a time: it knows the pages that it reads next, and a gate that shuts waits for no more than this.
-constexpr size_t kGrainBytes = 256 * 1024;
+// What a thread takes at a time: it knows the pages that it reads next, and a gate that shuts waits for no more than this (a tenth of a millisecond).
+constexpr size_t kGrainBytes = 1 << 20;
+// Of smaller calls a thread takes as many parts at least, so that none waits long for the last.
+constexpr size_t kPartsPerThread = 4;
 // From here on written lines are of no use in this core's caches: the reader is another process, and there is more than L2 holds.
 constexpr size_t kStreamBytes = 4 << 20;
 
@@ -84,6 +86,12 @@ std::optional<int> page_named_twice(const KvRegion& region, const PageTables& ta
 }
 
 int threads_for(size_t bytes) { return static_cast<int>(std::min<size_t>(1 + bytes / kBytesPerThread, transfer_threads())); }
+
+// Pieces of one call that a thread takes at a time.
+size_t grain_of(size_t bytes, size_t pieces, int threads) {
+  const size_t grain_bytes = std::min(kGrainBytes, bytes / (threads == 1 ? 1 : kPartsPerThread * threads));
+  return std::max<size_t>(1, grain_bytes * pieces / std::max<size_t>(bytes, 1));
+}
 
 }  // namespace
 
@@ -151,7 +159,8 @@ KvPutResult kv_put(const KvPut& put) {
   const RowMover mover(*put.src, put.dst->layout, result.bytes >= kStreamBytes);
   const std::vector<Run> runs = runs_of(put);
   const size_t units = runs.size() * put.layers.size();
-  const size_t grain = std::max<size_t>(1, kGrainBytes * units / std::max<size_t>(result.bytes, 1));
+  const int threads = threads_for(result.bytes);
+  const size_t grain = grain_of(result.bytes, units, threads);
   const auto rows_of = [&](size_t unit) {
     const Run& run = runs[unit % runs.size()];
     return RowMover::Rows{run.src, run.tokens, put.layers.begin + static_cast<int>(unit / runs.size())};
@@ -161,24 +170,27 @@ KvPutResult kv_put(const KvPut& put) {
     const int memory = put.dst->layout.form == KvForm::tpla ? static_cast<int>(copy) : run.dst.memory;
     return put.dst->row(memory, put.layers.begin + static_cast<int>(unit / runs.size()), run.dst.page, run.tokens.begin % put.dst->layout.page_tokens);
   };
-  parallel_for((units + grain - 1) / grain, threads_for(result.bytes), [&](size_t part) {
+  parallel_for((units + grain - 1) / grain, threads, [&](size_t part) {
     const GatedWrite write(put.pass);
-    const size_t end = std::min(units, (part + 1) * grain);
-    for (size_t unit = part * grain; unit < end; unit++) {
-      const Run& run = runs[unit % runs.size()];
-      const RowMover::Rows rows = rows_of(unit);
+    const size_t begin = part * grain;
+    const size_t end = std::min(units, begin + grain);
+    // Added to those of other threads once the part is done: an atomic addition waits until every streamed line has left the core, which after each
+    // piece of 18 KB took a twentieth of a put.
+    thread_local std::vector<uint64_t> sums;
+    sums.assign((end - begin) * copies, 0);
+    RowMover::Rows rows = rows_of(begin);
+    for (size_t unit = begin; unit < end; unit++) {
       const RowMover::Rows next = rows_of(std::min(unit + 1, end - 1));
       std::byte* to[kMaxCopies];
-      uint64_t sums[kMaxCopies];
-      std::fill_n(sums, copies, 0);  // not all 64: a long string store costs as much as several rows
       for (size_t copy = 0; copy < copies; copy++) to[copy] = place_for(unit, copy);
-      if (unit + 1 < end) {
-        for (size_t copy = 0; copy < copies; copy++) translate_soon(place_for(unit + 1, copy), put.dst->layout.row_bytes(next.layer) * next.tokens.size());
-      }
-      mover.move(rows, to, sums, unit + 1 < end ? &next : nullptr);
-      for (size_t copy = 0; copy < copies; copy++) std::atomic_ref(result.checksums[run.page * copies + copy]).fetch_add(sums[copy], std::memory_order_relaxed);
+      mover.move(rows, to, &sums[(unit - begin) * copies], unit + 1 < end ? &next : nullptr);
+      rows = next;
     }
     mover.fence();
+    for (size_t unit = begin; unit < end; unit++) {
+      uint64_t* const totals = &result.checksums[runs[unit % runs.size()].page * copies];
+      for (size_t copy = 0; copy < copies; copy++) std::atomic_ref(totals[copy]).fetch_add(sums[(unit - begin) * copies + copy], std::memory_order_relaxed);
+    }
   });
   return result;
 }
@@ -191,41 +203,26 @@ std::vector<uint64_t> kv_checksum(const KvRegion& region, const PageTables& page
   std::vector<uint64_t> checksums(size_t(touched.size()) * copies, 0);
   const RowKernels& kernels = row_kernels();
   const size_t bytes = layout.token_bytes(layers.begin, layers.end) * tokens.size() * copies;
-  // Rows of one page, copy and layer, as they stand.
-  struct Stand {
-    const std::byte* rows;
-    int first;  // token
-    int count;
-    int copy;
-    int page;
-    int layer;
-  };
-  const auto stand_of = [&](size_t unit) {
+  const auto rows_of = [&](size_t unit) {
     const int copy = static_cast<int>(unit % copies);
     const int page = static_cast<int>(unit / copies % touched.size());
     const int layer = layers.begin + static_cast<int>(unit / copies / touched.size());
     const PagePlace place = place_of(layout, pages, touched.begin + page);
     const int first = (touched.begin + page) * layout.page_tokens;
     const int begin = std::max(tokens.begin, first);
-    const std::byte* rows = region.row(layout.form == KvForm::tpla ? copy : place.memory, layer, place.page, begin - first);
-    return Stand{rows, begin, std::min(tokens.end, first + layout.page_tokens) - begin, copy, page, layer};
+    const int end = std::min(tokens.end, first + layout.page_tokens);
+    return StandingRows{region.row(layout.form == KvForm::tpla ? copy : place.memory, layer, place.page, begin - first), layout.row_bytes(layer), end - begin, copy, layer, begin};
   };
   const size_t units = checksums.size() * layers.size();
-  const size_t grain = std::max<size_t>(1, kGrainBytes * units / std::max<size_t>(bytes, 1));
-  parallel_for((units + grain - 1) / grain, threads_for(bytes), [&](size_t part) {
+  const int threads = threads_for(bytes);
+  const size_t grain = grain_of(bytes, units, threads);
+  parallel_for((units + grain - 1) / grain, threads, [&](size_t part) {
     const size_t end = std::min(units, (part + 1) * grain);
+    StandingRows rows = rows_of(part * grain);
     for (size_t unit = part * grain; unit < end; unit++) {
-      const Stand at = stand_of(unit);
-      const Stand next = stand_of(std::min(unit + 1, end - 1));
-      const size_t row_bytes = layout.row_bytes(at.layer);
-      const int rows_ahead = static_cast<int>((kRowsAheadBytes + row_bytes - 1) / row_bytes);
-      uint64_t sum = 0;
-      for (int row = 0; row < at.count; row++) {
-        const int ahead = row + rows_ahead;
-        const std::byte* const soon = ahead < at.count ? at.rows + ahead * row_bytes : next.rows + std::min(ahead - at.count, next.count - 1) * layout.row_bytes(next.layer);
-        sum += row_value(kernels.hash(at.rows + row * row_bytes, row_bytes / 4, 0, soon), at.copy, at.layer, at.first + row);
-      }
-      std::atomic_ref(checksums[at.page * copies + at.copy]).fetch_add(sum, std::memory_order_relaxed);
+      const StandingRows next = rows_of(std::min(unit + 1, end - 1));
+      std::atomic_ref(checksums[unit % checksums.size()]).fetch_add(hash_rows(kernels, rows, next), std::memory_order_relaxed);
+      rows = next;
     }
   });
   return checksums;

@@ -11,31 +11,38 @@
 
 namespace tpla {
 
-static_assert(sizeof(KeyTable::even_low) / sizeof(uint64_t) * 2 == kMaxRowWords);
+static_assert(sizeof(KeyTable::even) / sizeof(uint64_t) * 2 == kMaxRowWords);
 
 namespace {
 
-uint64_t hash(const std::byte* from, size_t words, size_t first, const std::byte*) {
+uint64_t hash(const std::byte* from, size_t words, size_t first) {
   const KeyTable& keys = checksum_keys();
   uint64_t sum = 0;
   for (size_t i = 0; i < words; i++) {
-    const size_t pair = (first + i) / 2;
-    const bool is_even = (first + i) % 2 == 0;
+    const size_t at = first + i;
     uint32_t word;
     std::memcpy(&word, from + i * 4, 4);
-    sum += word * (is_even ? keys.even_low[pair] | keys.even_high[pair] << 32 : keys.odd_low[pair] | keys.odd_high[pair] << 32);
+    sum += word * (at % 2 == 0 ? keys.even[at / 2] : keys.odd[at / 2]);
   }
   return sum;
 }
 
-uint64_t copy(std::byte* to, const std::byte* from, size_t words, size_t first, const std::byte* ahead) {
+uint64_t copy(std::byte* to, const std::byte* from, size_t words, size_t first) {
   std::memcpy(to, from, words * 4);
-  return hash(from, words, first, ahead);
+  return hash(from, words, first);
+}
+
+void hash_lanes(Lanes from, size_t words, size_t first, Lanes, uint64_t* hashes) {
+  for (size_t lane = 0; lane < kLanes; lane++) hashes[lane] = hash(from[lane], words, first);
+}
+
+void copy_lanes(LanesTo to, Lanes from, size_t words, size_t first, Lanes, uint64_t* hashes) {
+  for (size_t lane = 0; lane < kLanes; lane++) hashes[lane] = copy(to[lane], from[lane], words, first);
 }
 
 void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
-constexpr RowKernels kPortable = {"portable", hash, copy, copy, fence, bf16_to_f32, f32_to_bf16, e4m3_to_f32, f32_to_e4m3};
+constexpr RowKernels kPortable = {"portable", hash, copy, copy, hash_lanes, copy_lanes, copy_lanes, fence, bf16_to_f32, f32_to_bf16, e4m3_to_f32, f32_to_e4m3};
 
 const RowKernels* best() {
   for (const RowKernels* kernels : {row_kernels_avx512(), row_kernels_avx2()}) {
@@ -68,12 +75,8 @@ const KeyTable& checksum_keys() {
   static const std::unique_ptr<const KeyTable> table = [] {
     auto keys = std::make_unique<KeyTable>();
     for (uint32_t pair = 0; pair < kMaxRowWords / 2; pair++) {
-      const uint64_t even = checksum_key(2 * pair);
-      const uint64_t odd = checksum_key(2 * pair + 1);
-      keys->even_low[pair] = even & 0xffffffffu;
-      keys->even_high[pair] = even >> 32;
-      keys->odd_low[pair] = odd & 0xffffffffu;
-      keys->odd_high[pair] = odd >> 32;
+      keys->even[pair] = checksum_key(2 * pair);
+      keys->odd[pair] = checksum_key(2 * pair + 1);
     }
     return keys;
   }();

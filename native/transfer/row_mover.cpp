@@ -6,6 +6,7 @@
 #include "core/kv_row.h"
 #include "transfer/kv_checksum.h"
 #include "transfer/prefetch.h"
+#include "transfer/row_hash.h"
 
 namespace tpla {
 
@@ -59,10 +60,11 @@ void encode_latent(const RowKernels& kernels, KvDType dtype, int width, const fl
 RowMover::Making::Making(const RowGroup& group)
     : src(group.src), dst(group.dst), src_bytes(src.bytes()), dst_bytes(dst.bytes()), plans(plan_reshard(src, dst)),
       is_copy(std::all_of(plans.begin(), plans.end(), [](const RowPlan& plan) { return plan.is_copy; })),
-      rows_ahead(static_cast<int>((kRowsAheadBytes + src_bytes - 1) / src_bytes)) {}
+      ahead(rows_ahead(src_bytes)) {}
 
 RowMover::RowMover(const KvRegion& src, const KvLayout& dst, bool streams)
-    : region_(src), copies_(copies_per_page(dst)), making_of_layer_(size_t(dst.layers)), kernels_(row_kernels()), write_(streams ? kernels_.stream : kernels_.copy) {
+    : region_(src), copies_(copies_per_page(dst)), making_of_layer_(size_t(dst.layers)), kernels_(row_kernels()), write_(streams ? kernels_.stream : kernels_.copy),
+      write_lanes_(streams ? kernels_.stream_lanes : kernels_.copy_lanes) {
   for (const RowGroup& group : group_layers(src.layout, dst)) {
     for (const int layer : group.layers) making_of_layer_[size_t(layer)] = static_cast<uint16_t>(makings_.size());
     makings_.emplace_back(group);
@@ -92,15 +94,12 @@ bool RowMover::keeps_rows(int layer) const {
 const std::byte* RowMover::hash(const Rows& rows, uint64_t& sum, const Rows* next) const {
   const Making& making = making_of(rows.layer);
   const int memory = making.plans[0].segments[0].src_memory;
-  const std::byte* const first = first_row(rows, memory);
-  const std::byte* const coming = next == nullptr ? first : first_row(*next, memory);
-  const int count = rows.tokens.size();
-  for (int row = 0; row < count; row++) {
-    const int ahead = row + making.rows_ahead;
-    const std::byte* const soon = ahead < count ? first + ahead * making.src_bytes : next == nullptr ? first : coming + std::min(ahead - count, next->tokens.size() - 1) * making.src_bytes;
-    sum += row_value(kernels_.hash(first + row * making.src_bytes, making.src_bytes / 4, 0, soon), 0, rows.layer, rows.tokens.begin + row);
-  }
-  return first;
+  const auto standing = [&](const Rows& at) {
+    return StandingRows{first_row(at, memory), making.src_bytes, at.tokens.size(), 0, at.layer, at.tokens.begin};
+  };
+  const StandingRows found = standing(rows);
+  sum += hash_rows(kernels_, found, next == nullptr ? found : standing(*next));
+  return found.at;
 }
 
 void RowMover::copy_rows(const Making& making, const Rows& rows, const Rows* next, std::byte* const* to, uint64_t* sums) const {
@@ -120,19 +119,32 @@ void RowMover::copy_rows(const Making& making, const Rows& rows, const Rows* nex
     }
   }
   const int count = rows.tokens.size();
-  const int coming = next == nullptr ? 0 : next->tokens.size();
+  const int depth = count / static_cast<int>(kLanes);
+  const int next_depth = next == nullptr ? 0 : next->tokens.size() / static_cast<int>(kLanes);
   const size_t src_bytes = making.src_bytes;
   const size_t dst_bytes = making.dst_bytes;
-  for (int row = 0; row < count; row++) {
-    const int ahead = row + making.rows_ahead;
-    // Copies inside: what they share of a source row is read while it is in the nearest cache.
+  // Copies inside: what they share of a source row is read while it is in the nearest cache.
+  for (int row = 0; row < depth; row++) {
+    for (auto track = tracks.begin(); track != tracks.end();) {
+      const int copy = track->copy;
+      uint64_t hashes[kLanes] = {};
+      for (; track != tracks.end() && track->copy == copy; ++track) {
+        const ByteSegment& segment = *track->segment;
+        uint64_t parts[kLanes];
+        write_lanes_({to[copy] + row * dst_bytes + segment.dst_offset, depth * dst_bytes}, {track->at + row * src_bytes, depth * src_bytes}, segment.bytes / 4,
+                     segment.dst_offset / 4, lanes_ahead(row + making.ahead, track->at, depth, track->next, next_depth, src_bytes), parts);
+        for (size_t lane = 0; lane < kLanes; lane++) hashes[lane] += parts[lane];
+      }
+      for (size_t lane = 0; lane < kLanes; lane++) sums[copy] += row_value(hashes[lane], copy, rows.layer, rows.tokens.begin + static_cast<int>(lane) * depth + row);
+    }
+  }
+  for (int row = depth * static_cast<int>(kLanes); row < count; row++) {
     for (auto track = tracks.begin(); track != tracks.end();) {
       const int copy = track->copy;
       uint64_t row_hash = 0;
       for (; track != tracks.end() && track->copy == copy; ++track) {
         const ByteSegment& segment = *track->segment;
-        const std::byte* soon = ahead < count ? track->at + ahead * src_bytes : ahead - count < coming ? track->next + (ahead - count) * src_bytes : track->at;
-        row_hash += write_(to[copy] + row * dst_bytes + segment.dst_offset, track->at + row * src_bytes, segment.bytes / 4, segment.dst_offset / 4, soon);
+        row_hash += write_(to[copy] + row * dst_bytes + segment.dst_offset, track->at + row * src_bytes, segment.bytes / 4, segment.dst_offset / 4);
       }
       sums[copy] += row_value(row_hash, copy, rows.layer, rows.tokens.begin + row);
     }
@@ -153,7 +165,7 @@ uint64_t RowMover::convert_row(const Making& making, const RowPlan& plan, const 
   }
   encode_latent(kernels_, dst.dtype, dst.width(), values.data(), row.data());
   convert_rope(making, first_row(rows, plan.rope_memory) + offset + rope_offset(src), row.data() + rope_offset(dst), values.data());
-  return write_(to, row.data(), row.size() / 4, 0, row.data());
+  return write_(to, row.data(), row.size() / 4, 0);
 }
 
 // The rope key is fp32 with fp32 latents and bf16 else.

@@ -47,7 +47,7 @@ class RowMover {
     size_t dst_bytes;
     std::vector<RowPlan> plans;
     bool is_copy;
-    int rows_ahead;
+    int ahead;  // rows
   };
 
   const Making& making_of(int layer) const { return makings_[making_of_layer_[size_t(layer)]]; }
@@ -61,7 +61,8 @@ class RowMover {
   std::vector<Making> makings_;
   std::vector<uint16_t> making_of_layer_;
   const RowKernels& kernels_;
-  uint64_t (*const write_)(std::byte*, const std::byte*, size_t, size_t, const std::byte*);
+  decltype(RowKernels::copy) const write_;
+  decltype(RowKernels::copy_lanes) const write_lanes_;
 };
 
 }  // namespace tpla

@@ -227,6 +227,39 @@ test('the instruction sets agree bit for bit', async () => {
   src.arena.close();
 });
 
+test('rows that are streamed past the caches arrive whole and alone, wherever they begin', async () => {
+  const best = kvKernels();
+  const tokens: [number, number] = [3, 398];
+  const wide = layout('mla', 1, { layers: 4, latent: 900, rope: 14, dtype: 'f32', pageTokens: 64 });
+  const src = emptyStore(wide, 400, 31);
+  await native().kvFillPattern(src.arena, src.sequence.pages, [0, 400], 0, 7);
+  for (const name of ['avx512', 'avx2', 'portable']) {
+    try {
+      kvKernels(name);
+    } catch {
+      continue;
+    }
+    // Rows of 57 lines and an eighth, and of 30 and a little, with the rope key at an odd word.
+    for (const target of [wide, { ...wide, pageTokens: 16 }, layout('tpla', 2, { ...wide, form: 'tpla', ranks: 2, shared: 34 })]) {
+      const dst = emptyStore(target, 400, 32);
+      const { bytes, checksums } = await put(src, dst, [0, 4], tokens);
+      assert.ok(bytes > 4 << 20, 'large enough to be streamed');
+      kvKernels('portable');
+      assert.equal(await kvChecksum(dst.arena, [0, 4], tokens, dst.sequence.pages), checksums, name);
+      kvKernels(name);
+      for (let layer = 0; layer < 4; layer++) for (let token = 0; token < 400; token++) for (let copy = 0; copy < copies(target); copy++) {
+        const found = rowAt(dst.arena, dst.sequence, layer, token, copy);
+        const isPut = token >= tokens[0] && token < tokens[1];
+        const expected = isPut ? expectedRow(src, dst, layer, token, copy) : Buffer.alloc(found.length, 0xa5);
+        assert.is(Buffer.compare(found, expected), 0, `${name}, layer ${layer}, token ${token}, copy ${copy}`);
+      }
+      dst.arena.close();
+    }
+  }
+  kvKernels(best);
+  src.arena.close();
+});
+
 test('parts add up: checksums of layers and token ranges sum to those of the whole', async () => {
   const src = filledStore(layout('mla', 1), 70, 9);
   const whole = emptyStore(layout('tpla', 2, { pageTokens: 32 }), 70, 10);
