@@ -18,6 +18,8 @@ import { native } from '../src/native/loader.js';
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
 const PARALLEL = 2;
 const DEFAULT_LIMIT_S = 300;
+/** Test files say so where they leave tests out, and why. */
+const SKIPPED = /^(skipping .+)$/gm;
 /** How long a finished test's children may take to end. */
 const LEFTOVER_GRACE_MS = 3000;
 
@@ -78,6 +80,7 @@ async function runAll(files: string[], parallel: number): Promise<FileResult[]> 
       results.push(result);
       const counts = `${result.passed} passed${result.failed > 0 ? `, ${result.failed} failed` : ''}${result.skipped > 0 ? `, ${result.skipped} skipped` : ''}`;
       console.log(`${result.failed > 0 ? 'FAIL' : 'ok  '} ${file}  ${counts}  ${result.seconds.toFixed(1)} s`);
+      for (const [, why] of result.skipped > 0 ? result.output.matchAll(SKIPPED) : []) console.log(`       ${why}`);
     }
   };
   await Promise.all(Array.from({ length: parallel }, worker));

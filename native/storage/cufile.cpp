@@ -2,6 +2,8 @@
 
 #include <cerrno>
 #include <cstring>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/types.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -162,13 +164,24 @@ std::string CuFile::explain(int64_t status) const {
   return (text == nullptr ? std::string("cuFile error") : std::string(text)) + " (" + std::to_string(status) + ")";
 }
 
+namespace {
+
+// cuFile asks udev for the disk behind a file even where it goes through host memory: what of that is not there, and what to do; empty where all is.
+std::string missing_disk(int fd) {
+  struct stat file{};
+  if (fstat(fd, &file) != 0) return "";
+  if (major(file.st_dev) == 0) return "; its filesystem has no disk of its own (an overlay or a tmpfs, say): take a directory on ext4 or XFS of a local disk";
+  const std::string record = std::string(kUdevData) + "/b" + std::to_string(major(file.st_dev)) + ":" + std::to_string(minor(file.st_dev));
+  return access(record.c_str(), R_OK) == 0 ? "" : "; it wants udev's record of the disk, " + record + ", which is not there (a container gets it by --volume /run/udev:/run/udev:ro)";
+}
+
+}  // namespace
+
 CuFileHandle::CuFileHandle(int fd) : library_(CuFile::shared()) {
   Descriptor descriptor;
   descriptor.fd = fd;
   const Status status = library_.calls_->register_handle(&handle_, &descriptor);
-  // It asks udev for the disk behind a file even where it goes through host memory.
-  const char* const hint = access(kUdevData, R_OK) == 0 ? "" : "; it wants udev's data (a container gets them by --volume /run/udev:/run/udev:ro)";
-  if (status.error != 0) throw Error("REQUEST_INVALID", "cuFile does not take the file: " + library_.explain(status.error) + hint);
+  if (status.error != 0) throw Error("REQUEST_INVALID", "cuFile does not take the file: " + library_.explain(status.error) + missing_disk(fd));
   is_gds_ = library_.reaches(fd);
 }
 

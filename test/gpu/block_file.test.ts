@@ -158,7 +158,7 @@ if (hiding !== null) console.log(`skipping a missing cuFile: ${hiding}`);
 
 // cuFile that says it has GPUDirect Storage, over pread, pwrite and the CUDA driver: what follows from its word, not the disk's DMA.
 const isLocalDisk = [0xef53, 0x58465342].includes(statfsSync(directory).type);
-if (!isLocalDisk) console.log('skipping GPUDirect Storage by a stand-in: the temporary directory is neither on ext4 nor on XFS');
+if (!isLocalDisk) console.log('skipping GPUDirect Storage by a stand-in: the temporary directory is neither on ext4 nor on XFS (TMPDIR names another)');
 (isLocalDisk ? test : test.skip)('GPUDirect Storage is taken where cuFile says it serves the filesystem, in as many pieces as it likes', async () => {
   const args = ['bench-transfer', '--path', 'nvme', '--memory', 'gpu', '--layers', '16', '--tokens', '700', '--pages-per-block', '8', '--iterations', '1', '--warmup', '0', '--directory', directory, '--json'];
   const library = cuFileStandIn(directory);

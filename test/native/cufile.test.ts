@@ -65,7 +65,11 @@ test('a file that cuFile does not take cannot be opened for it, and another way 
   assert.ok(Number(inProcess(open('cufile'), STAND_IN)['opened']) > 0);
   const refused = inProcess(open('cufile'), { ...STAND_IN, CUFILE_STAND_IN_REGISTER: '5027' });
   assert.is(refused.code, 'REQUEST_INVALID');
-  assert.match(refused.message!, /^cuFile does not take the file: cuFile error \(5027\)/);
+  const why = /^cuFile does not take the file: cuFile error \(5027\)(.*)$/.exec(refused.message!);
+  assert.match(why![1]!, /^(|; it wants udev's record of the disk, \/run\/udev\/data\/b\d+:\d+, which is not there \(.*\)|; its filesystem has no disk of its own .*)$/);
+  const onTmpfs = inProcess(open('cufile').replaceAll(directory, '/dev/shm'), { ...STAND_IN, CUFILE_STAND_IN_REGISTER: '5027' });
+  rmSync('/dev/shm/cufile.blocks', { force: true });
+  assert.match(onTmpfs.message!, /has no disk of its own .*: take a directory on ext4 or XFS/);
   assert.ok(Number(inProcess(open('auto'), { ...STAND_IN, CUFILE_STAND_IN_REGISTER: '5027' })['opened']) > 0);
 });
 
