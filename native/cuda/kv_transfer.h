@@ -1,5 +1,5 @@
-// The hand-off on GPUs: gather pages, reshard, convert and put into memory of any GPU or host that this one reaches, in one launch (with a
-// shared subspace that differs between layers, one for each width among them).
+// The hand-off on GPUs: gather pages, reshard, convert and put into memory of any GPU or host that this one reaches, in one launch. Where layers differ
+// in their shared subspace so much that some rows are copied and others converted, or copied at another alignment, these are launches of their own.
 #pragma once
 
 #include <cstddef>
@@ -52,7 +52,7 @@ class KvRoute {
  private:
   void enqueue(Range layers, Range tokens, const PageTables& src_pages, const PageTables& dst_pages, const PutReport& report, CUstream_st* stream, int blocks) const;
 
-  struct Group;
+  class Pass;
   struct State;
   explicit KvRoute(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
