@@ -51,34 +51,64 @@ void start_put(const std::shared_ptr<const KvRegion>& src, const std::shared_ptr
   puts(is_announced).post([src, dst, gate, work = std::move(work), done = std::move(done)] { finish_with<PutDone, KvPutResult>(done, [&] { return kv_put(work); }); });
 }
 
+// What the puts of one hand-off have in common, and one of them.
+struct PutOptions {
+  std::shared_ptr<const KvRegion> src;
+  std::shared_ptr<const KvRegion> dst;
+  int src_rank = 0;
+  PageTables dst_pages;
+  std::shared_ptr<const WriteGate> gate;
+  WritePass pass;
+  std::shared_ptr<const Announcement> announcement;
+};
+
+PutOptions parse_put_options(const Napi::Object& options) {
+  PutOptions put;
+  put.src = kv_region_of(options.Get("src"));
+  put.dst = kv_region_of(options.Get("dst"));
+  put.src_rank = parse_rank(options.Get("srcRank"));
+  put.dst_pages = parse_tables(options.Get("dstPages"), options.Get("dstRank"), "dstPages");
+  if (options.Get("pass").IsObject()) {
+    const Napi::Object pass = options.Get("pass").As<Napi::Object>();
+    put.gate = write_gate_of(pass.Get("gate"));
+    put.pass = {put.gate.get(), int(to_integer(pass.Get("slot"), "slot", 0, put.gate->slots() - 1)), uint32_t(to_integer(pass.Get("epoch"), "epoch", 0, UINT32_MAX))};
+  }
+  put.announcement = parse_announcement(options.Get("announce"));
+  return put;
+}
+
+Napi::Value run_put(Napi::Env env, const PutOptions& options, std::vector<std::vector<int32_t>> src_tables, Range layers, Range tokens) {
+  KvPut work{options.src.get(), options.dst.get(), layers, tokens, {std::move(src_tables), options.src_rank}, options.dst_pages, options.pass};
+  const auto promise = ThreadPromise::create(env);
+  const Napi::Value settled = promise->promise();
+  start_put(options.src, options.dst, options.gate, std::move(work), options.announcement != nullptr, settle_put(promise, options.announcement, layers, tokens));
+  mark_step("put under way");
+  return settled;
+}
+
 Napi::Value put(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  return guarded(env, [&]() -> Napi::Value {
+  return guarded(info.Env(), [&]() -> Napi::Value {
     mark_step("put asked for");
     const Napi::Object options = to_object(info[0], "put");
-    const auto src = kv_region_of(options.Get("src"));
-    const auto dst = kv_region_of(options.Get("dst"));
-    KvPut work{src.get(), dst.get(), parse_range(options.Get("layers"), "layers"), parse_range(options.Get("tokens"), "tokens"),
-               parse_tables(options.Get("srcPages"), options.Get("srcRank"), "srcPages"),
-               parse_tables(options.Get("dstPages"), options.Get("dstRank"), "dstPages"),
-               {}};
-    std::shared_ptr<const WriteGate> gate;
-    if (options.Get("pass").IsObject()) {
-      const Napi::Object pass = options.Get("pass").As<Napi::Object>();
-      gate = write_gate_of(pass.Get("gate"));
-      work.pass = {gate.get(), int(to_integer(pass.Get("slot"), "slot", 0, gate->slots() - 1)), uint32_t(to_integer(pass.Get("epoch"), "epoch", 0, UINT32_MAX))};
-    }
-    const auto announcement = parse_announcement(options.Get("announce"), work.layers, work.tokens);
-    const auto promise = ThreadPromise::create(env);
-    const Napi::Value settled = promise->promise();
-    const auto done = settle_put(promise, announcement);
-    try {
-      start_put(src, dst, gate, std::move(work), announcement != nullptr, done);
-    } catch (const Error& error) {
-      done({}, std::make_unique<Error>(error));
-    }
-    mark_step("put under way");
-    return settled;
+    return run_put(info.Env(), parse_put_options(options), parse_tables(options.Get("srcPages"), info.Env().Undefined(), "srcPages").tables,
+                   parse_range(options.Get("layers"), "layers"), parse_range(options.Get("tokens"), "tokens"));
+  });
+}
+
+// prepareKvPut(options) → put(srcPages, firstLayer, endLayer, firstToken, endToken)
+Napi::Value prepare_put(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const auto options = std::make_shared<const PutOptions>(parse_put_options(to_object(info[0], "put")));
+#ifdef TPLA_WITH_CUDA
+    if (options->src->device >= 0 && options->dst->device >= 0) cuda::prepare_device_puts(options->src, options->dst);
+#endif
+    return Napi::Function::New(info.Env(), [options](const Napi::CallbackInfo& call) {
+      return guarded(call.Env(), [&]() -> Napi::Value {
+        mark_step("put asked for");
+        const auto number = [&call](size_t at, const char* field) { return int(to_integer(call[at], field, 0)); };
+        return run_put(call.Env(), *options, {to_int32s(call[0], "srcPages")}, {number(1, "layers"), number(2, "layers")}, {number(3, "tokens"), number(4, "tokens")});
+      });
+    }, "put");
   });
 }
 
@@ -172,6 +202,7 @@ void start_checksum(TaskQueue& queue, std::shared_ptr<const KvRegion> region, Pa
 void export_transfer(Napi::Env env, Napi::Object exports) {
   exports.Set("mapKvRegion", Napi::Function::New(env, map_region, "mapKvRegion"));
   exports.Set("kvPut", Napi::Function::New(env, put, "kvPut"));
+  exports.Set("prepareKvPut", Napi::Function::New(env, prepare_put, "prepareKvPut"));
   exports.Set("kvChecksum", Napi::Function::New(env, checksum, "kvChecksum"));
   exports.Set("kvCopyPage", Napi::Function::New(env, copy_page, "kvCopyPage"));
   exports.Set("keepTimeline", Napi::Function::New(env, keep, "keepTimeline"));

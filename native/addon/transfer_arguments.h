@@ -12,11 +12,13 @@ inline Range parse_range(const Napi::Value& value, const char* field) {
   return {int(to_integer(array.Get(0u), field, 0)), int(to_integer(array.Get(1u), field, 0))};
 }
 
+inline int parse_rank(const Napi::Value& rank) { return rank.IsUndefined() || rank.IsNull() ? 0 : int(to_integer(rank, "rank", 0)); }
+
 inline PageTables parse_tables(const Napi::Value& pages, const Napi::Value& rank, const char* field) {
   PageTables result;
   const Napi::Array array = to_array(pages, field);
   for (uint32_t i = 0; i < array.Length(); i++) result.tables.push_back(to_int32s(array.Get(i), field));
-  if (!rank.IsUndefined() && !rank.IsNull()) result.rank = int(to_integer(rank, "rank", 0));
+  result.rank = parse_rank(rank);
   return result;
 }
 

@@ -18,6 +18,8 @@
 #include "runtime.h"
 #include "transfer/busy_poll.h"
 #include "transfer/reshard.h"
+#include "transfer/task_queue.h"
+#include "transfer/timeline.h"
 
 namespace tpla::cuda {
 
@@ -161,10 +163,12 @@ struct Flight {
   bool has_landed() const {
     return std::all_of(lanes.begin(), lanes.end(), [](const auto& lane) { return lane->has_told(); });
   }
-  // Blocks until the GPU is done with it, or has failed.
+  // Blocks until the GPU is done with it and all that was asked for by now, or has failed. An event with every put would be host time for nothing
+  // where the words it writes are watched, and would keep the next launch from overlapping this one.
   cudaError_t wait() const {
     const OnDevice on(way->device);
-    return cudaEventSynchronize(lanes.back()->done);
+    const cudaError_t status = cudaEventRecord(lanes.back()->done, way->stream);
+    return status == cudaSuccess ? cudaEventSynchronize(lanes.back()->done) : status;
   }
   void land(cudaError_t status) {
     std::vector<uint64_t> checksums;
@@ -261,7 +265,7 @@ void start(const std::shared_ptr<const Way>& way, const RegionPointer& src, cons
       Lane& lane = *flight->lanes.back();
       lane.reserve(flight->words.back());
       way->route.put(layers, part, src_pages, dst_pages, lane.next_report(), way->stream);
-      check_runtime(cudaEventRecord(lane.done, way->stream), "cudaEventRecord");
+      mark_step("launched");
     }
   } catch (...) {
     // What was enqueued before writes on: it must not outlive the gate.
@@ -343,7 +347,16 @@ PinnedKv::PinnedKv(std::shared_ptr<const KvRegion> host, int device) : host_(std
   }
 }
 
-void device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst, const KvPut& put, std::shared_ptr<const WriteGate> gate, PutDone done) {
+namespace {
+
+// Puts are launched by a thread of their own: whoever asks for one has other things to do, and the driver takes tens of microseconds where it was not
+// called for a while.
+TaskQueue& launches() {
+  static auto* queue = new TaskQueue("tpla-launches");
+  return *queue;
+}
+
+void launch_put(const RegionPointer& src, const RegionPointer& dst, const KvPut& put, std::shared_ptr<const WriteGate> gate, const PutDone& done) {
   if (src->device < 0 || dst->device < 0) throw Error("REQUEST_INVALID", "a transfer with a GPU takes host memory that is pinned for it");
   check_compatible(src->layout, dst->layout);
   check_pages("source", *src, put.src_pages, put.layers, put.tokens);
@@ -359,11 +372,38 @@ void device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvReg
   };
   auto inside = std::make_shared<std::unique_ptr<Inside>>(std::make_unique<Inside>(std::move(gate), put.pass));
   const size_t bytes = dst->layout.token_bytes(put.layers.begin, put.layers.end) * put.tokens.size() * copies_per_page(dst->layout);
-  start(way, src, dst, put.layers, put.tokens, put.src_pages, put.dst_pages,
-        [inside, bytes, done = std::move(done)](std::vector<uint64_t> checksums, std::unique_ptr<Error> error) {
-          inside->reset();
-          done({bytes, bytes, std::move(checksums)}, std::move(error));
-        });
+  start(way, src, dst, put.layers, put.tokens, put.src_pages, put.dst_pages, [inside, bytes, done](std::vector<uint64_t> checksums, std::unique_ptr<Error> error) {
+    inside->reset();
+    done({bytes, bytes, std::move(checksums)}, std::move(error));
+  });
+}
+
+}  // namespace
+
+void device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst, KvPut put, std::shared_ptr<const WriteGate> gate, PutDone done) {
+  launches().post([src = std::move(src), dst = std::move(dst), put = std::move(put), gate = std::move(gate), done = std::move(done)] {
+    try {
+      launch_put(src, dst, put, gate, done);
+    } catch (const Error& error) {
+      done({}, std::make_unique<Error>(error));
+    } catch (const std::exception& error) {
+      done({}, std::make_unique<Error>("INTERNAL", error.what()));
+    }
+  });
+}
+
+void prepare_device_puts(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst) {
+  launches().post([src = std::move(src), dst = std::move(dst)] {
+    try {
+      const auto way = Routes::shared().of(src, dst, src->device);
+      Lanes::shared().give(Lanes::shared().take(src->device));
+      // Into the driver and back.
+      const OnDevice on(src->device);
+      cudaStreamQuery(way->stream);
+    } catch (const std::exception&) {
+      // Each put will say so.
+    }
+  });
 }
 
 double device_plain_copy(const KvRegion& src, const KvRegion& dst, size_t bytes) {

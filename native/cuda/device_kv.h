@@ -54,11 +54,14 @@ class PinnedKv {
   KvRegion region_;
 };
 
-// kv_put and kv_checksum where either region is a device's; both must have been made for the same device. They enqueue the work and return;
-// `done` is called once, on a thread of theirs, after the gate was left. Puts between the same two regions end in the order in which they were
-// asked for, so that the first can be verified while the others travel. Throw REQUEST_INVALID, or CANCELLED where the gate is shut.
+// kv_put where either region is a device's; both must have been made for the same device. `done` is called once, on another thread, after the gate was
+// left: with the result, REQUEST_INVALID, or CANCELLED where the gate is shut. Puts between the same two regions end in the order in which they were
+// asked for, so that the first can be verified while the others travel.
 using PutDone = std::function<void(KvPutResult result, std::unique_ptr<Error> error)>;
-void device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst, const KvPut& put, std::shared_ptr<const WriteGate> gate, PutDone done);
+void device_put(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst, KvPut put, std::shared_ptr<const WriteGate> gate, PutDone done);
+// Puts between these may follow at once: what they need is made, and the thread that launches them looks out for them instead of being woken.
+void prepare_device_puts(std::shared_ptr<const KvRegion> src, std::shared_ptr<const KvRegion> dst);
+// kv_checksum of a device's region: enqueues the work and returns; `done` is called as above. Throws REQUEST_INVALID.
 using ChecksumDone = std::function<void(std::vector<uint64_t> checksums, std::unique_ptr<Error> error)>;
 void device_checksum(std::shared_ptr<const KvRegion> region, const PageTables& pages, Range layers, Range tokens, ChecksumDone done);
 // Seconds of one plain copy between the first memories of two regions of one device. Throws REQUEST_INVALID where either is smaller.

@@ -409,6 +409,9 @@ export interface KvStreamOptions {
   zeroCopy?: 'auto' | 'never' | 'always';
 }
 
+/** A put from pages of the whole sequence, layers and tokens [begin, end). */
+export type PreparedKvPut = (srcPages: Int32Array, firstLayer: number, endLayer: number, firstToken: number, endToken: number) => Promise<KvPutResult>;
+
 export interface KvPutResult {
   bytes: number;
   /** What travelled: more than `bytes` where frames have headers and answers. */
@@ -533,6 +536,8 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   mapKvRegion(layout: KvLayout, pages: number, fds: number[]): KvRegion;
   /** Gathers, reshards and converts pages from one region into another. */
   kvPut(put: KvPut): Promise<KvPutResult>;
+  /** What the puts of one hand-off have in common, taken over once: each then costs its caller a few microseconds. */
+  prepareKvPut(common: Omit<KvPut, 'layers' | 'tokens' | 'srcPages'>): PreparedKvPut;
   /** The same checksums computed over what `region` holds. */
   kvChecksum(region: KvRegion | KvArena, layers: [number, number], tokens: [number, number], pages: Int32Array[], rank?: number): Promise<BigUint64Array>;
   /** Copies a whole page, all layers (copy-on-write): on every rank with mla and tpla, on `rank` with dcp and dp. */

@@ -1,6 +1,6 @@
 import { TplaError } from '../errors.js';
 import { native } from '../native/loader.js';
-import type { Channel, CudaKvArena, KvArena, KvPutResult, KvRegion, WriteGate } from '../native/types.js';
+import type { Channel, CudaKvArena, KvArena, KvPutResult, KvRegion, PreparedKvPut, WriteGate } from '../native/types.js';
 import { GATE_SLOTS, GateSlots } from './gate_slots.js';
 import type { PathOffer } from './messages.js';
 import type { Admission, Credit, Landing, Reach, Rectangle, Welcome } from './path.js';
@@ -43,6 +43,7 @@ export class CudaReach implements Reach {
   readonly #gate: WriteGate;
   /** Prefill's pages as the GPU sees them, where they are host memory. */
   readonly #pinnedSource: KvRegion | null;
+  readonly #prepared = new WeakMap<Credit, PreparedKvPut>();
 
   constructor(source: KvArena, { layout, pages, offer, fds }: Welcome) {
     if (!('gateSlots' in offer)) throw new TplaError('INTERNAL', `a CUDA path was built from an offer of ${offer.path}`);
@@ -63,12 +64,18 @@ export class CudaReach implements Reach {
     this.#pinnedSource = isOnGpu(source) ? null : addon.pinKvRegion(source, device);
   }
 
-  put(source: KvArena, srcPages: Int32Array, credit: Credit, rectangle: Rectangle, channel: Channel): Promise<KvPutResult> {
-    return native().kvPut({
-      src: this.#pinnedSource ?? source, dst: this.#region, ...rectangle,
-      srcPages: [srcPages], dstPages: credit.pages, dstRank: credit.rank,
+  prepare(source: KvArena, credit: Credit, channel: Channel): PreparedKvPut {
+    const put = native().prepareKvPut({
+      src: this.#pinnedSource ?? source, dst: this.#region, dstPages: credit.pages, dstRank: credit.rank,
       pass: { gate: this.#gate, slot: credit.slot, epoch: credit.epoch }, announce: { channel, session: credit.session },
     });
+    this.#prepared.set(credit, put);
+    return put;
+  }
+
+  put(source: KvArena, srcPages: Int32Array, credit: Credit, { layers, tokens }: Rectangle, channel: Channel): Promise<KvPutResult> {
+    const put = this.#prepared.get(credit) ?? this.prepare(source, credit, channel);
+    return put(srcPages, layers[0], layers[1], tokens[0], tokens[1]);
   }
 
   close(): void {

@@ -171,6 +171,10 @@ class Connection {
     }
   }
 
+  prepare(credit: Credit): void {
+    this.#reach!.prepare?.(this.#arena, credit, this.#channel!);
+  }
+
   put(srcPages: Int32Array, credit: Credit, rectangle: Rectangle): ReturnType<Reach['put']> {
     const put = this.#reach!.put(this.#arena, srcPages, credit, rectangle, this.#channel!);
     this.#puts.add(put);
@@ -405,6 +409,7 @@ class Session implements HandoffSession {
     }
     this.#credit = { session: this.id, tokens, rank, slot, epoch, pages };
     this.leaseMs = leaseMs;
+    this.#connection.prepare(this.#credit);
     this.#grant.resolve(this);
   }
 
