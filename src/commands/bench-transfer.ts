@@ -1,11 +1,11 @@
 import { writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { Flags } from '@oclif/core';
-import { expand, expandStorage, MODELS, STORAGE_DIRECTIONS, type BenchCase, type KvShape, type ModelName } from '../bench/transfer/cases.js';
+import { expand, expandStorage, inGroupsOf, MODELS, STORAGE_DIRECTIONS, wholeInGroups, type BenchCase, type KvShape, type ModelName } from '../bench/transfer/cases.js';
 import { collationCases, collationTable } from '../bench/transfer/collation.js';
 import { benchTransfer, benchTransferBesidePrefill, serveBench, type BenchOptions } from '../bench/transfer/command.js';
 import { overlapTable, type OverlapRow } from '../bench/transfer/overlap.js';
-import { availablePaths, BENCH_PATHS, isHandoff } from '../bench/transfer/paths.js';
+import { availablePaths, BENCH_PATHS, isByGpu, isHandoff } from '../bench/transfer/paths.js';
 import { plotOf, tableOf, toCsv, type BenchRow } from '../bench/transfer/rows.js';
 import { timelineTable } from '../bench/transfer/timeline.js';
 import { BaseCommand } from '../cli/base_command.js';
@@ -16,9 +16,9 @@ import { DIRECTIONS, PATHS, type TransferPath } from '../transfer/types.js';
 
 export default class BenchTransfer extends BaseCommand {
   static override summary = 'Measure KV hand-offs between two processes, verified';
-  static override description = `Each row is real hand-offs of one request at a time: pages reserved, every layer pushed, resharded and converted into decode's pages,
-checksums verified, accepted. GB/s counts bytes in place over the median time until the last is there; latencies run from the first push to
-decode's word that all is accepted. The row before it is the plain copy that "of one copy" compares with: the same bytes between the same two
+  static override description = `Each row is real hand-offs, one request at a time unless --in-flight says more: pages reserved, every layer pushed, resharded and converted into
+decode's pages, checksums verified, accepted. GB/s counts bytes in place over the median time until the last is there; latencies are those of one
+request, from its first push to decode's word that all is accepted. The row before it is the plain copy that "of one copy" compares with: the same bytes between the same two
 processes with nothing done to them (memcpy, one GPU copy, or raw sockets), its runs between those of the hand-off. Lists (a,b,c) are swept in
 every combination. GB is 1e9 bytes.
 
@@ -56,8 +56,9 @@ without a hand-off decode has the prompt.`;
     'target-page-tokens': Flags.string({ description: "tokens of decode's pages; list; default as prefill's" }),
     dtype: Flags.string({ default: 'bf16', description: "prefill's KV: f32, bf16, fp8; list" }),
     'target-dtype': Flags.string({ description: "decode's KV; list; default as prefill's" }),
-    'layers-per-push': Flags.string({ description: 'layers that one call covers; list; default a quarter' }),
+    'layers-per-push': Flags.string({ description: 'layers that one call covers; list; default as prefill pushes what it need not compute: groups that shrink where a GPU moves them, else all' }),
     'tokens-per-push': Flags.string({ description: 'tokens that one call covers; list; default all' }),
+    'in-flight': Flags.string({ description: 'requests under way at a time, each into pages of its own; list; default 1' }),
     directory: Flags.string({ description: 'where nvme keeps its files while it runs; default the temporary directory' }),
     memory: Flags.string({ description: 'of nvme: host (default), gpu; list' }),
     mechanism: Flags.string({ description: `what moves nvme's blocks: ${STORAGE_ENGINES.join(', ')}; auto (default) takes the best there is; list` }),
@@ -127,6 +128,7 @@ interface CaseFlags {
   'target-dtype': string | undefined;
   'layers-per-push': string | undefined;
   'tokens-per-push': string | undefined;
+  'in-flight': string | undefined;
   preset: string | undefined;
   directory: string | undefined;
   memory: string | undefined;
@@ -142,11 +144,15 @@ function casesOf(flags: CaseFlags): BenchCase[] {
   const shape: KvShape = { layers: flags.layers ?? model.layers, latent: flags.latent ?? model.latent, rope: flags.rope ?? model.rope };
   const paths = flags.path === 'all' ? availablePaths() : words(flags.path);
   const tokens = numbers('tokens', flags.tokens);
-  const layersPerPush = flags['layers-per-push'] === undefined ? [Math.ceil(shape.layers / 4)] : numbers('layers-per-push', flags['layers-per-push']);
+  const layersPerPush = numbers('layers-per-push', flags['layers-per-push']);
   const handoffs = paths.filter(isHandoff);
   const hasStorage = handoffs.length < paths.length;
+  if (flags.preset !== undefined && flags['in-flight'] !== undefined) throw new TplaError('USAGE', `--preset ${flags.preset} has one request under way; leave --in-flight out`);
   checkStorageFlags(flags, handoffs.length > 0, hasStorage);
-  if (flags.preset === 'collation') return collationCases(paths, shape, tokens[0]!, layersPerPush[0]!);
+  if (flags.preset === 'collation') {
+    const [count] = layersPerPush;
+    return collationCases(paths, shape, tokens[0]!, (path, target) => (count === undefined ? wholeInGroups(isByGpu(path), target, tokens[0]!) : inGroupsOf(count, shape.layers)));
+  }
   const directions = words(flags.direction);
   const of = (known: readonly string[], otherwise: string[]) => (directions.length === 0 ? otherwise : directions.filter((direction) => known.includes(direction)));
   const [dtypes, pageTokens] = [words(flags.dtype), numbers('page-tokens', flags['page-tokens'])];
@@ -159,12 +165,12 @@ function casesOf(flags: CaseFlags): BenchCase[] {
     shape, paths: handoffs, directions: of(DIRECTIONS, ['push']), tokens, views: words(flags.view),
     pageTokens, targetPageTokens: numbers('target-page-tokens', flags['target-page-tokens']),
     dtypes, targetDTypes: words(flags['target-dtype']),
-    layersPerPush, tokensPerPush: numbers('tokens-per-push', flags['tokens-per-push']),
+    layersPerPush, tokensPerPush: numbers('tokens-per-push', flags['tokens-per-push']), inFlight: numbersOr(1, 'in-flight', flags['in-flight']), isByGpu,
   }), ...storage];
 }
 
 const STORAGE_FLAGS = ['directory', 'memory', 'mechanism', 'pages-per-block', 'queue-depth', 'threads'] as const;
-const HANDOFF_FLAGS = ['target-page-tokens', 'target-dtype', 'layers-per-push', 'tokens-per-push', 'require-path'] as const;
+const HANDOFF_FLAGS = ['target-page-tokens', 'target-dtype', 'layers-per-push', 'tokens-per-push', 'in-flight', 'require-path'] as const;
 
 /** Refuses what would be left out in silence. */
 function checkStorageFlags(flags: CaseFlags, hasHandoff: boolean, hasStorage: boolean): void {

@@ -4,7 +4,7 @@ import { TplaError } from '../../errors.js';
 import { parseAddress } from '../../http/address.js';
 import { native } from '../../native/loader.js';
 import type { KvArena, KvRegion } from '../../native/types.js';
-import { bytesLanded, memoryBytes, pagesFor, type BenchCase } from './cases.js';
+import { bytesLanded, memoryBytes, targetPages, type BenchCase } from './cases.js';
 import type { Control } from './control.js';
 import type { HandoffPath } from './path.js';
 
@@ -51,9 +51,10 @@ async function openSockets(control: Control, what: BenchCase, address: string): 
 }
 
 /** Decode's pages as the side that copies sees them. */
-function mapTarget(path: HandoffPath, { target, tokens }: BenchCase, { handles, fds }: TargetMemory): KvRegion {
+function mapTarget(path: HandoffPath, what: BenchCase, { handles, fds }: TargetMemory): KvRegion {
   const addon = native();
-  const pages = pagesFor(target, tokens);
+  const { target } = what;
+  const pages = targetPages(what);
   if (path.target.kind === 'gpu') return addon.mapCudaKvRegion(target, pages, handles.length > 0 ? handles : fds, 0);
   const host = addon.mapKvRegion(target, pages, fds);
   if (path.baseline === 'memcpy') return host;

@@ -3,6 +3,8 @@ import { TplaError } from '../../errors.js';
 import { STORAGE_ENGINES, type KvDType, type KvForm, type KvLayout, type StorageEngine } from '../../native/types.js';
 import { copiesOf, rowBytes, tokenBytes } from '../../kv/layout.js';
 import { sharedWidths, type SharedWidths } from '../../model/shared_widths.js';
+import { layerGroups } from '../../transfer/layer_groups.js';
+import type { Rectangle } from '../../transfer/path.js';
 import { DIRECTIONS, type HandoffDirection } from '../../transfer/types.js';
 
 /** KV shape of published models: what a token leaves behind. */
@@ -16,9 +18,9 @@ export type ModelName = keyof typeof MODELS;
 
 export type KvShape = Pick<KvLayout, 'layers' | 'latent' | 'rope'>;
 
-/** One call that moves bytes covers this rectangle of the sequence. */
+/** Calls that move bytes cover these layers [begin, end), each with so many tokens. */
 export interface PushShape {
-  layers: number;
+  layers: [number, number][];
   tokens: number;
 }
 
@@ -49,6 +51,8 @@ export interface BenchCase {
   view: string;
   push: PushShape;
   direction: HandoffDirection;
+  /** Requests under way at a time, all of them the same prompt, each into pages of its own. */
+  inFlight: number;
   /** Of path nvme, which hands nothing off: the source's pages go to a disk or come from it. */
   storage?: StorageShape;
 }
@@ -63,8 +67,12 @@ export interface Sweep {
   targetPageTokens: number[];
   dtypes: string[];
   targetDTypes: string[];
+  /** Empty: as the prefill worker pushes KV that it need not compute. */
   layersPerPush: number[];
   tokensPerPush: number[];
+  inFlight: number[];
+  /** A GPU moves the bytes of that path between memories of one host. */
+  isByGpu(path: string): boolean;
 }
 
 /** Every combination, in the order of the flags; a list of decode's side that is empty follows prefill's. */
@@ -73,17 +81,29 @@ export function expand(sweep: Sweep): BenchCase[] {
   for (const path of sweep.paths) for (const direction of sweep.directions.map(parseDirection)) for (const view of sweep.views) for (const tokens of sweep.tokens) {
     for (const dtype of sweep.dtypes) for (const targetDType of orSame(sweep.targetDTypes, dtype)) {
       for (const pageTokens of sweep.pageTokens) for (const targetPageTokens of orSame(sweep.targetPageTokens, pageTokens)) {
-        for (const layers of sweep.layersPerPush) for (const perPush of orSame(sweep.tokensPerPush, tokens)) {
-          cases.push({
-            path, direction, tokens, view, push: { layers: Math.min(layers, sweep.shape.layers), tokens: Math.min(perPush, tokens) },
-            source: canonical(sweep.shape, parseDType(dtype), pageTokens),
-            target: { ...sweep.shape, ...parseView(view, sweep.shape.layers), dtype: parseDType(targetDType), pageTokens: targetPageTokens },
-          });
+        const source = canonical(sweep.shape, parseDType(dtype), pageTokens);
+        const target = { ...sweep.shape, ...parseView(view, sweep.shape.layers), dtype: parseDType(targetDType), pageTokens: targetPageTokens };
+        for (const layers of groupings(sweep, path, target, tokens)) for (const perPush of orSame(sweep.tokensPerPush, tokens)) {
+          for (const inFlight of sweep.inFlight) cases.push({ path, direction, inFlight, tokens, view, push: { layers, tokens: Math.min(perPush, tokens) }, source, target });
         }
       }
     }
   }
   return cases;
+}
+
+function groupings({ layersPerPush, isByGpu }: Sweep, path: string, target: KvLayout, tokens: number): [number, number][][] {
+  if (layersPerPush.length === 0) return [wholeInGroups(isByGpu(path), target, tokens)];
+  return layersPerPush.map((count) => inGroupsOf(count, target.layers));
+}
+
+/** As the prefill worker pushes KV that it need not compute. */
+export function wholeInGroups(isByGpu: boolean, target: KvLayout, tokens: number): [number, number][] {
+  return isByGpu ? layerGroups(target.layers, bytesLanded({ target, tokens })) : [[0, target.layers]];
+}
+
+export function inGroupsOf(count: number, layers: number): [number, number][] {
+  return Array.from({ length: Math.ceil(layers / count) }, (_, group) => [group * count, Math.min((group + 1) * count, layers)]);
 }
 
 export interface StorageSweep {
@@ -110,7 +130,7 @@ export function expandStorage(sweep: StorageSweep): BenchCase[] {
       for (const pagesPerBlock of sweep.pagesPerBlock) for (const queueDepth of sweep.queueDepths) for (const threads of sweep.threads) {
         const layout = canonical(sweep.shape, parseDType(dtype), pageTokens);
         cases.push({
-          path: 'nvme', direction: 'push', tokens, view: 'mla', push: { layers: sweep.shape.layers, tokens }, source: layout, target: layout,
+          path: 'nvme', direction: 'push', inFlight: 1, tokens, view: 'mla', push: { layers: [[0, sweep.shape.layers]], tokens }, source: layout, target: layout,
           storage: { directory: sweep.directory, direction, memory, engine, pagesPerBlock, queueDepth, threads },
         });
       }
@@ -170,7 +190,7 @@ export function pieces({ source, target, tokens }: BenchCase): { bytes: number; 
 }
 
 /** Bytes of a sequence in decode's pages, over all ranks that keep a part of their own. */
-export function bytesLanded({ target, tokens }: BenchCase): number {
+export function bytesLanded({ target, tokens }: Pick<BenchCase, 'target' | 'tokens'>): number {
   return tokenBytes(target) * tokens * copiesOf(target);
 }
 
@@ -180,18 +200,16 @@ export function memoryBytes(layout: KvLayout, pages: number): number {
 }
 
 /** Rectangles of layers and tokens that calls cover, in the order in which prefill computes them. */
-export function rectangles({ source, tokens, push }: BenchCase): { layers: [number, number]; tokens: [number, number] }[] {
-  const all: { layers: [number, number]; tokens: [number, number] }[] = [];
-  for (let layer = 0; layer < source.layers; layer += push.layers) {
-    for (let token = 0; token < tokens; token += push.tokens) {
-      all.push({ layers: [layer, Math.min(layer + push.layers, source.layers)], tokens: [token, Math.min(token + push.tokens, tokens)] });
-    }
-  }
-  return all;
+export function rectangles({ tokens, push }: BenchCase): Rectangle[] {
+  return push.layers.flatMap((layers) => Array.from({ length: Math.ceil(tokens / push.tokens) }, (_, i): Rectangle =>
+    ({ layers, tokens: [i * push.tokens, Math.min((i + 1) * push.tokens, tokens)] })));
 }
 
-/** Page tables of a sequence whose pages lie scattered over an arena of pagesFor() pages; `seed` decides how. */
-export function scatteredPages(layout: KvLayout, tokens: number, seed: number): Int32Array[] {
+/** Pages of decode's arena. */
+export const targetPages = ({ target, tokens, inFlight }: BenchCase): number => inFlight * pagesFor(target, tokens);
+
+/** Page tables of a sequence whose pages lie scattered over the pagesFor() pages of request `request`; `seed` decides how. */
+export function scatteredPages(layout: KvLayout, tokens: number, seed: number, request = 0): Int32Array[] {
   const needed = Math.ceil(tokens / layout.pageTokens);
   const table = (count: number, salt: number) => {
     const ids = Array.from({ length: pagesFor(layout, tokens) }, (_, i) => i);
@@ -201,7 +219,7 @@ export function scatteredPages(layout: KvLayout, tokens: number, seed: number): 
       const j = (state >>> 8) % (i + 1);
       [ids[i], ids[j]] = [ids[j]!, ids[i]!];
     }
-    return Int32Array.from(ids.slice(0, count));
+    return Int32Array.from(ids.slice(0, count), (id) => request * ids.length + id);
   };
   if (layout.form !== 'dcp') return [table(needed, 0)];
   return Array.from({ length: layout.ranks }, (_, rank) => table(Math.ceil((needed - rank) / layout.ranks), rank));

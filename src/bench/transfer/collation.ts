@@ -3,7 +3,8 @@
  * call of its own; beside it what one pass over the same pages takes, left as they are or gathered into slabs on the way.
  */
 import { table } from '../../report/table.js';
-import { canonical, type BenchCase, type KvShape } from './cases.js';
+import type { KvLayout } from '../../native/types.js';
+import { canonical, inGroupsOf, type BenchCase, type KvShape } from './cases.js';
 import { isPlain, type BenchRow } from './rows.js';
 
 const PAGE = 16;
@@ -23,12 +24,13 @@ const WAYS: Way[] = [
   { heading: `${PAGE}-token pages into slabs, one pass`, sourcePage: PAGE, targetPage: SLAB, isPiecewise: false },
 ];
 
-export function collationCases(paths: string[], shape: KvShape, tokens: number, layersPerPush: number): BenchCase[] {
-  return paths.flatMap((path) => WAYS.map(({ sourcePage, targetPage, isPiecewise }): BenchCase => ({
-    path, tokens, view: 'mla', direction: 'push',
-    source: canonical(shape, 'bf16', sourcePage), target: canonical(shape, 'bf16', targetPage),
-    push: isPiecewise ? { layers: 1, tokens: sourcePage } : { layers: layersPerPush, tokens },
-  })));
+/** `groupsOf`: the layers of each push of one pass. */
+export function collationCases(paths: string[], shape: KvShape, tokens: number, groupsOf: (path: string, target: KvLayout) => [number, number][]): BenchCase[] {
+  return paths.flatMap((path) => WAYS.map(({ sourcePage, targetPage, isPiecewise }): BenchCase => {
+    const target = canonical(shape, 'bf16', targetPage);
+    const push = isPiecewise ? { layers: inGroupsOf(1, shape.layers), tokens: sourcePage } : { layers: groupsOf(path, target), tokens };
+    return { path, tokens, view: 'mla', direction: 'push', inFlight: 1, source: canonical(shape, 'bf16', sourcePage), target, push };
+  }));
 }
 
 /** Milliseconds until the last byte is in place, a line a path; in brackets GB/s. */

@@ -10,11 +10,11 @@ import type { HandoffDirection, HandoffTicket } from '../../transfer/types.js';
 export type Request =
   /** A new arena and receiver; what was set up before goes. The answer carries the arena's descriptors where the control socket can. */
   | { op: 'setup'; path: string; direction: HandoffDirection; target: KvLayout; pages: number }
-  | { op: 'open'; tokens: number; seed: number }
-  | { op: 'verify'; tokens: number; seed: number; sourceDType: KvDType }
+  | { op: 'open'; request: number; tokens: number; seed: number }
+  | { op: 'verify'; request: number; tokens: number; seed: number; sourceDType: KvDType }
   | { op: 'sink' }
-  /** Of the hand-off that was opened last, once it is accepted. */
-  | { op: 'accepted' }
+  /** Of the request's hand-off that was opened last, once it is accepted. */
+  | { op: 'accepted'; request: number }
   | { op: 'timeline'; keep: boolean };
 
 export interface Answers {

@@ -1,21 +1,22 @@
-/** Prefill's end of a benchmark: it drives, and measures real hand-offs one at a time. */
+/** Prefill's end of a benchmark: it drives, and measures real hand-offs, so many at a time as the case says. */
 import { closeSync } from 'node:fs';
 import type { Logger } from 'pino';
 import { systemClock } from '../../clock.js';
 import { TplaError } from '../../errors.js';
 import { native } from '../../native/loader.js';
 import type { KvArena, LinkMemory } from '../../native/types.js';
+import type { Rectangle } from '../../transfer/path.js';
 import { createHandoffSender } from '../../transfer/sender.js';
 import type { HandoffSender, HandoffSession, PrefillStats, TransferPath } from '../../transfer/types.js';
 import { openPlainCopy, type TargetMemory } from './baseline.js';
-import { pagesFor, rectangles, type BenchCase } from './cases.js';
+import { rectangles, targetPages, type BenchCase } from './cases.js';
 import type { Control } from './control.js';
 import { benchHandshake } from './handshake.js';
 import type { HandoffPath, OpenLink } from './path.js';
 import { handoffPath, openLink } from './paths.js';
 import { patternArena } from './pattern.js';
 import { monotonicUs, type HandoffTimeline } from './timeline.js';
-import { handoffRow, plainRow, type BenchRow, type HandoffSample } from './rows.js';
+import { handoffRow, plainRow, type BenchRow, type HandoffRound, type HandoffSample } from './rows.js';
 
 const SEED = 20251;
 /** Pushes of one hand-off under way at a time, where it takes very many. */
@@ -41,22 +42,22 @@ export async function benchHandoff(control: Control, what: BenchCase, options: H
   try {
     const plain = await openPlainCopy(ends.path, control, what, ends.source, ends.target);
     const plainSeconds: number[] = [];
-    const samples: HandoffSample[] = [];
+    const rounds: HandoffRound[] = [];
     const timelines: HandoffTimeline[] = [];
     for (let i = -options.warmup; i < options.iterations; i++) {
       const seconds = await plain.run();
       if (options.onTimeline) await ends.takeTimeline();
-      const sample = await handOff(ends);
-      if (options.onTimeline && i >= 0) timelines.push({ started: sample.started, ...await ends.takeTimeline() });
+      const { started, ...round } = await handOff(ends);
+      if (options.onTimeline && i >= 0) timelines.push({ started, ...await ends.takeTimeline() });
       if (i < 0) continue;
       plainSeconds.push(seconds);
-      samples.push(sample);
+      rounds.push(round);
     }
     plain.close();
     options.onTimeline?.(what, timelines);
     if (options.verify) await ends.verify();
     const copy = plainRow(what, ends.path.baseline, plain.bytes, plainSeconds);
-    return [copy, { ...handoffRow(what, samples, copy, options.verify), ...ends.carriedBy() }];
+    return [copy, { ...handoffRow(what, rounds, copy, options.verify), ...ends.carriedBy() }];
   } finally {
     await ends.close();
   }
@@ -68,6 +69,8 @@ export class Ends {
   readonly path: HandoffPath;
   readonly source: KvArena;
   readonly pages: Int32Array;
+  /** What each push covers. */
+  readonly rectangles: Rectangle[];
   readonly target: TargetMemory;
   readonly #control: Control;
   readonly #sender: HandoffSender;
@@ -80,6 +83,7 @@ export class Ends {
     this.path = handoffPath(what.path);
     this.source = source.arena;
     this.pages = source.pages;
+    this.rectangles = rectangles(what);
     this.target = target;
     this.#sender = sender;
     this.#link = link;
@@ -87,7 +91,7 @@ export class Ends {
 
   static async open(control: Control, what: BenchCase, { log, requirePath }: HandoffOptions): Promise<Ends> {
     const path = handoffPath(what.path);
-    const { answer, fds } = await control.ask({ op: 'setup', path: what.path, direction: what.direction, target: what.target, pages: pagesFor(what.target, what.tokens) });
+    const { answer, fds } = await control.ask({ op: 'setup', path: what.path, direction: what.direction, target: what.target, pages: targetPages(what) });
     const source = await patternArena(path.source, what.source, what.tokens, SEED);
     const link = await openLink(path);
     const sender = createHandoffSender({
@@ -97,17 +101,17 @@ export class Ends {
   }
 
   /** Pages reserved, credits granted. */
-  async openSession(): Promise<HandoffSession> {
-    const { answer: { ticket } } = await this.#control.ask({ op: 'open', tokens: this.what.tokens, seed: SEED });
+  async openSession(request = 0): Promise<HandoffSession> {
+    const { answer: { ticket } } = await this.#control.ask({ op: 'open', request, tokens: this.what.tokens, seed: SEED });
     const session = await this.#sender.open(ticket);
     this.#linkMemory = session.linkMemory;
     return session;
   }
 
-  /** When decode accepted the last hand-off, by this process's clock; null where that of another host says so. */
-  async acceptedAt(): Promise<number | null> {
+  /** When decode accepted the request's last hand-off, by this process's clock; null where that of another host says so. */
+  async acceptedAt(request = 0): Promise<number | null> {
     if (!this.#control.isSameHost) return null;
-    return (await this.#control.ask({ op: 'accepted' })).answer.at;
+    return (await this.#control.ask({ op: 'accepted', request })).answer.at;
   }
 
   /** Steps in both processes since the last call. */
@@ -126,9 +130,11 @@ export class Ends {
 
   /** Throws CHECKSUM_MISMATCH where decode's pages do not hold what was sent. */
   async verify(): Promise<void> {
-    const { tokens, source } = this.what;
-    const { answer: { difference } } = await this.#control.ask({ op: 'verify', tokens, seed: SEED, sourceDType: source.dtype });
-    if (difference !== null) throw new TplaError('CHECKSUM_MISMATCH', `what landed is not what was sent: ${difference}`);
+    const { tokens, source, inFlight } = this.what;
+    for (let request = 0; request < inFlight; request++) {
+      const { answer: { difference } } = await this.#control.ask({ op: 'verify', request, tokens, seed: SEED, sourceDType: source.dtype });
+      if (difference !== null) throw new TplaError('CHECKSUM_MISMATCH', `what landed is not what was sent: ${difference}`);
+    }
   }
 
   async close(): Promise<void> {
@@ -139,26 +145,33 @@ export class Ends {
   }
 }
 
-/** One request: reserve, push all of it, commit, as prefill does: the commit waits for no push. */
-async function handOff(ends: Ends): Promise<HandoffSample & { started: number }> {
-  const asked = monotonicUs();
-  const session = await ends.openSession();
+/** Requests under way together: reserve for each, then push all of each and commit, as prefill does: the commit waits for no push. */
+async function handOff(ends: Ends): Promise<HandoffRound & { started: number }> {
+  const opened: { session: HandoffSession; prepareUs: number }[] = [];
+  for (let request = 0; request < ends.what.inFlight; request++) {
+    const asked = monotonicUs();
+    opened.push({ session: await ends.openSession(request), prepareUs: monotonicUs() - asked });
+  }
   const started = monotonicUs();
-  const { posted, placed } = await pushAll(session, ends.what, ends.pages);
-  const committing = session.commit(nothingComputed(ends.what));
-  const [put, committed] = await Promise.all([placed.then(monotonicUs), committing.then(monotonicUs)]);
-  const accepted = await ends.acceptedAt();
-  return {
-    path: session.path, ...session.sent, started,
-    prepareUs: started - asked, postUs: posted, putUs: put - started, latencyUs: committed - started, acceptedUs: accepted === null ? null : accepted - started,
-  };
+  const ended = await Promise.all(opened.map(async ({ session, prepareUs }) => {
+    const pushing = monotonicUs();
+    const { posted, placed } = await pushAll(session, ends.rectangles, ends.pages);
+    const [put, committed] = await Promise.all([placed.then(monotonicUs), session.commit(nothingComputed(ends.what)).then(monotonicUs)]);
+    return { session, prepareUs, postUs: posted, pushing, put, committed };
+  }));
+  const samples: HandoffSample[] = [];
+  for (const [request, { session, pushing, committed, prepareUs, postUs }] of ended.entries()) {
+    const accepted = await ends.acceptedAt(request);
+    samples.push({ path: session.path, ...session.sent, prepareUs, postUs, latencyUs: committed - pushing, acceptedUs: accepted === null ? null : accepted - pushing });
+  }
+  return { started, samples, putUs: Math.max(...ended.map(({ put }) => put)) - started };
 }
 
 /** Resolves when all pushes are handed over, with the microseconds that this took; `placed` when every byte is in place. */
-async function pushAll(session: HandoffSession, what: BenchCase, pages: Int32Array): Promise<{ posted: number; placed: Promise<unknown> }> {
+async function pushAll(session: HandoffSession, rectangles: Rectangle[], pages: Int32Array): Promise<{ posted: number; placed: Promise<unknown> }> {
   const underWay = new Set<Promise<void>>();
   let posted = 0;
-  for (const { layers, tokens } of rectangles(what)) {
+  for (const { layers, tokens } of rectangles) {
     if (underWay.size >= MAX_PUSHES) await Promise.race(underWay);
     const at = monotonicUs();
     const push: Promise<void> = session.push(layers, tokens, pages).finally(() => underWay.delete(push));

@@ -1,7 +1,7 @@
 /** How much longer a prompt takes until its first token when its KV is handed over while it is computed. */
 import { native } from '../../native/loader.js';
 import { table } from '../../report/table.js';
-import { rectangles, type BenchCase } from './cases.js';
+import type { BenchCase } from './cases.js';
 import type { Control } from './control.js';
 import { Ends, nothingComputed, type HandoffOptions } from './handoff.js';
 import { shapeOfRow, type RowShape } from './rows.js';
@@ -32,7 +32,7 @@ export async function benchOverlap(control: Control, what: BenchCase, heads: num
     let path: TransferPath | undefined;
     let bytes = 0;
     for (let i = -options.warmup; i < options.iterations; i++) {
-      const groups = rectangles(what);
+      const groups = ends.rectangles;
       const computeAll = () => groups.map(({ layers: [begin, end] }) => load.compute(end - begin));
       const aloneAt = performance.now();
       await Promise.all(computeAll());

@@ -91,6 +91,12 @@ export function isHandoff(name: string): boolean {
   return !Object.hasOwn(BENCH_PATHS, name) || !('run' in BENCH_PATHS[name]!);
 }
 
+/** A GPU moves the bytes between memories of one host. */
+export function isByGpu(name: string): boolean {
+  const path = Object.hasOwn(BENCH_PATHS, name) ? BENCH_PATHS[name]! : undefined;
+  return path !== undefined && 'channel' in path && path.channel === 'unix' && (path.source.kind === 'gpu' || path.target.kind === 'gpu');
+}
+
 export function handoffPath(name: string): HandoffPath {
   const path = availablePath(name);
   if ('run' in path) throw new TplaError('REQUEST_INVALID', `path ${name} has no other end`);

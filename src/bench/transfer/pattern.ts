@@ -22,15 +22,18 @@ export async function patternArena(memory: Memory, layout: KvLayout, tokens: num
 }
 
 /**
- * Where the arena, in pages that the seed scatters, differs from what patternArena's values, converted here, must look like; null for nowhere. Layer by
+ * Where the arena, in the pages of a request that the seed scatters, differs from what patternArena's values, converted here, must look like; null for nowhere. Layer by
  * layer, through memory of our own.
  */
-export async function differenceFromPattern(arena: KvArena, { tokens, seed, sourceDType }: { tokens: number; seed: number; sourceDType: KvDType }): Promise<string | null> {
+export async function differenceFromPattern(
+  arena: KvArena, { request = 0, tokens, seed, sourceDType }: { request?: number; tokens: number; seed: number; sourceDType: KvDType },
+): Promise<string | null> {
   const addon = native();
   const made = canonical({ ...arena.layout, layers: 1 }, sourceDType, arena.layout.pageTokens);
   const source = new addon.KvArena(made, pagesFor(made, tokens));
   const sourcePages = scatteredPages(made, tokens, seed + 1);
-  const pages = scatteredPages(arena.layout, tokens, seed);
+  const pages = scatteredPages(arena.layout, tokens, seed, request);
+  const unshifted = scatteredPages(arena.layout, tokens, seed);
   let expected: KvArena | undefined;
   try {
     for (let layer = 0; layer < arena.layout.layers; layer++) {
@@ -40,8 +43,8 @@ export async function differenceFromPattern(arena: KvArena, { tokens, seed, sour
         expected = new addon.KvArena(target, pagesFor(target, tokens));
       }
       await addon.kvFillPattern(source, sourcePages, [0, tokens], layer, seed);
-      await addon.kvPut({ src: source, dst: expected, layers: [0, 1], tokens: [0, tokens], srcPages: sourcePages, dstPages: pages });
-      const difference = compareLayer(arena, layer, expected, pages, tokens);
+      await addon.kvPut({ src: source, dst: expected, layers: [0, 1], tokens: [0, tokens], srcPages: sourcePages, dstPages: unshifted });
+      const difference = compareLayer({ arena, pages, layer }, { arena: expected, pages: unshifted, layer: 0 }, tokens);
       if (difference !== null) return difference;
     }
     return null;
@@ -51,18 +54,23 @@ export async function differenceFromPattern(arena: KvArena, { tokens, seed, sour
   }
 }
 
-/** Where layer `layer` of the arena differs from the only layer of `expected`; null for nowhere. */
-function compareLayer(arena: KvArena, layer: number, expected: KvArena, pages: Int32Array[], tokens: number): string | null {
-  const { form, ranks, pageTokens } = arena.layout;
-  const bytes = rowBytes(arena.layout, layer);
+interface LayerOfSequence {
+  arena: KvArena;
+  pages: Int32Array[];
+  layer: number;
+}
+
+/** Where one differs from the other, in the same layout; null for nowhere. */
+function compareLayer(found: LayerOfSequence, wanted: LayerOfSequence, tokens: number): string | null {
+  const { form, ranks, pageTokens } = found.arena.layout;
+  const bytes = rowBytes(found.arena.layout, found.layer);
   for (let page = 0; page * pageTokens < tokens; page++) {
     const holders = form === 'tpla' ? Array.from({ length: ranks }, (_, rank) => rank) : [form === 'dcp' ? page % ranks : 0];
-    const id = form === 'dcp' ? pages[page % ranks]![Math.floor(page / ranks)]! : pages[0]![page]!;
+    const idIn = ({ pages }: LayerOfSequence) => (form === 'dcp' ? pages[page % ranks]![Math.floor(page / ranks)]! : pages[0]![page]!);
     const used = Math.min(pageTokens, tokens - page * pageTokens) * bytes;
     for (const rank of holders) {
-      const found = arena.page(rank, layer, id).subarray(0, used);
-      const wanted = expected.page(rank, 0, id).subarray(0, used);
-      if (Buffer.compare(found, wanted) !== 0) return `layer ${layer}, rank ${rank}, page ${page} of the sequence`;
+      const [one, other] = [found, wanted].map((side) => side.arena.page(rank, side.layer, idIn(side)).subarray(0, used));
+      if (Buffer.compare(one!, other!) !== 0) return `layer ${found.layer}, rank ${rank}, page ${page} of the sequence`;
     }
   }
   return null;

@@ -21,8 +21,11 @@ export interface RowShape {
   target_page_tokens: number;
   source_dtype: string;
   target_dtype: string;
-  layers_per_push: number;
+  /** Text where pushes differ by more than the last being smaller: `46+12+3`. */
+  layers_per_push: number | string;
   tokens_per_push: number;
+  /** Requests under way at a time. */
+  in_flight: number;
   piece_bytes: number;
   pieces: number;
 }
@@ -30,14 +33,14 @@ export interface RowShape {
 export interface BenchRow extends RowShape {
   /** The path that the hand-off stated, what moved blocks to or from a disk, or what copied plainly. */
   path: TransferPath | StorageMechanism | `plain-${Baseline}`;
-  /** Put into decode's pages, and what travelled for it. */
+  /** Of one request: put into decode's pages, and what travelled for it. */
   bytes: number;
   wire_bytes: number;
-  /** Bytes over the median time until the last of them is in place; GB is 1e9. */
+  /** Bytes of all requests under way over the median time until the last of them is in place; GB is 1e9. */
   gb_per_s: number;
   single_copy_gb_per_s: number;
   fraction_of_single_copy: number;
-  /** From the first push to decode's word that all is verified and accepted; one request at a time. */
+  /** From the first push to decode's word that all is verified and accepted; of one request. */
   latency_us: Latency;
   /** The same until decode accepted, without the way of its word back; null where the two ends share no clock. */
   accepted_us: Latency | null;
@@ -45,7 +48,7 @@ export interface BenchRow extends RowShape {
   prepare_us: Latency;
   /** Time of the calling thread to hand its pushes over. */
   post_us: Latency;
-  /** From the first push until the last byte is in place. */
+  /** From the first push until the last byte is in place, of all requests under way. */
   put_us: Latency;
   iterations: number;
   /** What carried the bytes, as it says of itself, and where rows left from; of paths that a library carries. */
@@ -84,9 +87,15 @@ export interface HandoffSample {
   wireBytes: number;
   prepareUs: number;
   postUs: number;
-  putUs: number;
   latencyUs: number;
   acceptedUs: number | null;
+}
+
+/** Requests that were under way together. */
+export interface HandoffRound {
+  samples: HandoffSample[];
+  /** From the first push until the last byte of all is in place. */
+  putUs: number;
 }
 
 export function shapeOfRow(what: BenchCase): RowShape {
@@ -95,14 +104,21 @@ export function shapeOfRow(what: BenchCase): RowShape {
   return {
     setup: what.path, direction: what.storage?.direction ?? what.direction, view: what.view, tokens: what.tokens, layers: source.layers,
     source_page_tokens: source.pageTokens, target_page_tokens: target.pageTokens, source_dtype: source.dtype, target_dtype: target.dtype,
-    layers_per_push: push.layers, tokens_per_push: push.tokens, piece_bytes: bytes, pieces: count,
+    layers_per_push: layersPerPush(push.layers), tokens_per_push: push.tokens, in_flight: what.inFlight, piece_bytes: bytes, pieces: count,
   };
 }
 
-export function handoffRow(what: BenchCase, samples: HandoffSample[], copy: BenchRow, verified: boolean): BenchRow {
+function layersPerPush(groups: [number, number][]): number | string {
+  const counts = groups.map(([begin, end]) => end - begin);
+  const isEven = counts.slice(0, -1).every((count) => count === counts[0]) && counts.at(-1)! <= counts[0]!;
+  return isEven ? counts[0]! : counts.join('+');
+}
+
+export function handoffRow(what: BenchCase, rounds: HandoffRound[], copy: BenchRow, verified: boolean): BenchRow {
+  const samples = rounds.flatMap((round) => round.samples);
   const { path, bytes, wireBytes } = samples[0]!;
-  const put = summarise(samples.map(({ putUs }) => putUs));
-  const rate = bytes / put.p50 / 1e3;
+  const put = summarise(rounds.map(({ putUs }) => putUs));
+  const rate = what.inFlight * bytes / put.p50 / 1e3;
   return {
     path, ...shapeOfRow(what), bytes, wire_bytes: wireBytes,
     gb_per_s: rate, single_copy_gb_per_s: copy.gb_per_s, fraction_of_single_copy: rate / copy.gb_per_s,
@@ -156,7 +172,7 @@ export function tableOf(rows: BenchRow[]): string {
   return table(HEAD, rows.map((row) => [
     row.piece_bytes, row.pieces, row.gb_per_s.toFixed(2), us(row.latency_us.avg), us(row.prepare_us.avg), us(row.prepare_us.p99),
     us(row.post_us.avg), us(row.post_us.p99), us(row.put_us.avg), us(row.put_us.p99),
-    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), (row.wire_bytes / 1e6).toFixed(1), pathOf(row), row.accepted_us ? us(row.accepted_us.p50) : '', directionOf(row), row.view, row.tokens,
+    us(row.latency_us.p50), us(row.latency_us.p99), us(row.latency_us.p999), (row.wire_bytes / 1e6).toFixed(1), pathOf(row), row.accepted_us ? us(row.accepted_us.p50) : '', directionOf(row), row.view, row.in_flight > 1 ? `${row.in_flight}×${row.tokens}` : row.tokens,
     row.storage ? `${row.storage.pages_per_block}×${row.source_page_tokens}` : `${row.source_page_tokens}→${row.target_page_tokens}`, row.source_dtype === row.target_dtype ? row.source_dtype : `${row.source_dtype}→${row.target_dtype}`,
     isPlain(row) ? '' : `${(100 * row.fraction_of_single_copy).toFixed(0)} %`,
   ]), HEAD.map((name) => (TEXT_COLUMNS.has(name) ? 'left' : 'right')));

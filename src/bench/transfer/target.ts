@@ -42,8 +42,8 @@ class Target {
   #link: OpenLink | undefined;
   #receiver: HandoffReceiver | undefined;
   #sink: ChannelServer | undefined;
-  /** When the last hand-off was accepted. */
-  #accepted: Promise<number> = Promise.resolve(0);
+  /** When the last hand-off of each request was accepted. */
+  readonly #accepted = new Map<number, Promise<number>>();
 
   constructor(control: string, log: Logger) {
     this.#control = control;
@@ -53,9 +53,9 @@ class Target {
   async handle(request: Request): Promise<{ answer: object; fds?: number[] }> {
     switch (request.op) {
       case 'setup': return this.#setup(request);
-      case 'open': return { answer: { ticket: this.#open(request.tokens, request.seed) } };
+      case 'open': return { answer: { ticket: this.#open(request) } };
       case 'verify': return { answer: { difference: await differenceFromPattern(this.#ready().arena, request) } };
-      case 'accepted': return { answer: { at: await this.#accepted } };
+      case 'accepted': return { answer: { at: await this.#accepted.get(request.request) } };
       case 'timeline': return { answer: { marks: takeTimeline(request.keep) } };
       case 'sink': return { answer: { port: this.#listenSink() } };
     }
@@ -86,11 +86,12 @@ class Target {
     return { answer: { address: this.#receiver.address, handles }, fds: handles.length > 0 ? [] : this.#arena.fds() };
   }
 
-  #open(tokens: number, seed: number): HandoffTicket {
+  #open({ request, tokens, seed }: Extract<Request, { op: 'open' }>): HandoffTicket {
     const { receiver, arena } = this.#ready();
-    const { ticket, committed } = receiver.open({ tokens: [0, tokens], pages: scatteredPages(arena.layout, tokens, seed), leaseMs: LEASE_MS });
-    this.#accepted = committed.then(monotonicUs);
-    this.#accepted.catch(() => {});
+    const { ticket, committed } = receiver.open({ tokens: [0, tokens], pages: scatteredPages(arena.layout, tokens, seed, request), leaseMs: LEASE_MS });
+    const accepted = committed.then(monotonicUs);
+    accepted.catch(() => {});
+    this.#accepted.set(request, accepted);
     return ticket;
   }
 

@@ -50,6 +50,22 @@ test('a sweep over paths, views and precisions lands whole, each beside its plai
   assert.match(readFileSync(plot, 'utf8'), /GB\/s/);
 });
 
+test('several requests under way land in pages of their own, and are counted together', async () => {
+  const { status, stdout, stderr } = await bench('--path', 'shm,tcp', '--view', 'mla,dcp2', '--in-flight', '1,3', '--layers-per-push', '2', '--json');
+  assert.is(status, 0, stderr);
+  const rows = handoffs(rowsOf(stdout));
+  assert.equal(rows.map(({ in_flight }) => in_flight), [1, 3, 1, 3, 1, 3, 1, 3]);
+  for (const { verified, gb_per_s, bytes, put_us, in_flight, latency_us, layers_per_push } of rows) {
+    assert.ok(verified);
+    assert.is(bytes, 300 * 3 * 160);
+    assert.is(layers_per_push, 2);
+    assert.ok(Math.abs(gb_per_s - in_flight * bytes / put_us.p50 / 1e3) < 1e-9);
+    assert.ok(latency_us.min > 0);
+  }
+  const text = await bench('--in-flight', '2');
+  assert.match(text.stdout, / mla +2×300 +16→16 +bf16 +\d+ %$/m);
+});
+
 test('--timeline says when each step happened in both processes', async () => {
   const { status, stdout } = await bench('--timeline');
   assert.is(status, 0);
@@ -115,6 +131,8 @@ test('what cannot run is refused before anything starts, saying what is missing'
     [['--path', 'carrier-pigeon'], /USAGE: path "carrier-pigeon" is none of same-gpu, .*shm.*tcp/],
     [['--view', 'tpla2-7'], /USAGE: view "tpla2-7" is none of mla, tplaN/],
     [['--page-tokens', '16,x'], /USAGE: --page-tokens: "x" is not a whole number from 1 on/],
+    [['--in-flight', '0'], /USAGE: --in-flight: "0" is not a whole number from 1 on/],
+    [['--preset', 'collation', '--in-flight', '2'], /USAGE: --preset collation has one request under way/],
     [['--dtype', 'int4'], /USAGE: dtype "int4" is none of f32, bf16, fp8/],
   ];
   if (native().probe().cuda.devices.length === 0) cases.push([['--path', 'cuda-ipc'], /GPU_UNAVAILABLE: path cuda-ipc cannot run here: it needs an NVIDIA GPU/]);
