@@ -31,6 +31,11 @@ export function nixlLibraryFromEnv(env: Environment = process.env): string | nul
   return env['TPLA_NIXL_LIBRARY'] || null;
 }
 
+/** The libucp.so that the environment names (as the flag --ucx-library would), for commands that are no role. */
+export function ucxLibraryFromEnv(env: Environment = process.env): string | null {
+  return env['TPLA_UCX_LIBRARY'] || null;
+}
+
 /** What a supervised child inherits: everything but our own settings, which its file holds in full. */
 export function childEnvironment(env: Environment = process.env): Record<string, string> {
   const own = (name: string) => name.startsWith('TPLA_') || ['NOTIFY_SOCKET', 'WATCHDOG_USEC', 'WATCHDOG_PID'].includes(name);

@@ -1,4 +1,4 @@
-import { nixlLibraryFromEnv, setCuFileEnvironment, setUcxEnvironment } from '../config/env.js';
+import { nixlLibraryFromEnv, setCuFileEnvironment, setUcxEnvironment, ucxLibraryFromEnv } from '../config/env.js';
 import { toTplaError } from '../errors.js';
 import { native } from '../native/loader.js';
 import type { ProbeResult } from '../native/types.js';
@@ -75,7 +75,7 @@ async function askLibrary(library: Library): Promise<Library> {
 /** The UCX that a worker would load says itself which transports it has here. */
 async function askUcx(): Promise<Library> {
   const name = 'UCX';
-  const file = findUcx();
+  const file = ucxLibraryFromEnv() ?? findUcx();
   if (file === null) return { name, path: null, detail: 'not installed in the standard places (transfer.ucx.library)' };
   try {
     const ucx = await native().openUcx(file);

@@ -8,19 +8,93 @@ import { createHandoffSender } from '../../src/transfer/sender.js';
 import type { HandoffReceiver, HandoffSender, HandoffTicket } from '../../src/transfer/types.js';
 import { endpoint, failure, findDifference, LAYERS, newArena, pageRange, smallLayout, stats, until } from './handoff.js';
 import { Peer } from './handoff_child.js';
-import { openFds, SOURCE_PAGES, TARGET_PAGES, threads, TOKENS } from './handoff_exercises.js';
-import { BIG, BIG_PAGES, BIG_TARGET_PAGES, BIG_TOKENS, bigGrant, isPoisoned, poison } from './handoff_fault_shapes.js';
+import { cancelInTheMiddle, type Ends, landPrompt, openFds, SOURCE_PAGES, TARGET_PAGES, threads, TOKENS, VIEWS } from './handoff_exercises.js';
+import { BIG, BIG_PAGES, BIG_TARGET, BIG_TARGET_PAGES, BIG_TOKENS, bigGrant, isPoisoned, poison } from './handoff_fault_shapes.js';
 
-/** The library under test, opened, and how a peer process is told to use it. */
+export type OpenedLibrary = { ucx: Ucx; nixl?: never } | { nixl: Nixl; ucx?: never };
+
+/** The library under test, and how a peer process is told to use it. */
 export interface LibraryUnderTest {
   path: 'ucx' | 'nixl';
-  open(): Promise<{ ucx: Ucx } | { nixl: Nixl }>;
+  open(): Promise<OpenedLibrary>;
   /** Last argument of `handoff_peer.ts`. */
   link: string;
   env?: Record<string, string>;
 }
 
 export const ANY_TCP = 'tcp://127.0.0.1:0';
+const TWO_RANKS: Partial<KvLayout> = { form: 'tpla', ranks: 2, pageTokens: 32 };
+const LEASE_MS = 60_000;
+
+/** What decode promises for a prompt of TOKENS. */
+export const grantOf = (change: object = {}) => ({ tokens: TOKENS, pages: [TARGET_PAGES], leaseMs: LEASE_MS, ...change });
+
+/** Both ends in one process, each with a library of its own as two processes have. */
+export interface Pair extends Ends {
+  near: OpenedLibrary;
+  far: OpenedLibrary;
+  newSender(): HandoffSender;
+  /** A whole hand-off, verified. */
+  land(by?: HandoffSender): ReturnType<typeof landPrompt>;
+  close(): Promise<void>;
+}
+
+export async function openPair(library: LibraryUnderTest, change: Partial<KvLayout> = TWO_RANKS): Promise<Pair> {
+  const source = newArena(smallLayout(), 64);
+  const target = newArena(smallLayout(change), 64);
+  const [near, far] = [await library.open(), await library.open()];
+  const receiver = await createHandoffReceiver(ANY_TCP, { ...endpoint(target, systemClock), ...far });
+  const newSender = () => createHandoffSender({ ...endpoint(source, systemClock), ...near, requirePath: library.path });
+  const sender = newSender();
+  const land = (by = sender) => landPrompt({ source, target, receiver, sender: by }, change, library.path, LEASE_MS);
+  const close = async () => {
+    await sender.close();
+    await receiver.close();
+    closeLibrary(near);
+    closeLibrary(far);
+    source.close();
+    target.close();
+  };
+  return { source, target, receiver, sender, near, far, newSender, land, close };
+}
+
+type Register = (name: string, body: () => Promise<void>) => void;
+
+/** Within one process: every view, cancels, leaks, pieces that were not granted. */
+export function testInOneProcess(test: Register, library: LibraryUnderTest): void {
+  for (const [name, change] of VIEWS) {
+    test(`a prompt lands verified: ${name}`, async () => {
+      const ends = await openPair(library, change);
+      assert.is((await ends.land()).commit.path, library.path);
+      await ends.close();
+    });
+  }
+  test('decode cancels in the middle: no late write, the next hand-off on the same slot is whole', async () => {
+    const ends = await openPair(library);
+    await cancelInTheMiddle(ends, 20, LEASE_MS);
+    await ends.close();
+  });
+  test('connections leak no thread and no descriptor', async () => {
+    const ends = await openPair(library);
+    await leakNothing(ends);
+    await ends.close();
+  });
+  test('pieces that were not granted, or have another size, end the link; memory stays as it was', () => refuseUngrantedPieces(library));
+}
+
+/** Between two processes: each of them killed, and prefill stopped, while 42 MB travel. */
+export function testBetweenProcesses(test: Register, library: LibraryUnderTest): void {
+  const withTarget = async (body: (target: KvArena, receiver: HandoffReceiver) => Promise<void>) => {
+    const target = newArena(BIG_TARGET, BIG_PAGES);
+    await withReceiver(library, target, (receiver) => body(target, receiver));
+    target.close();
+  };
+  test('two processes: a prompt of 42 MB is under way when prefill is killed; that is noticed, and another lands one',
+    () => withTarget((target, receiver) => replaceKilledPrefill(library, target, receiver)));
+  test('prefill stops in the middle: its lease runs out, decode has its pages back while it is stopped, no late byte lands',
+    () => withTarget((target, receiver) => cutOffStoppedPrefill(library, target, receiver)));
+  test("decode is killed: prefill's session aborts", () => abortWithKilledDecode(library));
+}
 
 /** A receiver of this process that owns `target`. */
 export async function withReceiver(library: LibraryUnderTest, target: KvArena, body: (receiver: HandoffReceiver) => Promise<void>): Promise<void> {
@@ -34,13 +108,11 @@ export async function withReceiver(library: LibraryUnderTest, target: KvArena, b
   }
 }
 
-export function closeLibrary(opened: { ucx: Ucx } | { nixl: Nixl }): void {
-  if ('ucx' in opened) opened.ucx.close();
-  else opened.nixl.close();
-}
+export const libraryIn = (opened: OpenedLibrary): Ucx | Nixl => opened.ucx ?? opened.nixl;
+export const closeLibrary = (opened: OpenedLibrary): void => libraryIn(opened).close();
 
 /** Prefill is killed while it pushes 42 MB: decode knows, nothing lands late, and another prefill's hand-off is whole. */
-export async function replaceKilledPrefill({ path, link, env }: LibraryUnderTest, target: KvArena, receiver: HandoffReceiver): Promise<void> {
+async function replaceKilledPrefill({ path, link, env }: LibraryUnderTest, target: KvArena, receiver: HandoffReceiver): Promise<void> {
   const doomed = new Peer(['prefill', receiver.address, 'pushing', link], [], env);
   await doomed.line('ready');
   const lost = receiver.open(bigGrant());
@@ -67,7 +139,7 @@ export async function replaceKilledPrefill({ path, link, env }: LibraryUnderTest
 }
 
 /** Prefill is stopped while it pushes: its lease runs out, decode has its pages back, and no byte lands once it goes on. */
-export async function cutOffStoppedPrefill({ link, env }: LibraryUnderTest, target: KvArena, receiver: HandoffReceiver): Promise<void> {
+async function cutOffStoppedPrefill({ link, env }: LibraryUnderTest, target: KvArena, receiver: HandoffReceiver): Promise<void> {
   const peer = new Peer(['prefill', receiver.address, 'pushing', link], [], env);
   await peer.line('ready');
   const { ticket, committed } = receiver.open(bigGrant(2000));
@@ -83,7 +155,7 @@ export async function cutOffStoppedPrefill({ link, env }: LibraryUnderTest, targ
 }
 
 /** Decode is killed while this process pushes: its session aborts, and takes no more. */
-export async function abortWithKilledDecode(library: LibraryUnderTest): Promise<void> {
+async function abortWithKilledDecode(library: LibraryUnderTest): Promise<void> {
   const opened = await library.open();
   const source = newArena(BIG, BIG_PAGES);
   const pages = pageRange(0, BIG_PAGES);
@@ -103,9 +175,9 @@ export async function abortWithKilledDecode(library: LibraryUnderTest): Promise<
 }
 
 /** Ten senders come and go beside one that stays: no thread and no descriptor is left of them. */
-export async function leakNothing(receiver: HandoffReceiver, staying: HandoffSender, newSender: () => HandoffSender): Promise<void> {
+async function leakNothing({ receiver, sender: staying, newSender }: Pair): Promise<void> {
   const run = async (sender: HandoffSender) => {
-    const { ticket, committed } = receiver.open({ tokens: TOKENS, pages: [TARGET_PAGES], leaseMs: 60_000 });
+    const { ticket, committed } = receiver.open(grantOf());
     const session = await sender.open(ticket);
     await session.push([0, LAYERS], TOKENS, SOURCE_PAGES);
     await session.commit({ firstTokens: [], prefill: stats(100) });
@@ -124,7 +196,8 @@ export async function leakNothing(receiver: HandoffReceiver, staying: HandoffSen
 }
 
 /** Puts of tokens, slots and layouts that were not granted end the link; decode's memory stays as it was. */
-export async function refuseUngrantedPieces(near: Ucx | Nixl, far: Ucx | Nixl): Promise<void> {
+async function refuseUngrantedPieces(library: LibraryUnderTest): Promise<void> {
+  const [near, far] = [libraryIn(await library.open()), libraryIn(await library.open())];
   const target = newArena(smallLayout(), 64);
   const source = newArena(smallLayout(), 64);
   const receiver = await far.listen(target);
@@ -151,6 +224,8 @@ export async function refuseUngrantedPieces(near: Ucx | Nixl, far: Ucx | Nixl): 
   assert.is((await failure(near.connect({ address: receiver.address, key: 'x'.repeat(32), layout: smallLayout() }))).code, 'IO_FAILED');
   for (let page = 0; page < 64; page++) for (let layer = 0; layer < LAYERS; layer++) assert.ok(target.page(0, layer, page).every((byte) => byte === 0x44), `page ${page}`);
   receiver.close();
+  near.close();
+  far.close();
   gate.close();
   source.close();
   target.close();

@@ -5,7 +5,7 @@
  *                          (`pushing` never commits, so that a kill comes first however fast it is; `pushing-on` goes through)
  *   decode ADDRESS LEASE   prints `ticket JSON`; then `committed` or `failed CODE`
  *
- * With a fourth argument `ucx` KV goes through UCX, under the UCX_… variables it was started with; with `nixl=FILE` through the NIXL at FILE.
+ * With a fourth argument `ucx=FILE` or `nixl=FILE` KV goes through the library at FILE, under the UCX_… and NIXL_… variables it was started with.
  */
 import { createInterface } from 'node:readline';
 import { systemClock } from '../../src/clock.js';
@@ -20,8 +20,9 @@ import { BIG, BIG_TARGET, BIG_PAGES, BIG_TOKENS } from './handoff_fault_shapes.j
 const say = (line: string) => process.stdout.write(`${line}\n`);
 const forever = () => new Promise<never>(() => { setInterval(() => {}, 1000); });
 const [role, address, argument, link] = process.argv.slice(2) as [string, string, string, string?];
-const ucx = link === 'ucx' ? await openUcx({ use: 'always', library: null, options: {} }) : null;
-const nixl = link?.startsWith('nixl=') ? await openNixl({ use: 'always', library: link.slice('nixl='.length), backends: ['UCX'], options: {} }) : null;
+const [library, file] = (link ?? '').split('=') as [string, string?];
+const ucx = library === 'ucx' ? await openUcx({ use: 'always', library: file!, options: {} }) : null;
+const nixl = library === 'nixl' ? await openNixl({ use: 'always', library: file!, backends: ['UCX'], options: {} }) : null;
 
 if (role === 'prefill') await prefill();
 else await decode();

@@ -8,16 +8,15 @@ import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import { systemClock } from '../../src/clock.js';
 import { native } from '../../src/native/loader.js';
-import type { KvLayout, Nixl } from '../../src/native/types.js';
+import type { Nixl } from '../../src/native/types.js';
 import { describeNixl, findNixl, nixlVersion, openNixl } from '../../src/transfer/nixl.js';
 import { createHandoffReceiver } from '../../src/transfer/receiver.js';
 import { createHandoffSender } from '../../src/transfer/sender.js';
 import type { TransferPath } from '../../src/transfer/types.js';
 import { tpla } from '../support/cli.js';
-import { endpoint, failure, fillCanonical, LAYERS, newArena, pageRange, smallLayout, stats, until } from '../support/handoff.js';
-import { cancelInTheMiddle, landPrompt, SOURCE_PAGES, TARGET_PAGES, TOKENS, VIEWS } from '../support/handoff_exercises.js';
-import { BIG_PAGES, BIG_TARGET } from '../support/handoff_fault_shapes.js';
-import { abortWithKilledDecode, ANY_TCP, cutOffStoppedPrefill, leakNothing, type LibraryUnderTest, refuseUngrantedPieces, replaceKilledPrefill, withReceiver } from '../support/handoff_library_exercises.js';
+import { endpoint, failure, fillCanonical, LAYERS, pageRange, smallLayout, stats, until } from '../support/handoff.js';
+import { SOURCE_PAGES, TOKENS } from '../support/handoff_exercises.js';
+import { grantOf, type LibraryUnderTest, openPair, testBetweenProcesses, testInOneProcess } from '../support/handoff_library_exercises.js';
 import { buildLibrary, buildNixlStandIn } from '../support/nixl_library.js';
 
 const test = suite('transfer/nixl');
@@ -37,55 +36,18 @@ async function withFault<T>(fault: 'flip' | 'error' | 'hang', body: () => Promis
   }
 }
 
-/** Two agents, as in two processes. */
-async function pair(change: Partial<KvLayout> = { form: 'tpla', ranks: 2, pageTokens: 32 }) {
-  const source = newArena(smallLayout(), 64);
-  const target = newArena(smallLayout(change), 64);
-  const [near, far] = [await open(), await open()];
-  const receiver = await createHandoffReceiver(ANY_TCP, { ...endpoint(target, systemClock), nixl: far });
-  const newSender = () => createHandoffSender({ ...endpoint(source, systemClock), nixl: near, requirePath: 'nixl' });
-  const sender = newSender();
-  const close = async () => {
-    await sender.close();
-    await receiver.close();
-    near.close();
-    far.close();
-    source.close();
-    target.close();
-  };
-  return { source, target, receiver, sender, newSender, near, far, close };
-}
-const grant = (change: object = {}) => ({ tokens: TOKENS, pages: [TARGET_PAGES], leaseMs: 60_000, ...change });
-
-for (const [name, change] of VIEWS) {
-  test(`a prompt lands verified through NIXL: ${name}`, async () => {
-    const ends = await pair(change);
-    const { commit } = await landPrompt(ends, change, 'nixl', 60_000);
-    assert.is(commit.path, 'nixl');
-    await ends.close();
-  });
-}
-
-// ---------------------------------------------------------------- two processes
-
-const bigTarget = newArena(BIG_TARGET, BIG_PAGES);
-test.after(() => bigTarget.close());
 const library: LibraryUnderTest = { path: 'nixl', link: `nixl=${LIBRARY}`, open: async () => ({ nixl: await open() }) };
+const pair = () => openPair(library);
 
-test('two processes: a prompt of 42 MB lands, then a killed prefill is noticed and replaced', () =>
-  withReceiver(library, bigTarget, (receiver) => replaceKilledPrefill(library, bigTarget, receiver)));
-
-test('prefill stops in the middle: its lease runs out, no late byte lands, and once it goes on it is served again', () =>
-  withReceiver(library, bigTarget, (receiver) => cutOffStoppedPrefill(library, bigTarget, receiver)));
-
-test("decode is killed: prefill's session aborts", () => abortWithKilledDecode(library));
+testInOneProcess(test, library);
+testBetweenProcesses(test, library);
 
 // ---------------------------------------------------------------- transfers that go wrong
 
 test('a byte that changed on the way is found before the page is used', async () => {
   const ends = await pair();
   fillCanonical(ends.source, SOURCE_PAGES, TOKENS, 1);
-  const { ticket, committed } = ends.receiver.open(grant());
+  const { ticket, committed } = ends.receiver.open(grantOf());
   committed.catch(() => {});
   await withFault('flip', async () => {
     const session = await ends.sender.open(ticket);
@@ -93,13 +55,13 @@ test('a byte that changed on the way is found before the page is used', async ()
     await session.commit({ firstTokens: [], prefill: stats(100) }).catch(() => {});
     assert.is((await failure(committed)).code, 'CHECKSUM_MISMATCH');
   });
-  await landPrompt(ends, { form: 'tpla', ranks: 2, pageTokens: 32 }, 'nixl', 60_000);
+  await ends.land();
   await ends.close();
 });
 
 test('a transfer that ends in an error ends the hand-off; the next one connects anew', async () => {
   const ends = await pair();
-  const { ticket, committed } = ends.receiver.open(grant());
+  const { ticket, committed } = ends.receiver.open(grantOf());
   committed.catch(() => {});
   await withFault('error', async () => {
     const session = await ends.sender.open(ticket);
@@ -107,7 +69,7 @@ test('a transfer that ends in an error ends the hand-off; the next one connects 
     assert.is((await failure(committed)).code, 'HANDOFF_FAILED');
   });
   const next = ends.newSender();
-  await landPrompt({ ...ends, sender: next }, { form: 'tpla', ranks: 2, pageTokens: 32 }, 'nixl', 60_000);
+  await ends.land(next);
   await next.close();
   await ends.close();
 });
@@ -115,7 +77,7 @@ test('a transfer that ends in an error ends the hand-off; the next one connects 
 test('a transfer that hangs: the cancelled hand-off keeps its pages until the library has done with them, and no longer', async () => {
   const ends = await pair();
   fillCanonical(ends.source, SOURCE_PAGES, TOKENS, 1);
-  const { ticket, committed, failing } = ends.receiver.open(grant());
+  const { ticket, committed, failing } = ends.receiver.open(grantOf());
   let settled = false;
   const ending = failure(committed).finally(() => { settled = true; });
   await withFault('hang', async () => {
@@ -132,50 +94,35 @@ test('a transfer that hangs: the cancelled hand-off keeps its pages until the li
   });
   assert.is((await ending).code, 'CANCELLED');
   assert.is(ends.receiver.stats().draining, 0);
-  await landPrompt(ends, { form: 'tpla', ranks: 2, pageTokens: 32 }, 'nixl', 60_000);
+  await ends.land();
   await ends.close();
 });
 
-test('decode cancels in the middle: no late write, the next hand-off on the same slot is whole', async () => {
-  const ends = await pair();
-  await cancelInTheMiddle(ends, 20, 60_000);
-  await ends.close();
-});
-
-test('connections through NIXL leak no thread, no descriptor, and nothing inside the library', async () => {
-  const ends = await pair();
-  await leakNothing(ends.receiver, ends.sender, ends.newSender);
-  // The stand-in ends the process where an agent goes with transfers or memory left.
-  await ends.close();
-});
-
-test('pieces that were not granted, or have another size, end the link; memory stays as it was', async () => {
-  const [near, far] = [await open(), await open()];
-  await refuseUngrantedPieces(near, far);
-  assert.match((await failure(near.connect({ address: Buffer.from('not metadata'), key: 'k'.repeat(32), layout: smallLayout() }))).message, /NIXL cannot use the peer's address/);
-  near.close();
-  far.close();
+test('what is no metadata is no address', async () => {
+  const nixl = await open();
+  assert.match((await failure(nixl.connect({ address: Buffer.from('not metadata'), key: 'k'.repeat(32), layout: smallLayout() }))).message, /NIXL cannot use the peer's address/);
+  nixl.close();
 });
 
 // ---------------------------------------------------------------- which path is taken
 
 test('NIXL is passed over where one side lacks it, and nothing else is taken where it is required', async () => {
-  const { receiver, source, near, close } = await pair();
+  const { receiver, source, near: { nixl }, close } = await pair();
   const open = async (options: { nixl?: Nixl | null; requirePath?: TransferPath }) => {
     const sender = createHandoffSender({ ...endpoint(source, systemClock), ...options });
     try {
-      return (await sender.open(receiver.open(grant()).ticket)).path;
+      return (await sender.open(receiver.open(grantOf()).ticket)).path;
     } finally {
       await sender.close();
     }
   };
-  assert.is(await open({ nixl: near }), 'nixl');
+  assert.is(await open({ nixl }), 'nixl');
   assert.is(await open({}), 'tcp');
   assert.match((await failure(open({ requirePath: 'nixl' }))).message, /nixl and nothing else is required \(nixl: this side uses no NIXL/);
-  assert.match((await failure(open({ nixl: { ...near, backends: [{ name: 'GDS', memories: ['VRAM'] }] }, requirePath: 'nixl' }))).message, /NIXL has GDS on this side and UCX on decode's/);
+  assert.match((await failure(open({ nixl: { ...nixl!, backends: [{ name: 'GDS', memories: ['VRAM'] }] }, requirePath: 'nixl' }))).message, /NIXL has GDS on this side and UCX on decode's/);
   const local = await createHandoffReceiver(`unix:${join(directory, 'local.sock')}`, endpoint(source, systemClock));
-  const strict = createHandoffSender({ ...endpoint(source, systemClock), nixl: near, requirePath: 'nixl' });
-  assert.match((await failure(strict.open(local.open(grant({ pages: [pageRange(10, 7)] })).ticket))).message, /the path to decode is shm, nixl and nothing else is required/);
+  const strict = createHandoffSender({ ...endpoint(source, systemClock), nixl, requirePath: 'nixl' });
+  assert.match((await failure(strict.open(local.open(grantOf({ pages: [pageRange(10, 7)] })).ticket))).message, /the path to decode is shm, nixl and nothing else is required/);
   await strict.close();
   await local.close();
   await close();

@@ -6,16 +6,15 @@ import { join } from 'node:path';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import { systemClock } from '../../src/clock.js';
-import type { KvLayout, Ucx } from '../../src/native/types.js';
-import { createHandoffReceiver } from '../../src/transfer/receiver.js';
+import { ucxLibraryFromEnv } from '../../src/config/env.js';
+import type { Ucx } from '../../src/native/types.js';
 import { createHandoffSender } from '../../src/transfer/sender.js';
 import { findUcx, openUcx } from '../../src/transfer/ucx.js';
-import { endpoint, failure, newArena, smallLayout } from '../support/handoff.js';
-import { cancelInTheMiddle, landPrompt, TARGET_PAGES, TOKENS, VIEWS } from '../support/handoff_exercises.js';
+import { endpoint, failure, newArena } from '../support/handoff.js';
 import { BIG, BIG_PAGES, BIG_TARGET, bigGrant } from '../support/handoff_fault_shapes.js';
-import { abortWithKilledDecode, ANY_TCP, cutOffStoppedPrefill, leakNothing, type LibraryUnderTest, refuseUngrantedPieces, replaceKilledPrefill, withReceiver } from '../support/handoff_library_exercises.js';
+import { grantOf, type LibraryUnderTest, openPair, testBetweenProcesses, testInOneProcess, withReceiver } from '../support/handoff_library_exercises.js';
 
-const LIBRARY = findUcx();
+const LIBRARY = ucxLibraryFromEnv() ?? findUcx();
 const all = suite('transfer/ucx');
 const test = LIBRARY === null ? all.skip : all;
 const directory = mkdtempSync(join(tmpdir(), 'tpla-ucx-'));
@@ -23,97 +22,46 @@ all.after(() => rmSync(directory, { recursive: true }));
 
 /** Peer failures are what is tested here: UCX's own lines about them say nothing. */
 const quiet = { UCX_LOG_LEVEL: 'fatal', UCX_TLS: 'all' };
-const open = (options: Record<string, string> = {}) => openUcx({ use: 'always', library: null, options: { ...quiet, ...options } }) as Promise<Ucx>;
+const open = (options: Record<string, string> = {}) => openUcx({ use: 'always', library: LIBRARY, options: { ...quiet, ...options } }) as Promise<Ucx>;
 
-async function pair(change: Partial<KvLayout> = { form: 'tpla', ranks: 2, pageTokens: 32 }) {
-  const source = newArena(smallLayout(), 64);
-  const target = newArena(smallLayout(change), 64);
-  const ucx = await open();
-  const receiver = await createHandoffReceiver(ANY_TCP, { ...endpoint(target, systemClock), ucx });
-  const sender = createHandoffSender({ ...endpoint(source, systemClock), ucx, requirePath: 'ucx' });
-  const close = async () => {
-    await sender.close();
-    await receiver.close();
-    ucx.close();
-    source.close();
-    target.close();
-  };
-  return { source, target, receiver, sender, ucx, close };
-}
-const grant = (change: object = {}) => ({ tokens: TOKENS, pages: [TARGET_PAGES], leaseMs: 60_000, ...change });
-
-for (const [name, change] of VIEWS) {
-  test(`a prompt lands verified over UCX: ${name}`, async () => {
-    const ends = await pair(change);
-    const { commit } = await landPrompt(ends, change, 'ucx', 60_000);
-    assert.is(commit.path, 'ucx');
-    await ends.close();
-  });
-}
-
-// ---------------------------------------------------------------- two processes
-
-const bigTarget = newArena(BIG_TARGET, BIG_PAGES);
 const over = (transports: string): LibraryUnderTest => {
   const env = { ...quiet, UCX_TLS: transports };
-  return { path: 'ucx', link: 'ucx', env, open: async () => ({ ucx: await open(env) }) };
+  return { path: 'ucx', link: `ucx=${LIBRARY}`, env, open: async () => ({ ucx: await open(env) }) };
 };
 
-for (const transports of ['tcp', 'all']) {
-  const library = over(transports);
-  test(`two processes over UCX_TLS=${transports}: a prompt of 42 MB lands, then a killed prefill is noticed and replaced`, () =>
-    withReceiver(library, bigTarget, (receiver) => replaceKilledPrefill(library, bigTarget, receiver)));
-  test(`prefill stops in the middle over UCX_TLS=${transports}: its lease runs out, decode has its pages back while it is stopped, no late byte lands`, () =>
-    withReceiver(library, bigTarget, (receiver) => cutOffStoppedPrefill(library, bigTarget, receiver)));
-  test(`decode is killed over UCX_TLS=${transports}: prefill's session aborts`, () => abortWithKilledDecode(library));
-}
+testInOneProcess(test, over('all'));
+for (const transports of ['tcp', 'all']) testBetweenProcesses((name, body) => test(`UCX_TLS=${transports}: ${name}`, body), over(transports));
 
-test('transports that cannot tell of a dead peer are not used: over shared memory alone UCX is passed over, or refused where it is required', () => withReceiver(over('sm'), bigTarget, async (receiver) => {
-  const source = newArena(BIG, BIG_PAGES);
-  const ucx = await open({ UCX_TLS: 'sm' });
-  const flexible = createHandoffSender({ ...endpoint(source, systemClock), ucx });
-  assert.is((await flexible.open(receiver.open(bigGrant()).ticket)).path, 'tcp');
-  const strict = createHandoffSender({ ...endpoint(source, systemClock), ucx, requirePath: 'ucx' });
-  assert.match((await failure(strict.open(receiver.open(bigGrant()).ticket))).message, /UCX cannot reach the peer: destination is unreachable/);
-  await flexible.close();
-  await strict.close();
-  ucx.close();
-  source.close();
-}));
-
-// ---------------------------------------------------------------- cancel, leaks, hostile pieces
-
-test('decode cancels in the middle: no late write, the next hand-off on the same slot is whole', async () => {
-  const ends = await pair();
-  await cancelInTheMiddle(ends, 20, 60_000);
-  await ends.close();
-});
-
-test('connections over UCX leak no thread and no descriptor', async () => {
-  const { source, receiver, sender, ucx, close } = await pair();
-  await leakNothing(receiver, sender, () => createHandoffSender({ ...endpoint(source, systemClock), ucx }));
-  await close();
-});
-
-test('pieces that were not granted, or have another size, end the link; memory stays as it was', async () => {
-  const ucx = await open();
-  await refuseUngrantedPieces(ucx, ucx);
-  ucx.close();
+test('transports that cannot tell of a dead peer are not used: over shared memory alone UCX is passed over, or refused where it is required', async () => {
+  const target = newArena(BIG_TARGET, BIG_PAGES);
+  await withReceiver(over('sm'), target, async (receiver) => {
+    const source = newArena(BIG, BIG_PAGES);
+    const ucx = await open({ UCX_TLS: 'sm' });
+    const flexible = createHandoffSender({ ...endpoint(source, systemClock), ucx });
+    assert.is((await flexible.open(receiver.open(bigGrant()).ticket)).path, 'tcp');
+    const strict = createHandoffSender({ ...endpoint(source, systemClock), ucx, requirePath: 'ucx' });
+    assert.match((await failure(strict.open(receiver.open(bigGrant()).ticket))).message, /UCX cannot reach the peer: destination is unreachable/);
+    await flexible.close();
+    await strict.close();
+    ucx.close();
+    source.close();
+  });
+  target.close();
 });
 
 // ---------------------------------------------------------------- what is installed
 
 test('another release series is passed over, or refused with both versions where UCX is required', async () => {
-  const { receiver, source, ucx, close } = await pair();
-  const other: Ucx = { ...ucx, version: '1.17.0' };
+  const { receiver, source, near: { ucx }, close } = await openPair(over('all'));
+  const other: Ucx = { ...ucx!, version: '1.11.0' };
   const flexible = createHandoffSender({ ...endpoint(source, systemClock), ucx: other });
-  assert.is((await flexible.open(receiver.open(grant()).ticket)).path, 'tcp');
+  assert.is((await flexible.open(receiver.open(grantOf()).ticket)).path, 'tcp');
   const strict = createHandoffSender({ ...endpoint(source, systemClock), ucx: other, requirePath: 'ucx' });
-  const error = await failure(strict.open(receiver.open(grant()).ticket));
+  const error = await failure(strict.open(receiver.open(grantOf()).ticket));
   assert.is(error.code, 'HANDSHAKE_REFUSED');
-  assert.match(error.message, `UCX 1.17.0 on this side and ${ucx.version} on decode's`);
+  assert.match(error.message, `UCX 1.11.0 on this side and ${ucx!.version} on decode's`);
   const without = createHandoffSender({ ...endpoint(source, systemClock), requirePath: 'ucx' });
-  assert.match((await failure(without.open(receiver.open(grant()).ticket))).message, /this side uses no UCX/);
+  assert.match((await failure(without.open(receiver.open(grantOf()).ticket))).message, /this side uses no UCX/);
   for (const sender of [flexible, strict, without]) await sender.close();
   await close();
 });
@@ -147,5 +95,4 @@ test('a setting that UCX cannot meet is refused', async () => {
   await open({ UCX_TLS: 'all' }).then((ucx) => ucx.close());
 });
 
-all.after(() => bigTarget.close());
 all.run();

@@ -1,5 +1,5 @@
 /** The paths a benchmark can set up, by name. A new one is an entry here. */
-import { nixlLibraryFromEnv } from '../../config/env.js';
+import { nixlLibraryFromEnv, ucxLibraryFromEnv } from '../../config/env.js';
 import { TplaError } from '../../errors.js';
 import { native } from '../../native/loader.js';
 import { describeNixl, findNixl, NIXL_BY_NAME, openNixl } from '../../transfer/nixl.js';
@@ -8,8 +8,10 @@ import { gpu, HOST } from './memory.js';
 import type { BenchPath, HandoffPath, OpenLink } from './path.js';
 import { benchStorage } from './storage.js';
 
+const ucxLibrary = () => ucxLibraryFromEnv() ?? findUcx();
+
 async function ucxLink(): Promise<OpenLink> {
-  const ucx = (await openUcx({ use: 'always', library: null, options: {} }))!;
+  const ucx = (await openUcx({ use: 'always', library: ucxLibrary(), options: {} }))!;
   return { carrier: `UCX ${describeUcx(ucx)}`, options: { ucx, requirePath: 'ucx' }, close: () => ucx.close() };
 }
 
@@ -35,7 +37,7 @@ const needsGpus = (count: number) => () => {
 };
 
 const needsNixl = () => (nixlLibrary() === NIXL_BY_NAME ? 'no NIXL is installed in the standard places (TPLA_NIXL_LIBRARY names a libnixl_capi.so elsewhere)' : null);
-const needsUcx = () => (findUcx() === null ? 'no UCX is installed (Debian, Ubuntu: apt-get install libucx0)' : null);
+const needsUcx = () => (ucxLibrary() === null ? 'no UCX is installed (Debian, Ubuntu: apt-get install libucx0; TPLA_UCX_LIBRARY names a libucp.so elsewhere)' : null);
 
 export const BENCH_PATHS: Record<string, BenchPath> = {
   'same-gpu': { summary: 'two processes on one GPU, memory by VMM descriptors', missing: needsGpus(1), source: gpu(0), target: gpu(0), channel: 'unix', baseline: 'gpu-copy' },
