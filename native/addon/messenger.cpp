@@ -56,6 +56,7 @@ Napi::Value connect(const Napi::CallbackInfo& info, const std::shared_ptr<Messen
         [device](Napi::Env at, const std::shared_ptr<KvMessageSender>& sender) -> Napi::Value {
           Napi::Object object = link_sender_to_js(at, sender);
           object.Set("memory", memory_name(device, sender->is_direct()));
+          object.Set("transports", Napi::Function::New(at, [sender](const Napi::CallbackInfo& call) { return texts_to_js(call.Env(), sender->transports()); }, "transports"));
           return object;
         });
   });

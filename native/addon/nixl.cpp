@@ -1,6 +1,7 @@
 #include "addon/arguments.h"
 #include "addon/async_work.h"
 #include "addon/messenger.h"
+#include "addon/ucx.h"
 #include "transfer/nixl/agent.h"
 
 namespace tpla::addon {
@@ -27,6 +28,7 @@ Napi::Value agent_to_js(Napi::Env env, const std::shared_ptr<Agent>& agent) {
   Napi::Array backends = Napi::Array::New(env, found.backends.size());
   for (size_t i = 0; i < found.backends.size(); i++) backends.Set(static_cast<uint32_t>(i), backend_to_js(env, found.backends[i]));
   object.Set("backends", backends);
+  object.Set("ucx", found.ucx ? ucx_to_js(env, found.ucx->file, found.ucx->version, found.ucx->found) : env.Null());
   return object;
 }
 

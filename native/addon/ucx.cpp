@@ -1,6 +1,7 @@
 #include "addon/arguments.h"
 #include "addon/async_work.h"
 #include "addon/messenger.h"
+#include "addon/ucx.h"
 #include "transfer/ucx/worker.h"
 
 namespace tpla::addon {
@@ -10,14 +11,7 @@ namespace {
 using ucx::Worker;
 
 Napi::Value worker_to_js(Napi::Env env, const std::shared_ptr<Worker>& worker) {
-  const ucx::Capabilities found = worker->capabilities();
-  Napi::Object object = messenger_to_js(env, worker);
-  object.Set("library", worker->library().file());
-  object.Set("version", worker->library().version());
-  object.Set("resources", texts_to_js(env, found.resources));
-  object.Set("rdma", found.rdma);
-  object.Set("cuda", found.cuda);
-  return object;
+  return ucx_to_js(env, worker->library().file(), worker->library().version(), worker->capabilities(), messenger_to_js(env, worker));
 }
 
 Napi::Value open_ucx(const Napi::CallbackInfo& info) {
@@ -29,6 +23,15 @@ Napi::Value open_ucx(const Napi::CallbackInfo& info) {
 }
 
 }  // namespace
+
+Napi::Object ucx_to_js(Napi::Env env, const std::string& file, const std::string& version, const ucx::Capabilities& found, Napi::Object object) {
+  object.Set("library", file);
+  object.Set("version", version);
+  object.Set("resources", texts_to_js(env, found.resources));
+  object.Set("rdma", found.rdma);
+  object.Set("cuda", found.cuda);
+  return object;
+}
 
 void export_ucx(Napi::Env env, Napi::Object exports) {
   exports.Set("openUcx", Napi::Function::New(env, open_ucx, "openUcx"));

@@ -2,7 +2,7 @@ import { nixlLibraryFromEnv, setCuFileEnvironment, setUcxEnvironment, ucxLibrary
 import { toTplaError } from '../errors.js';
 import { native } from '../native/loader.js';
 import type { ProbeResult } from '../native/types.js';
-import { describeNixl, findNixl, NIXL_BY_NAME } from '../transfer/nixl.js';
+import { describeNixl, findNixl, NIXL_BY_NAME, ucxUnder } from '../transfer/nixl.js';
 import { describeUcx, findUcx, rdmaDevices } from '../transfer/ucx.js';
 import { readLimits, type Limits } from './limits.js';
 
@@ -49,12 +49,15 @@ export async function examine(version: string): Promise<Examination> {
     const error = toTplaError(thrown).message;
     return { ...facts, addon: { loaded: false, error }, cpu: null, cuda: null, libraries: [], findings: [{ severity: 'error', text: error }, ...limitFindings(limits)] };
   }
+  // NIXL first, as a worker opens them: it was built for a UCX of its own.
+  const nixl = await askNixl();
+  const ucx = await askUcx(nixl.ucx);
   return {
     ...facts,
     addon: { loaded: true, error: null },
     cpu: probe.cpu,
     cuda: { ...probe.cuda, devices: probe.cuda.devices.map(({ memoryBytes, ...device }) => ({ ...device, memory_bytes: memoryBytes })) },
-    libraries: [...await Promise.all(probe.libraries.map(askLibrary)), await askUcx(), await askNixl()],
+    libraries: [...await Promise.all(probe.libraries.map(askLibrary)), ucx, nixl.library],
     findings: [...machineFindings(probe), ...limitFindings(limits)],
   };
 }
@@ -72,10 +75,10 @@ async function askLibrary(library: Library): Promise<Library> {
   }
 }
 
-/** The UCX that a worker would load says itself which transports it has here. */
-async function askUcx(): Promise<Library> {
+/** The UCX that a worker would load, NIXL's where it uses that, says itself which transports it has here. */
+async function askUcx(present: string | null): Promise<Library> {
   const name = 'UCX';
-  const file = ucxLibraryFromEnv() ?? findUcx();
+  const file = ucxLibraryFromEnv() ?? present ?? findUcx();
   if (file === null) return { name, path: null, detail: 'not installed in the standard places (transfer.ucx.library)' };
   try {
     const ucx = await native().openUcx(file);
@@ -91,24 +94,24 @@ const ASKABLE: Record<string, (path: string) => string | Promise<string>> = {
   cuFile: () => native().describeCuFile().detail,
 };
 
-/** NIXL says which plug-ins it has; its usual backend, where it starts, which memory it carries. */
-async function askNixl(): Promise<Library> {
+/** NIXL says which plug-ins it has; its usual backend, where it starts, which memory it carries. And the UCX that came with it. */
+async function askNixl(): Promise<{ library: Library; ucx: string | null }> {
   const file = nixlLibraryFromEnv() ?? findNixl();
   const name = 'NIXL';
   try {
     const nixl = await native().openNixl(file, []);
     nixl.close();
     const found = { name, path: nixl.library };
-    if (!nixl.plugins.includes('UCX')) return { ...found, detail: describeNixl(nixl) };
+    if (!nixl.plugins.includes('UCX')) return { library: { ...found, detail: describeNixl(nixl) }, ucx: null };
     try {
       const agent = await native().openNixl(file, ['UCX']);
       agent.close();
-      return { ...found, detail: describeNixl(agent) };
+      return { library: { ...found, detail: describeNixl(agent) }, ucx: ucxUnder(agent) };
     } catch (error) {
-      return { ...found, detail: `${describeNixl(nixl)}; ${toTplaError(error).message}` };
+      return { library: { ...found, detail: `${describeNixl(nixl)}; ${toTplaError(error).message}` }, ucx: null };
     }
   } catch (error) {
-    return { name, path: file === NIXL_BY_NAME ? null : file, detail: toTplaError(error).message };
+    return { library: { name, path: file === NIXL_BY_NAME ? null : file, detail: toTplaError(error).message }, ucx: null };
   }
 }
 

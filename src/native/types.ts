@@ -361,6 +361,8 @@ export interface KvMessageReceiver extends KvLinkReceiver {
 
 export interface KvMessageSender extends KvLinkSender {
   readonly memory: LinkMemory;
+  /** `transport/device` pairs that carry it, as the library tells by now; none where it does not tell. */
+  transports(): string[];
 }
 
 export interface KvMessageLink {
@@ -372,14 +374,17 @@ export interface KvMessageLink {
   device?: number;
 }
 
-/** KV over UCX (native/transfer/ucx/): one installation, loaded at run time, with a worker and its thread. */
-export interface Ucx {
-  /** The library's file and what it says of itself: version, `transport/device` pairs, whether any of them is RDMA, whether it takes GPU memory. */
+/** A UCX: its file and what it says of itself: version, `transport/device` pairs, whether any of them is RDMA, whether it takes GPU memory. */
+export interface UcxFacts {
   readonly library: string;
   readonly version: string;
   readonly resources: string[];
   readonly rdma: boolean;
   readonly cuda: boolean;
+}
+
+/** KV over UCX (native/transfer/ucx/): one installation, loaded at run time, with a worker and its thread. */
+export interface Ucx extends UcxFacts {
   listen(arena: KvRegion | KvArena): Promise<KvMessageReceiver>;
   connect(link: KvMessageLink): Promise<KvMessageSender>;
   /** Ends its thread and every link. */
@@ -392,6 +397,8 @@ export interface Nixl {
   readonly library: string;
   readonly plugins: string[];
   readonly backends: { name: string; memories: string[] }[];
+  /** The UCX under its backend of that name; null where there is none, or none that can be asked. */
+  readonly ucx: UcxFacts | null;
   listen(arena: KvRegion | KvArena): Promise<KvMessageReceiver>;
   connect(link: KvMessageLink): Promise<KvMessageSender>;
   /** Ends its thread and every link. */

@@ -2,6 +2,7 @@
 import { TplaError } from '../errors.js';
 import type { PathOffer } from './messages.js';
 import { PATHS, type TransferPath } from './types.js';
+import { type NixlAbility, UNKNOWN_UCX } from './nixl_path.js';
 import { sameUcxSeries } from './ucx_path.js';
 
 /** What prefill can do itself. */
@@ -10,8 +11,8 @@ export interface PathAbilities {
   onGpu: boolean;
   /** Version of its UCX, where it uses one. */
   ucxVersion: string | null;
-  /** Backends of its NIXL, where it uses that. */
-  nixlBackends: string[] | null;
+  /** Its NIXL, where it uses one. */
+  nixl: NixlAbility | null;
 }
 
 export interface RankedOffers {
@@ -42,11 +43,14 @@ export function checkPath(path: TransferPath, required: TransferPath | undefined
   throw new TplaError('HANDSHAKE_REFUSED', `the path to decode is ${path}, ${demand(required)} is required; see docs/transfer.md for what each path needs`);
 }
 
-function unusable(offer: PathOffer, { onGpu, ucxVersion, nixlBackends }: PathAbilities): string | null {
+function unusable(offer: PathOffer, { onGpu, ucxVersion, nixl }: PathAbilities): string | null {
   if (offer.path === 'tcp' && onGpu) return 'KV in GPU memory goes to workers of the same host (unix: addresses), or between hosts over UCX or NIXL (transfer.ucx, transfer.nixl)';
   if (offer.path === 'nixl') {
-    if (nixlBackends === null) return 'this side uses no NIXL (transfer.nixl)';
-    if (!nixlBackends.some((name) => offer.backends.includes(name))) return `NIXL has ${nixlBackends.join(', ')} on this side and ${offer.backends.join(', ')} on decode's (transfer.nixl.backends)`;
+    if (nixl === null) return 'this side uses no NIXL (transfer.nixl)';
+    if (!nixl.backends.some((name) => offer.backends.includes(name))) return `NIXL has ${nixl.backends.join(', ')} on this side and ${offer.backends.join(', ')} on decode's (transfer.nixl.backends)`;
+    // UCX 1.22 ends its process at the address of a 1.13.
+    const versions = [nixl.ucxVersion, offer.ucxVersion];
+    if (!versions.includes(UNKNOWN_UCX) && !sameUcxSeries(nixl.ucxVersion, offer.ucxVersion)) return `NIXL has UCX ${versions.join(' under it on this side and ')} on decode's; install the same release series on both`;
   }
   if (offer.path !== 'ucx') return null;
   if (ucxVersion === null) return 'this side uses no UCX (transfer.ucx)';

@@ -1,6 +1,6 @@
 /** Paths between processes that share no memory: what TCP, UCX and NIXL have in common. */
 import { randomBytes } from 'node:crypto';
-import type { Channel, KvArena, KvLinkReceiver, KvLinkSender, KvPutResult, LinkMemory } from '../native/types.js';
+import type { Channel, KvArena, KvLinkReceiver, KvLinkSender, KvMessageSender, KvPutResult, LinkMemory } from '../native/types.js';
 import { isOnGpu } from './cuda_path.js';
 import { GateSlots } from './gate_slots.js';
 import type { PathOffer } from './messages.js';
@@ -52,12 +52,16 @@ export const deviceOf = (source: KvArena) => (isOnGpu(source) ? { device: source
 export class LinkReach implements Reach {
   readonly path: TransferPath;
   readonly memory: LinkMemory;
-  readonly #sender: KvLinkSender;
+  readonly #sender: KvLinkSender & Partial<KvMessageSender>;
 
-  constructor(path: TransferPath, sender: KvLinkSender & { memory?: LinkMemory }) {
+  constructor(path: TransferPath, sender: KvLinkSender & Partial<KvMessageSender>) {
     this.path = path;
     this.memory = sender.memory ?? 'host';
     this.#sender = sender;
+  }
+
+  transports(): string[] {
+    return this.#sender.transports?.() ?? [];
   }
 
   put(source: KvArena, srcPages: Int32Array, credit: Credit, rectangle: Rectangle, channel: Channel): Promise<KvPutResult> {

@@ -34,7 +34,7 @@ export type PathOffer =
   /** UCX endpoints to the worker at `address`, each opened with `key`. */
   | { path: 'ucx'; version: string; address: Buffer; key: string }
   /** Messages to the NIXL agent whose metadata are `address`, each sender's first one with `key`; `backends` are those that it has started. */
-  | { path: 'nixl'; backends: string[]; address: Buffer; key: string }
+  | { path: 'nixl'; backends: string[]; ucxVersion: string; address: Buffer; key: string }
   /** Data connections to `port` of the host the channel was dialled at, each opened with `key`. */
   | { path: 'tcp'; port: number; key: string }
   /** Decode reads what prefill lends. `devices` are the UUIDs of the GPUs that hold decode's pages; none where those are in host memory. */
@@ -260,7 +260,7 @@ function readOffer(fields: Fields): PathOffer {
     case 'cuda-fd': offer = { path, gateSlots: readSlots(fields), devices: fields.texts('devices', MAX_RANKS) }; break;
     case 'cuda-ipc': offer = { path, gateSlots: readSlots(fields), devices: fields.texts('devices', MAX_RANKS), handles: fields.texts('handles', MAX_RANKS) }; break;
     case 'ucx': offer = { path, version: fields.text('version'), address: fields.base64('address'), key: fields.text('key') }; break;
-    case 'nixl': offer = { path, backends: fields.texts('backends', MAX_BACKENDS), address: fields.base64('address'), key: fields.text('key') }; break;
+    case 'nixl': offer = { path, backends: fields.texts('backends', MAX_BACKENDS), ucxVersion: fields.text('ucxVersion'), address: fields.base64('address'), key: fields.text('key') }; break;
     case 'pull': offer = { path, devices: fields.texts('devices', MAX_RANKS) }; break;
     case 'tcp': offer = { path, port: fields.integer('port', 1, 65535), key: fields.text('key') }; break;
   }

@@ -1,11 +1,12 @@
 /** Which NIXL a worker loads, and whether it does. */
 import { existsSync, readdirSync } from 'node:fs';
-import { dirname } from 'node:path';
+import { basename, dirname } from 'node:path';
 import { setNixlEnvironment } from '../config/env.js';
 import type { NixlConfig } from '../config/types.js';
 import { TplaError } from '../errors.js';
 import { native } from '../native/loader.js';
 import type { Nixl } from '../native/types.js';
+import { describeUcx } from './ucx.js';
 
 /** NIXL's own place, then /usr/local and the distribution's. */
 const STANDARD_PLACES = [
@@ -37,10 +38,17 @@ export async function openNixl({ use, library, backends, options }: NixlConfig, 
   }
 }
 
-/** `1.0.0: UCX (DRAM, VRAM); plug-ins GDS, POSIX, UCX`: how a NIXL reads in a log line or a table. */
-export function describeNixl({ library, backends, plugins }: Pick<Nixl, 'library' | 'backends' | 'plugins'>): string {
+/** `1.0.0: UCX (DRAM, VRAM); plug-ins GDS, POSIX, UCX; under it UCX 1.20.0: tcp on eth0; …`: how a NIXL reads in a log line or a table. */
+export function describeNixl({ library, backends, plugins, ucx }: Pick<Nixl, 'library' | 'backends' | 'plugins' | 'ucx'>): string {
   const used = backends.map(({ name, memories }) => `${name} (${memories.join(', ')})`).join(', ');
-  return `${nixlVersion(library) ?? 'version unknown'}: ${used === '' ? 'no backend tried' : used}; plug-ins ${plugins.join(', ') || 'none'}`;
+  const under = ucx === null ? '' : `; under it UCX ${describeUcx(ucx)}`;
+  return `${nixlVersion(library) ?? 'version unknown'}: ${used === '' ? 'no backend tried' : used}; plug-ins ${plugins.join(', ') || 'none'}${under}`;
+}
+
+/** The UCX that a process with this NIXL has to use as well. One under a name of its own, as wheels have it, suffers another beside it. */
+export function ucxUnder(nixl: Pick<Nixl, 'ucx'> | null): string | null {
+  const file = nixl?.ucx?.library ?? null;
+  return file !== null && basename(file).startsWith('libucp.so') ? file : null;
 }
 
 /** NIXL's C API does not tell its version; a Python package beside the library does. */

@@ -59,6 +59,8 @@ export interface Reach {
   readonly memory?: LinkMemory | undefined;
   /** Puts of this credit will follow: what they have in common can be made ready. */
   prepare?(source: KvArena, credit: Credit, channel: Channel): void;
+  /** Of a link through a library: the `transport/device` pairs that carry it, as the library tells by now. */
+  transports?(): string[];
   /**
    * Writes a rectangle of the sequence into the credit's pages; resolves once every byte is there. Rejects with CANCELLED when shut out. What
    * `channel` carries to decode by then is the path's: `pushed` with checksums, unless decode took the bytes itself and knows them.

@@ -9,7 +9,7 @@ import { checkPath, rankOffers } from './choose_path.js';
 import { CudaReach, isOnGpu } from './cuda_path.js';
 import { checkHandshake, describeLayout } from './handshake.js';
 import { decodeMessage, encodeMessage, type Message, type PathOffer } from './messages.js';
-import { reachOverNixl } from './nixl_path.js';
+import { nixlAbility, reachOverNixl } from './nixl_path.js';
 import type { Credit, Reach, Rectangle, Welcome } from './path.js';
 import { PullReach } from './pull_path.js';
 import { Pulse } from './pulse.js';
@@ -67,7 +67,9 @@ class Sender implements HandoffSender {
   async #connect(address: string, onGone: () => void): Promise<Connection> {
     const connection = new Connection(address, this.#options, onGone);
     await connection.dial(this.#options.handshake);
-    this.#options.log.info({ address, path: connection.path, peer: connection.peer }, `connected to decode (${describeLayout(connection.layout)})`);
+    const transports = connection.transports();
+    const carriedBy = transports.length === 0 ? {} : { transports, memory: connection.memory };
+    this.#options.log.info({ address, path: connection.path, ...carriedBy, peer: connection.peer }, `connected to decode (${describeLayout(connection.layout)})`);
     return connection;
   }
 
@@ -128,6 +130,7 @@ class Connection {
 
   get path(): TransferPath { return this.#reach!.path; }
   get memory(): LinkMemory | undefined { return this.#reach!.memory; }
+  transports(): string[] { return this.#reach!.transports?.() ?? []; }
   get peer(): Channel['peer'] { return this.#channel!.peer; }
   get layout(): Handshake['layout'] { return this.#peerHandshake!.layout; }
 
@@ -256,7 +259,7 @@ class Connection {
   /** Builds the first of decode's paths that works; what was passed over is said, never silently. Descriptors are used before the first await. */
   async #openBest(welcome: Omit<Welcome, 'offer'>, offers: PathOffer[]): Promise<Reach> {
     const { ucx, nixl } = this.#libraries;
-    const abilities = { onGpu: isOnGpu(this.#arena), ucxVersion: ucx?.version ?? null, nixlBackends: nixl?.backends.map(({ name }) => name) ?? null };
+    const abilities = { onGpu: isOnGpu(this.#arena), ucxVersion: ucx?.version ?? null, nixl: nixl && nixlAbility(nixl) };
     const { usable, passedOver } = rankOffers(offers, abilities, this.#requirePath);
     for (const { path, reason } of passedOver) this.#log.info({ address: this.#address, path, reason }, 'a path to decode is not used');
     for (const [i, offer] of usable.entries()) {
@@ -351,6 +354,7 @@ class Session implements HandoffSession {
 
   get path(): TransferPath { return this.#connection.path; }
   get linkMemory(): LinkMemory | undefined { return this.#connection.memory; }
+  linkTransports(): string[] { return this.#connection.transports(); }
 
   push(layers: [number, number], tokens: [number, number], srcPages: Int32Array): Promise<void> {
     const push = this.#push({ layers, tokens }, srcPages);

@@ -105,6 +105,8 @@ export interface HandoffSession {
   readonly path: TransferPath;
   /** Of a path between hosts: where rows leave from. */
   readonly linkMemory?: LinkMemory | undefined;
+  /** Of a path through UCX: the `transport/device` pairs that carry it, as UCX tells by now; none where the library does not tell. */
+  linkTransports?(): string[];
   /** What pushes have put in place so far, and what travelled for it. */
   readonly sent: { bytes: number; wireBytes: number };
   /** Pushes layers [begin, end) of tokens [begin, end); calls may overlap computing and one another. */

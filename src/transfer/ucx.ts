@@ -4,7 +4,7 @@ import { setUcxEnvironment } from '../config/env.js';
 import type { UcxConfig } from '../config/types.js';
 import { TplaError } from '../errors.js';
 import { native } from '../native/loader.js';
-import type { Ucx } from '../native/types.js';
+import type { Ucx, UcxFacts } from '../native/types.js';
 
 /** An installation of its own (HPC-X, /usr/local) before the distribution's. */
 const STANDARD_PLACES = [
@@ -16,10 +16,10 @@ export function findUcx(places: string[] = STANDARD_PLACES): string | null {
   return places.find((file) => existsSync(file)) ?? null;
 }
 
-/** Null where it is not used. Throws CONFIG_INVALID where it is wanted and cannot be had. */
-export async function openUcx({ use, library, options }: UcxConfig): Promise<Ucx | null> {
+/** Null where it is not used; `present` is one that the process has already. Throws CONFIG_INVALID where it is wanted and cannot be had. */
+export async function openUcx({ use, library, options }: UcxConfig, present: string | null = null): Promise<Ucx | null> {
   if (use === 'never' || (use === 'auto' && rdmaDevices().length === 0)) return null;
-  const file = library ?? findUcx();
+  const file = library ?? present ?? findUcx();
   if (file === null) {
     if (use === 'auto') return null;
     throw new TplaError('CONFIG_INVALID', `transfer.ucx.use is "always", and no UCX is installed in ${STANDARD_PLACES.join(', ')}; install it (Debian, Ubuntu: apt-get install libucx0) or name its libucp.so in transfer.ucx.library`);
@@ -30,7 +30,7 @@ export async function openUcx({ use, library, options }: UcxConfig): Promise<Ucx
 }
 
 /** `1.13.1: rc_mlx5 on mlx5_0:1, tcp on eth0 and lo; RDMA, takes GPU memory`: how a UCX reads in a log line or a table. */
-export function describeUcx({ version, resources, rdma, cuda }: Pick<Ucx, 'version' | 'resources' | 'rdma' | 'cuda'>): string {
+export function describeUcx({ version, resources, rdma, cuda }: Pick<UcxFacts, 'version' | 'resources' | 'rdma' | 'cuda'>): string {
   const devices = new Map<string, string[]>();
   for (const resource of resources) {
     const [transport, device] = resource.split('/') as [string, string | undefined];

@@ -1,7 +1,8 @@
 // A library with NIXL's C API, for tests on machines without NIXL: real agents in real processes, which read and write each other's memory with
 // process_vm_readv and process_vm_writev and notify each other by datagrams. Declared from NIXL's header as it is published, not from ours, so
-// that a wrong signature of ours would not go unnoticed. Stricter than the original: an agent used by two threads, or destroyed with transfers
-// or registered memory left, ends the process.
+// that a wrong signature of ours would not go unnoticed. What was seen of NIXL 1.4 over UCX's TCP is as there: a read waits while the peer is
+// stopped, a plug-in for files carries nothing between processes. Stricter than the original: an agent used by two threads, or destroyed with
+// transfers or registered memory left, ends the process.
 //
 // NIXL_STAND_IN_FAULT in the environment, read at every transfer: `flip` changes a byte, `error` ends it with an error, `hang` leaves it under way.
 #include <atomic>
@@ -12,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -95,8 +97,20 @@ struct Work {
   std::atomic<nixl_capi_status_t> status{NIXL_CAPI_IN_PROG};
 };
 
+// Of another process: SIGSTOP has come, and no SIGCONT since.
+bool is_stopped(pid_t pid) {
+  const std::string file = "/proc/" + std::to_string(pid) + "/stat";
+  std::FILE* stat = std::fopen(file.c_str(), "r");
+  if (stat == nullptr) return false;
+  char state = 0;
+  const bool is_read = std::fscanf(stat, "%*d (%*[^)]) %c", &state) == 1;
+  std::fclose(stat);
+  return is_read && state == 'T';
+}
+
 bool move(const Work& work, bool flips) {
   for (size_t i = 0; i < work.local.size(); i++) {
+    while (is_stopped(work.pid)) usleep(1000);
     const iovec mine{reinterpret_cast<void*>(work.local[i].address), work.local[i].bytes};
     const iovec theirs{reinterpret_cast<void*>(work.remote[i].address), work.remote[i].bytes};
     const ssize_t moved = work.operation == NIXL_CAPI_XFER_OP_READ ? process_vm_readv(work.pid, &mine, 1, &theirs, 1, 0) : process_vm_writev(work.pid, &mine, 1, &theirs, 1, 0);
@@ -226,7 +240,7 @@ API nixl_capi_status_t nixl_capi_invalidate_remote_md(nixl_capi_agent_s* agent, 
 
 API nixl_capi_status_t nixl_capi_get_available_plugins(nixl_capi_agent_s* agent, nixl_capi_string_list_s** plugins) {
   agent->check();
-  *plugins = new nixl_capi_string_list_s{{"GDS", "UCX"}};
+  *plugins = new nixl_capi_string_list_s{{"GDS", "POSIX", "UCX"}};
   return NIXL_CAPI_SUCCESS;
 }
 API nixl_capi_status_t nixl_capi_destroy_string_list(nixl_capi_string_list_s* list) {
@@ -245,6 +259,7 @@ API nixl_capi_status_t nixl_capi_get_plugin_params(nixl_capi_agent_s* agent, con
   agent->check();
   *memories = new nixl_capi_mem_list_s;
   if (std::string(name) == "GDS") (*memories)->types = {NIXL_CAPI_MEM_VRAM, NIXL_CAPI_MEM_FILE};
+  else if (std::string(name) == "POSIX") (*memories)->types = {NIXL_CAPI_MEM_DRAM, NIXL_CAPI_MEM_FILE};
   else (*memories)->types = {NIXL_CAPI_MEM_DRAM};
   *params = new nixl_capi_params_s;
   return NIXL_CAPI_SUCCESS;
@@ -263,6 +278,15 @@ API nixl_capi_status_t nixl_capi_mem_list_size(nixl_capi_mem_list_s* list, size_
 }
 API nixl_capi_status_t nixl_capi_mem_list_get(nixl_capi_mem_list_s* list, size_t index, nixl_capi_mem_type_t* type) {
   *type = list->types.at(index);
+  return NIXL_CAPI_SUCCESS;
+}
+#ifndef NIXL_STAND_IN_VRAM
+#define NIXL_STAND_IN_VRAM "VRAM"
+#endif
+API nixl_capi_status_t nixl_capi_mem_type_to_string(nixl_capi_mem_type_t type, const char** name) {
+  static const char* const names[] = {"DRAM", NIXL_STAND_IN_VRAM, "BLOCK", "OBJECT", "FILE"};
+  if (type < 0 || static_cast<size_t>(type) >= std::size(names)) return NIXL_CAPI_ERROR_INVALID_PARAM;
+  *name = names[type];
   return NIXL_CAPI_SUCCESS;
 }
 API nixl_capi_status_t nixl_capi_create_backend(nixl_capi_agent_s* agent, const char* name, nixl_capi_params_s* params, nixl_capi_backend_s** backend) {
@@ -393,8 +417,11 @@ API nixl_capi_status_t nixl_capi_notif_map_clear(nixl_capi_notif_map_s* map) {
   map->texts.clear();
   return NIXL_CAPI_SUCCESS;
 }
-API nixl_capi_status_t nixl_capi_get_notifs(nixl_capi_agent_s* agent, nixl_capi_notif_map_s* map, nixl_capi_opt_args_s*) {
+API nixl_capi_status_t nixl_capi_get_notifs(nixl_capi_agent_s* agent, nixl_capi_notif_map_s* map, nixl_capi_opt_args_s* args) {
   agent->check();
+  bool notifies = args->backends.empty();
+  for (const nixl_capi_backend_s* backend : args->backends) notifies = notifies || backend->name == "UCX";
+  if (!notifies) return NIXL_CAPI_ERROR_BACKEND;
   static thread_local std::vector<char> text(kMaxNotification);
   for (ssize_t bytes; (bytes = recv(agent->socket, text.data(), text.size(), MSG_DONTWAIT)) > 0;) {
     char* end = static_cast<char*>(std::memchr(text.data(), '\n', bytes));

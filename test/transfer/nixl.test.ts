@@ -1,6 +1,6 @@
 // time limit: 200 s
-// Over a stand-in library (test/support/nixl_stand_in.cpp): two real processes, one of whom reads the other's memory. NIXL itself is not here.
-import { spawnSync } from 'node:child_process';
+// Over a stand-in library (test/support/nixl_stand_in.cpp): two real processes, one of whom reads the other's memory, and what NIXL itself cannot
+// be made to do wrong. NIXL itself is in nixl_installed.test.ts.
 import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -17,7 +17,7 @@ import { tpla } from '../support/cli.js';
 import { endpoint, failure, fillCanonical, LAYERS, pageRange, smallLayout, stats, until } from '../support/handoff.js';
 import { SOURCE_PAGES, TOKENS } from '../support/handoff_exercises.js';
 import { grantOf, type LibraryUnderTest, openPair, testBetweenProcesses, testInOneProcess } from '../support/handoff_library_exercises.js';
-import { buildLibrary, buildNixlStandIn } from '../support/nixl_library.js';
+import { buildLibrary, buildNixlStandIn, openInNewProcess } from '../support/nixl_library.js';
 
 const test = suite('transfer/nixl');
 const directory = mkdtempSync(join(tmpdir(), 'tpla-nixl-'));
@@ -36,7 +36,7 @@ async function withFault<T>(fault: 'flip' | 'error' | 'hang', body: () => Promis
   }
 }
 
-const library: LibraryUnderTest = { path: 'nixl', link: `nixl=${LIBRARY}`, open: async () => ({ nixl: await open() }) };
+const library: LibraryUnderTest = { path: 'nixl', holdsPages: true, link: `nixl=${LIBRARY}`, open: async () => ({ nixl: await open() }) };
 const pair = () => openPair(library);
 
 testInOneProcess(test, library);
@@ -100,7 +100,9 @@ test('a transfer that hangs: the cancelled hand-off keeps its pages until the li
 
 test('what is no metadata is no address', async () => {
   const nixl = await open();
-  assert.match((await failure(nixl.connect({ address: Buffer.from('not metadata'), key: 'k'.repeat(32), layout: smallLayout() }))).message, /NIXL cannot use the peer's address/);
+  const dial = (address: string) => failure(nixl.connect({ address: Buffer.from(address), key: 'k'.repeat(32), layout: smallLayout() }));
+  assert.match((await dial('not metadata')).message, /NIXL cannot use the peer's address: it does not begin with a host's identity/);
+  assert.match((await dial('host\nnot metadata')).message, /NIXL cannot use the peer's address: the backend failed/);
   nixl.close();
 });
 
@@ -130,29 +132,34 @@ test('NIXL is passed over where one side lacks it, and nothing else is taken whe
 
 // ---------------------------------------------------------------- what is installed
 
-/** In a process that has loaded no NIXL yet. */
-function load(file: string, backends = ['UCX'], env: Record<string, string> = {}): string {
-  const script = `import { native } from ${JSON.stringify(join(import.meta.dirname, '../../src/native/loader.ts'))};
-    native().openNixl(${JSON.stringify(file)}, ${JSON.stringify(backends)}).then((nixl) => { console.log('loaded', nixl.library); nixl.close(); }, (error) => console.log(error.code, error.message));`;
-  return spawnSync(process.execPath, ['--import', 'tsx', '--input-type=module', '-e', script], { encoding: 'utf8', env: { ...process.env, ...env } }).stdout;
-}
-
 test('an absent library, one that is none, an old one, a stub, a missing plug-in: one clear error each', async () => {
   assert.is(await openNixl({ use: 'never', library: null, backends: ['UCX'], options: {} }), null);
   const missing = await failure(openNixl({ use: 'auto', library: '/nowhere/libnixl_capi.so', backends: ['UCX'], options: {} }));
   assert.is(missing.code, 'CONFIG_INVALID');
   assert.match(missing.message, /\/nowhere\/libnixl_capi\.so, which does not exist/);
   const declared = 'extern "C" __attribute__((visibility("default")))';
-  assert.match(load(buildLibrary(directory, 'libnothing.so', `${declared} int nothing; int nothing;`)), /CONFIG_INVALID .*libnothing\.so has no nixl_capi_create_agent; tpla works with the libnixl_capi\.so of NIXL 0\.10\.1/);
+  assert.match(openInNewProcess(buildLibrary(directory, 'libnothing.so', `${declared} int nothing; int nothing;`)), /CONFIG_INVALID .*libnothing\.so has no nixl_capi_create_agent; tpla works with the libnixl_capi\.so of NIXL 0\.10\.1/);
   // Before 0.5 there was no metadata of single memories.
-  assert.match(load(buildNixlStandIn(directory, 'libold.so', ['-Dnixl_capi_get_local_partial_md=nixl_capi_get_no_partial_md'])), /libold\.so has no nixl_capi_get_local_partial_md/);
-  assert.match(load(buildNixlStandIn(directory, 'libstub.so', ['-DNIXL_STAND_IN_IS_STUB=true'])), /libstub\.so is a stub that was built without NIXL/);
-  assert.match(load('libnixl_capi_of_nobody.so'), /CONFIG_INVALID NIXL cannot be loaded: libnixl_capi_of_nobody\.so/);
-  assert.match(load(LIBRARY, ['Mooncake']), /CONFIG_INVALID NIXL has no plug-in Mooncake here, but GDS, UCX; see transfer\.nixl\.backends/);
-  assert.match(load(LIBRARY, ['GDS']), /CONFIG_INVALID NIXL's backend GDS does not carry host memory/);
-  assert.is(load('libnixl_capi.so', ['UCX'], { LD_LIBRARY_PATH: directory }).trim(), `loaded ${LIBRARY}`);
+  assert.match(openInNewProcess(buildNixlStandIn(directory, 'libold.so', ['-Dnixl_capi_get_local_partial_md=nixl_capi_get_no_partial_md'])), /libold\.so has no nixl_capi_get_local_partial_md/);
+  assert.match(openInNewProcess(buildNixlStandIn(directory, 'libstub.so', ['-DNIXL_STAND_IN_IS_STUB=true'])), /libstub\.so is a stub that was built without NIXL/);
+  assert.match(openInNewProcess('libnixl_capi_of_nobody.so'), /CONFIG_INVALID NIXL cannot be loaded: libnixl_capi_of_nobody\.so/);
+  assert.match(openInNewProcess(LIBRARY, ['Mooncake']), /CONFIG_INVALID NIXL has no plug-in Mooncake here, but GDS, POSIX, UCX; see transfer\.nixl\.backends/);
+  assert.match(openInNewProcess(LIBRARY, ['GDS']), /CONFIG_INVALID NIXL's backend GDS does not carry host memory/);
+  assert.match(openInNewProcess(LIBRARY, ['POSIX']), /CONFIG_INVALID NIXL's backend POSIX carries nothing between processes/);
+  assert.match(openInNewProcess(buildNixlStandIn(directory, 'libother.so', ['-DNIXL_STAND_IN_VRAM="TAPE"'])), /libother\.so calls memory type 1 TAPE, not VRAM/);
+  assert.is(openInNewProcess('libnixl_capi.so', ['UCX'], { LD_LIBRARY_PATH: directory }).trim(), `loaded ${LIBRARY}`);
   const other = await failure(native().openNixl(join(directory, 'libstub.so'), []));
   assert.match(other.message, /is a stub/);
+});
+
+test('libraries beside it that the loader does not find by itself are found', () => {
+  const beside = join(directory, 'installation');
+  mkdirSync(beside);
+  const core = buildLibrary(beside, 'libnixl_core.so', 'extern "C" __attribute__((visibility("default"))) int nixl_core() { return 1; }');
+  const file = buildNixlStandIn(beside, 'libnixl_capi.so', ['-Wl,--no-as-needed', core]);
+  assert.is(openInNewProcess(file).trim(), `loaded ${file}`);
+  rmSync(core);
+  assert.match(openInNewProcess(file), /CONFIG_INVALID NIXL cannot be loaded: .*libnixl_core\.so: cannot open shared object file/);
 });
 
 test('where NIXL may be absent its reason is told; where it is found, what it is', async () => {
@@ -162,7 +169,7 @@ test('where NIXL may be absent its reason is told; where it is found, what it is
   assert.is(findNixl([join(directory, 'absent.so'), LIBRARY]), LIBRARY);
   assert.is(findNixl([]), 'libnixl_capi.so');
   const nixl = await open();
-  assert.is(describeNixl(nixl), 'version unknown: UCX (DRAM); plug-ins GDS, UCX');
+  assert.is(describeNixl(nixl), 'version unknown: UCX (DRAM); plug-ins GDS, POSIX, UCX');
   nixl.close();
   const wheel = join(directory, 'site-packages');
   mkdirSync(join(wheel, '.nixl_cu12.mesonpy.libs'), { recursive: true });
@@ -173,7 +180,7 @@ test('where NIXL may be absent its reason is told; where it is found, what it is
 test('doctor says what it found; bench-transfer measures it through its table of paths', async () => {
   const env = { TPLA_NIXL_LIBRARY: LIBRARY };
   const found = JSON.parse((await tpla(['doctor', '--json'], { env })).stdout) as { libraries: { name: string; path: string | null; detail: string }[] };
-  assert.equal(found.libraries.find(({ name }) => name === 'NIXL'), { name: 'NIXL', path: LIBRARY, detail: 'version unknown: UCX (DRAM); plug-ins GDS, UCX' });
+  assert.equal(found.libraries.find(({ name }) => name === 'NIXL'), { name: 'NIXL', path: LIBRARY, detail: 'version unknown: UCX (DRAM); plug-ins GDS, POSIX, UCX' });
   const { status, stdout, stderr } = await tpla(['bench-transfer', '--path', 'nixl', '--tokens', '256', '--layers', '4', '--iterations', '2', '--warmup', '1', '--json'], { env });
   assert.is(status, 0, stderr);
   const { rows } = JSON.parse(stdout) as { rows: { path: string; gb_per_s: number }[] };

@@ -1,6 +1,7 @@
 #pragma once
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "transfer/kv_link.h"
 #include "transfer/messages/device_port.h"
@@ -22,7 +23,7 @@ class KvMessageReceiver : public LinkReceiver {
   void disconnect(const std::string& key) override;
   void withdraw(const std::string& key) override;
   void close() override;
-  // Whether pieces land in pages on a GPU without a copy by us.
+  // Whether pieces can land in pages on a GPU without a copy by us, where a sender's way to them allows it.
   bool is_direct() const;
 
  private:
@@ -43,6 +44,8 @@ class KvMessageSender : public LinkSender {
   void close() override;
   // Whether rows of a GPU leave from its own memory.
   bool is_direct() const;
+  // What carries them, as the library tells by now; empty where it does not tell, and once the link has ended.
+  std::vector<std::string> transports() const;
 
  private:
   struct Core;

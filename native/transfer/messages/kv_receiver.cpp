@@ -1,5 +1,6 @@
 #include <cstring>
 #include <map>
+#include <optional>
 #include <set>
 #include <utility>
 #include <vector>
@@ -43,6 +44,7 @@ struct KvMessageReceiver::Peer : MessageLink, std::enable_shared_from_this<Peer>
   void connect(const std::string& address);
   void on_message(const Incoming& message) override;
   void take(const Incoming& message, const Grant& grant, const Piece& piece);
+  bool lands_directly();
   void take_through_host(const Incoming& message, std::byte* place);
   void finish_piece(const MessageHead& head, bool is_good);
   void answer(uint64_t put, bool refused);
@@ -60,6 +62,8 @@ struct KvMessageReceiver::Peer : MessageLink, std::enable_shared_from_this<Peer>
   std::map<uint64_t, uint32_t> landed;
   std::set<uint64_t> refused;
   bool is_answering = false;
+  // Asked when the first piece has come, since until then the library may not have settled on a way.
+  std::optional<bool> is_direct;
 };
 
 KvMessageReceiver::KvMessageReceiver(std::shared_ptr<Messenger> messenger, std::shared_ptr<const KvRegion> region, std::shared_ptr<DevicePort> port)
@@ -104,7 +108,7 @@ void KvMessageReceiver::Core::register_gpu_pages(const std::shared_ptr<const KvR
   messenger->run([this] { port->use(book.region().device); });
   // Also for pieces that come with their message.
   bounce = std::make_unique<BounceBuffers>(messenger, port, region->layout.widest_row_bytes() * region->layout.page_tokens);
-  if (!messenger->carries_gpu()) return;
+  if (!messenger->may_carry_gpu()) return;
   try {
     register_pages(region);
   } catch (const Error&) {
@@ -179,7 +183,7 @@ void KvMessageReceiver::Peer::take(const Incoming& message, const Grant& grant, 
   const MessageHead& head = message.head;
   if (!client->gate().enter(static_cast<int>(head.slot), head.epoch)) return answer(head.put, true);
   std::byte* place = core->book.place(grant, piece);
-  if (message.is_remote && !core->memories.empty()) {
+  if (message.is_remote && lands_directly()) {
     core->messenger->receive(message, place, core->memories[core->book.memory_of(grant, piece)]->get(),
                              [self = shared_from_this(), head](const std::string& failure) { self->finish_piece(head, failure.empty()); });
   } else if (core->is_on_gpu()) {
@@ -188,6 +192,12 @@ void KvMessageReceiver::Peer::take(const Incoming& message, const Grant& grant, 
     std::memcpy(place, message.data, message.bytes);
     finish_piece(head, true);
   }
+}
+
+bool KvMessageReceiver::Peer::lands_directly() {
+  if (!core->is_on_gpu()) return true;
+  if (!is_direct) is_direct = !core->memories.empty() && endpoint != nullptr && core->messenger->carries_gpu(endpoint);
+  return *is_direct;
 }
 
 void KvMessageReceiver::Peer::take_through_host(const Incoming& message, std::byte* place) {

@@ -32,8 +32,11 @@ constexpr int kStallChecks = 30;
 struct KvMessageSender::Core : MessageLink, std::enable_shared_from_this<Core> {
   using Chunk = RowStaging::Chunk;
 
-  Core(std::shared_ptr<Messenger> of, const KvLayout& layout, std::shared_ptr<DevicePort> port, int device);
+  Core(std::shared_ptr<Messenger> of, const KvLayout& layout, std::shared_ptr<DevicePort> with, int of_source)
+      : messenger(std::move(of)), dst(layout), port(std::move(with)), device(of_source) {}
+  void use_device();
   void connect(const std::string& address, const std::string& key);
+  void reserve_staging();
   void start_makers();
   void make_units();
   void send_unit(const std::shared_ptr<PutJob>& job, uint64_t id, const PutJob::Unit& unit, Chunk* chunk);
@@ -48,7 +51,10 @@ struct KvMessageSender::Core : MessageLink, std::enable_shared_from_this<Core> {
 
   const std::shared_ptr<Messenger> messenger;
   const KvLayout dst;
-  RowStaging staging;
+  const std::shared_ptr<DevicePort> port;
+  const int device;
+  // Once the receiver has welcomed us.
+  std::unique_ptr<RowStaging> staging;
 
   // On the messenger's thread.
   Messenger::Endpoint* endpoint = nullptr;
@@ -72,19 +78,29 @@ KvMessageSender::KvMessageSender(std::shared_ptr<Messenger> messenger, const std
                                  std::shared_ptr<DevicePort> port, int device)
     : core_(std::make_shared<Core>(std::move(messenger), dst, std::move(port), device)) {
   if (key.size() != kLinkKeyBytes) throw Error("REQUEST_INVALID", "a link's key has " + std::to_string(kLinkKeyBytes) + " bytes");
+  core_->use_device();
   core_->connect(address, key);
+  core_->reserve_staging();
   core_->start_makers();
 }
 
 KvMessageSender::~KvMessageSender() { close(); }
 
-bool KvMessageSender::is_direct() const { return core_->staging.is_direct(); }
+bool KvMessageSender::is_direct() const { return core_->staging->is_direct(); }
+
+std::vector<std::string> KvMessageSender::transports() const {
+  std::vector<std::string> found;
+  core_->messenger->run([&] {
+    if (core_->endpoint != nullptr) found = core_->messenger->transports(core_->endpoint);
+  });
+  return found;
+}
 
 void KvMessageSender::close() { core_->fail("the sender was closed"); }
 
 void KvMessageSender::put(LinkPut put, Done done) {
-  if (put.src->device != core_->staging.device()) throw Error("REQUEST_INVALID", "a link that was made for other memory cannot send this source's rows");
-  const auto job = std::make_shared<PutJob>(std::move(put), core_->dst, PutJob::kUnitBytes, std::move(done), core_->staging.unit_pages());
+  if (put.src->device != core_->device) throw Error("REQUEST_INVALID", "a link that was made for other memory cannot send this source's rows");
+  const auto job = std::make_shared<PutJob>(std::move(put), core_->dst, PutJob::kUnitBytes, std::move(done), core_->staging->unit_pages());
   {
     const std::lock_guard lock(core_->mutex);
     if (core_->failure.empty()) {
@@ -99,9 +115,11 @@ void KvMessageSender::put(LinkPut put, Done done) {
   job->end(std::make_unique<Error>("IO_FAILED", core_->failure));
 }
 
-KvMessageSender::Core::Core(std::shared_ptr<Messenger> of, const KvLayout& layout, std::shared_ptr<DevicePort> port, int device)
-    : messenger(std::move(of)), dst(layout), staging(messenger, layout, std::move(port), device) {
-  for (Chunk& chunk : staging.chunks()) free_chunks.push_back(&chunk);
+// The library finds its way to a GPU's memory by what its thread uses.
+void KvMessageSender::Core::use_device() {
+  if (device < 0) return;
+  if (!port) throw Error("REQUEST_INVALID", "this addon was built without CUDA; build it with TPLA_CUDA=on");
+  messenger->run([this] { port->use(device); });
 }
 
 void KvMessageSender::Core::connect(const std::string& address, const std::string& key) {
@@ -126,6 +144,19 @@ void KvMessageSender::Core::connect(const std::string& address, const std::strin
     fail(error.what());
     throw;
   }
+}
+
+// Where rows leave from depends on what there is between the two ends.
+void KvMessageSender::Core::reserve_staging() {
+  try {
+    bool is_gpu_carried = false;
+    if (device >= 0) messenger->run([&] { is_gpu_carried = endpoint != nullptr && messenger->carries_gpu(endpoint); });
+    staging = std::make_unique<RowStaging>(messenger, dst, port, device, is_gpu_carried);
+  } catch (const Error& error) {
+    fail(error.what());
+    throw;
+  }
+  for (Chunk& chunk : staging->chunks()) free_chunks.push_back(&chunk);
 }
 
 void KvMessageSender::Core::start_makers() {
@@ -157,7 +188,7 @@ void KvMessageSender::Core::make_units() {
     }
     const PutJob::Unit unit = job->unit(index);
     try {
-      staging.make(*job, unit, *chunk);
+      staging->make(*job, unit, *chunk);
     } catch (const Error& error) {
       return fail(error.what());
     }
@@ -170,7 +201,7 @@ void KvMessageSender::Core::send_unit(const std::shared_ptr<PutJob>& job, uint64
   const std::vector<Piece> pieces = job->pieces_of(unit);
   chunk->pieces = pieces.size();
   job->add_wire_bytes(pieces.size() * sizeof(MessageHead));
-  const std::vector<const std::byte*> places = staging.places(*chunk, pieces);
+  const std::vector<const std::byte*> places = staging->places(*chunk, pieces);
   for (size_t i = 0; i < pieces.size(); i++) {
     const Piece& piece = pieces[i];
     MessageHead head{};
@@ -184,7 +215,7 @@ void KvMessageSender::Core::send_unit(const std::shared_ptr<PutJob>& job, uint64
     head.begin = piece.begin;
     head.end = piece.end;
     const size_t bytes = dst.row_bytes(static_cast<int>(piece.layer)) * (piece.end - piece.begin);
-    messenger->send(endpoint, head, places[i], bytes, staging.registration(), [self = shared_from_this(), chunk](const std::string& failure) {
+    messenger->send(endpoint, head, places[i], bytes, staging->registration(), [self = shared_from_this(), chunk](const std::string& failure) {
       if (--chunk->pieces == 0) self->return_chunk(chunk);
       if (!failure.empty()) self->fail(std::string(self->messenger->name()) + " cannot send: " + failure);
     });

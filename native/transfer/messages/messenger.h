@@ -92,9 +92,13 @@ class Messenger {
   virtual void send(Endpoint* endpoint, const MessageHead& head, const void* data, size_t bytes, Registration* memory, Finished finished) = 0;
   // Fetches the data of a message that is_remote, during on_message.
   virtual void receive(const Incoming& message, void* to, Registration* memory, Finished finished) = 0;
-  // Whether rows of GPUs had better be left to it, since a network device reads and writes their memory. What stages them inside the library is
-  // slower than we are: UCX 1.18 moves 0.43 GB/s over TCP where rows that we stage move 1.1.
-  virtual bool carries_gpu() const = 0;
+  // What carries data to this endpoint, as the library tells of it by now, such as `tcp/eth0` or `cuda_ipc/cuda`; empty where it does not tell.
+  virtual std::vector<std::string> transports(Endpoint* endpoint) = 0;
+  // Whether rows of GPUs had better be left to it on the way to this endpoint, since a network device reads and writes their memory. What
+  // stages them inside the library is slower than we are: UCX 1.18 moves 0.43 GB/s over TCP where rows that we stage move 1.1.
+  virtual bool carries_gpu(Endpoint* endpoint) = 0;
+  // Whether it may, to some endpoint.
+  virtual bool may_carry_gpu() const = 0;
   // `device`: the GPU whose memory it is, -1 for host memory. Throws IO_FAILED.
   virtual Registration* register_memory(void* address, size_t bytes, int device) = 0;
   virtual void unregister_memory(Registration* memory) = 0;

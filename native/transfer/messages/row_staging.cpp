@@ -13,10 +13,10 @@ constexpr size_t kDeviceChunkBytes = size_t(16) << 20;
 
 }  // namespace
 
-RowStaging::RowStaging(const std::shared_ptr<Messenger>& messenger, const KvLayout& dst, std::shared_ptr<DevicePort> port, int device)
+RowStaging::RowStaging(const std::shared_ptr<Messenger>& messenger, const KvLayout& dst, std::shared_ptr<DevicePort> port, int device, bool is_gpu_carried)
     : dst_(dst), port_(std::move(port)), device_(device) {
   if (device_ < 0) reserve_host(messenger);
-  else reserve_device(messenger);
+  else reserve_device(messenger, is_gpu_carried);
 }
 
 void RowStaging::reserve_host(const std::shared_ptr<Messenger>& messenger) {
@@ -26,14 +26,12 @@ void RowStaging::reserve_host(const std::shared_ptr<Messenger>& messenger) {
   place_chunks(memory->data(), bytes, kHostChunks);
 }
 
-void RowStaging::reserve_device(const std::shared_ptr<Messenger>& messenger) {
-  if (!port_) throw Error("REQUEST_INVALID", "this addon was built without CUDA; build it with TPLA_CUDA=on");
+void RowStaging::reserve_device(const std::shared_ptr<Messenger>& messenger, bool is_gpu_carried) {
   const size_t page_bytes = dst_.rank_bytes(1) * dst_.memories();
-  messenger->run([this] { port_->use(device_); });
   unit_pages_ = static_cast<int>(std::clamp<size_t>(kDeviceChunkBytes / page_bytes, 1, 64));
   const size_t bytes = page_bytes * unit_pages_;
   std::shared_ptr<std::byte> memory;
-  if (messenger->carries_gpu()) {
+  if (is_gpu_carried) {
     memory = port_->allocate(device_, bytes * kDeviceChunks);
     try {
       registered_ = std::make_unique<RegisteredMemory>(messenger, memory, memory.get(), bytes * kDeviceChunks, device_);

@@ -22,8 +22,8 @@ class RowStaging {
     size_t pieces = 0;
   };
 
-  // `device`: of the source, with its port; -1 for host memory. Throws IO_FAILED, OUT_OF_MEMORY.
-  RowStaging(const std::shared_ptr<Messenger>& messenger, const KvLayout& dst, std::shared_ptr<DevicePort> port, int device);
+  // `device`: of the source, with its port; -1 for host memory. `is_gpu_carried`: rows may leave from a GPU's own memory. Throws IO_FAILED, OUT_OF_MEMORY.
+  RowStaging(const std::shared_ptr<Messenger>& messenger, const KvLayout& dst, std::shared_ptr<DevicePort> port, int device, bool is_gpu_carried);
 
   std::vector<Chunk>& chunks() { return chunks_; }
   int device() const { return device_; }
@@ -40,7 +40,7 @@ class RowStaging {
 
  private:
   void reserve_host(const std::shared_ptr<Messenger>& messenger);
-  void reserve_device(const std::shared_ptr<Messenger>& messenger);
+  void reserve_device(const std::shared_ptr<Messenger>& messenger, bool is_gpu_carried);
   void place_chunks(std::byte* memory, size_t chunk_bytes, int count);
   PageTables tables_of(const PutJob::Unit& unit) const;
 

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <poll.h>
 #include <random>
 #include <set>
@@ -29,11 +30,29 @@ constexpr std::chrono::microseconds kMaxPause{2000};
 // How long the end of an agent waits for its transfers.
 constexpr std::chrono::milliseconds kCloseTimeout{500};
 
-// NIXL does not tell what its backends found.
+// For backends that do not tell what they found.
 bool has_rdma_device() {
   std::error_code failure;
   const std::filesystem::directory_iterator devices("/sys/class/infiniband", failure);
   return !failure && devices != std::filesystem::directory_iterator();
+}
+
+// The same for all processes of a host until it starts again.
+std::string host_identity() {
+  std::string identity;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> identity;
+  return identity;
+}
+
+std::optional<Capabilities::Under> ask_ucx(const std::string& file) {
+  if (file.empty()) return std::nullopt;
+  try {
+    const auto library = ucx::Library::attach(file);
+    return Capabilities::Under{file, library->version(), ucx::ContextHandle(*library).capabilities()};
+  } catch (const Error&) {
+    // NIXL works without our knowing.
+    return std::nullopt;
+  }
 }
 
 std::string random_name() {
@@ -64,6 +83,7 @@ struct Agent::Link : Messenger::Endpoint {
 
 // Another agent.
 struct Agent::Remote {
+  bool is_same_host = false;
   struct Sent {
     Messenger::Endpoint* by;
     Finished finished;
@@ -138,7 +158,8 @@ void Agent::create() {
     RegistrationList* none = nullptr;
     if (nixl_.create_reg_dlist(kDram, &none) != kSuccess) throw Error("IO_FAILED", "NIXL cannot describe memory");
     const std::unique_ptr<RegistrationList, Status (*)(RegistrationList*)> held(none, nixl_.destroy_reg_dlist);
-    address_ = metadata_of(none);
+    check_notifications();
+    address_ = host_identity() + '\n' + metadata_of(none);
   } catch (...) {
     free_handles();
     nixl_.destroy_agent(agent_);
@@ -158,37 +179,49 @@ void Agent::create_backends() {
     if (nixl_.string_list_get(plugins, i, &name) == kSuccess) capabilities_.plugins.push_back(name);
   }
   nixl_.destroy_string_list(plugins);
+  std::sort(capabilities_.plugins.begin(), capabilities_.plugins.end());
   if (nixl_.create_opt_args(&options_) != kSuccess) throw Error("IO_FAILED", "NIXL cannot take options");
-  for (const std::string& name : wanted_) {
-    if (std::find(capabilities_.plugins.begin(), capabilities_.plugins.end(), name) == capabilities_.plugins.end()) {
-      std::string all;
-      for (const std::string& plugin : capabilities_.plugins) all += (all.empty() ? "" : ", ") + plugin;
-      throw Error("CONFIG_INVALID", "NIXL has no plug-in " + name + " here, but " + (all.empty() ? "none" : all) + "; see transfer.nixl.backends, and NIXL_PLUGIN_DIR in transfer.nixl.options");
-    }
-    MemoryList* memories = nullptr;
-    Parameters* parameters = nullptr;
-    if (const Status status = nixl_.get_plugin_params(agent_, name.c_str(), &memories, &parameters); status != kSuccess) {
-      throw Error("CONFIG_INVALID", "NIXL cannot load its plug-in " + name + ": " + status_text(status));
-    }
-    Capabilities::InUse backend{name, {}};
-    size_t types = 0;
-    nixl_.mem_list_size(memories, &types);
-    for (size_t i = 0; i < types; i++) {
-      MemoryType type;
-      if (nixl_.mem_list_get(memories, i, &type) == kSuccess) backend.memories.push_back(type);
-    }
-    Backend* handle = nullptr;
-    const Status status = nixl_.create_backend(agent_, name.c_str(), parameters, &handle);
-    nixl_.destroy_mem_list(memories);
-    nixl_.destroy_params(parameters);
-    if (status != kSuccess) throw Error("CONFIG_INVALID", "NIXL cannot start its backend " + name + ": " + status_text(status));
-    backends_.push_back(handle);
-    if (std::find(backend.memories.begin(), backend.memories.end(), kDram) == backend.memories.end()) {
-      throw Error("CONFIG_INVALID", "NIXL's backend " + name + " does not carry host memory; see transfer.nixl.backends");
-    }
-    nixl_.opt_args_add_backend(options_, handle);
-    capabilities_.backends.push_back(std::move(backend));
+  for (const std::string& name : wanted_) create_backend(name);
+}
+
+void Agent::create_backend(const std::string& name) {
+  if (std::find(capabilities_.plugins.begin(), capabilities_.plugins.end(), name) == capabilities_.plugins.end()) {
+    std::string all;
+    for (const std::string& plugin : capabilities_.plugins) all += (all.empty() ? "" : ", ") + plugin;
+    throw Error("CONFIG_INVALID", "NIXL has no plug-in " + name + " here, but " + (all.empty() ? "none" : all) + "; see transfer.nixl.backends, and NIXL_PLUGIN_DIR in transfer.nixl.options; NIXL_LOG_LEVEL=debug makes NIXL say why one is missing");
   }
+  MemoryList* memories = nullptr;
+  Parameters* parameters = nullptr;
+  if (const Status status = nixl_.get_plugin_params(agent_, name.c_str(), &memories, &parameters); status != kSuccess) {
+    throw Error("CONFIG_INVALID", "NIXL cannot load its plug-in " + name + ": " + status_text(status) + "; NIXL_LOG_LEVEL=info makes NIXL say why");
+  }
+  Capabilities::InUse backend{name, {}};
+  size_t types = 0;
+  nixl_.mem_list_size(memories, &types);
+  for (size_t i = 0; i < types; i++) {
+    MemoryType type;
+    if (nixl_.mem_list_get(memories, i, &type) == kSuccess) backend.memories.push_back(type);
+  }
+  Backend* handle = nullptr;
+  const Status status = nixl_.create_backend(agent_, name.c_str(), parameters, &handle);
+  nixl_.destroy_mem_list(memories);
+  nixl_.destroy_params(parameters);
+  if (status != kSuccess) throw Error("CONFIG_INVALID", "NIXL cannot start its backend " + name + ": " + status_text(status) + "; NIXL_LOG_LEVEL=info makes NIXL say why");
+  backends_.push_back(handle);
+  if (std::find(backend.memories.begin(), backend.memories.end(), kDram) == backend.memories.end()) {
+    throw Error("CONFIG_INVALID", "NIXL's backend " + name + " does not carry host memory; see transfer.nixl.backends");
+  }
+  nixl_.opt_args_add_backend(options_, handle);
+  capabilities_.backends.push_back(std::move(backend));
+  if (name == "UCX") capabilities_.ucx = ask_ucx(library_.ucx_file());
+}
+
+// Backends for files alone carry host memory, too, but nothing to another process.
+void Agent::check_notifications() {
+  if (backends_.empty() || nixl_.get_notifs(agent_, notifications_, options_) == kSuccess) return;
+  std::string names;
+  for (const auto& backend : capabilities_.backends) names += (names.empty() ? "" : ", ") + backend.name;
+  throw Error("CONFIG_INVALID", "NIXL's backend " + names + " carries nothing between processes; name one that does, such as UCX, in transfer.nixl.backends");
 }
 
 void Agent::free_handles() {
@@ -211,8 +244,11 @@ std::string Agent::metadata_of(RegistrationList* list) {
 // ---------------------------------------------------------------- peers
 
 Messenger::Endpoint* Agent::connect(const std::string& address, std::function<void(const std::string& reason)> on_failure) {
+  const size_t line = address.find('\n');
+  if (line == std::string::npos) throw Error("IO_FAILED", "NIXL cannot use the peer's address: it does not begin with a host's identity; do both sides run one release of tpla?");
+  const std::string_view metadata = std::string_view(address).substr(line + 1);
   char* text = nullptr;
-  if (const Status status = nixl_.load_remote_md(agent_, address.data(), address.size(), &text); status != kSuccess) {
+  if (const Status status = nixl_.load_remote_md(agent_, metadata.data(), metadata.size(), &text); status != kSuccess) {
     throw Error("IO_FAILED", "NIXL cannot use the peer's address: " + status_text(status) + "; do both sides run one release of NIXL, with a backend in common?");
   }
   const std::string name(text);
@@ -221,6 +257,7 @@ Messenger::Endpoint* Agent::connect(const std::string& address, std::function<vo
   if (!remote) {
     remote = std::make_unique<Remote>();
     remote->name = name;
+    remote->is_same_host = address.substr(0, line) == host_identity();
   }
   remote->uses++;
   remote->failure.clear();
@@ -505,10 +542,24 @@ void Agent::destroy() {
   nixl_.destroy_agent(agent_);
 }
 
-bool Agent::carries_gpu() const {
-  return has_rdma_device() && std::any_of(capabilities_.backends.begin(), capabilities_.backends.end(), [](const Capabilities::InUse& backend) {
+bool Agent::takes_gpu() const {
+  return std::any_of(capabilities_.backends.begin(), capabilities_.backends.end(), [](const Capabilities::InUse& backend) {
     return std::find(backend.memories.begin(), backend.memories.end(), kVram) != backend.memories.end();
-  });
+  }) && (!capabilities_.ucx || capabilities_.ucx->found.cuda);
+}
+
+bool Agent::reads_gpus() const {
+  const auto& ucx = capabilities_.ucx;
+  return ucx && std::any_of(ucx->found.resources.begin(), ucx->found.resources.end(), ucx::is_gpu_to_gpu);
+}
+
+bool Agent::has_rdma() const { return capabilities_.ucx ? capabilities_.ucx->found.rdma : has_rdma_device(); }
+
+bool Agent::may_carry_gpu() const { return takes_gpu() && has_rdma(); }
+
+// Within a host its UCX would have the GPUs read each other, which has not been seen to end.
+bool Agent::carries_gpu(Messenger::Endpoint* endpoint) {
+  return may_carry_gpu() && !(reads_gpus() && static_cast<Link*>(endpoint)->remote->is_same_host);
 }
 
 Messenger::Registration* Agent::register_memory(void* address, size_t bytes, int device) {

@@ -4,6 +4,7 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "transfer/messages/messenger.h"
 #include "transfer/nixl/library.h"
 #include "transfer/nixl/notification.h"
+#include "transfer/ucx/library.h"
 
 namespace tpla::nixl {
 
@@ -24,6 +26,13 @@ struct Capabilities {
   std::vector<std::string> plugins;
   // Of them, those that were asked for.
   std::vector<InUse> backends;
+  // The UCX under a backend of that name, which says itself what it has here. Unset where it cannot be asked.
+  struct Under {
+    std::string file;
+    std::string version;
+    ucx::Capabilities found;
+  };
+  std::optional<Under> ucx;
 };
 
 // A NIXL agent. Messages are notifications, many in one; data that wait at their sender are read by the receiver, all of one notification in
@@ -44,7 +53,10 @@ class Agent : public Messenger {
   void disconnect(Messenger::Endpoint* endpoint, std::function<void()> closed) override;
   void send(Messenger::Endpoint* endpoint, const MessageHead& head, const void* data, size_t bytes, Registration* memory, Finished finished) override;
   void receive(const Incoming& message, void* to, Registration* memory, Finished finished) override;
-  bool carries_gpu() const override;
+  // NIXL does not tell.
+  std::vector<std::string> transports(Messenger::Endpoint*) override { return {}; }
+  bool carries_gpu(Messenger::Endpoint* endpoint) override;
+  bool may_carry_gpu() const override;
   Registration* register_memory(void* address, size_t bytes, int device) override;
   void unregister_memory(Registration* memory) override;
 
@@ -64,6 +76,12 @@ class Agent : public Messenger {
 
   Agent(const Library& library, std::vector<std::string> backends);
   void create_backends();
+  void create_backend(const std::string& name);
+  void check_notifications();
+  bool takes_gpu() const;
+  // Of a host whose GPUs its UCX lets read each other.
+  bool reads_gpus() const;
+  bool has_rdma() const;
   void free_handles();
   std::string metadata_of(RegistrationList* list);
 

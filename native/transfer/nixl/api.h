@@ -46,6 +46,7 @@ struct Api {
   Status (*destroy_params)(Parameters* parameters);
   Status (*mem_list_size)(MemoryList* list, size_t* size);
   Status (*mem_list_get)(MemoryList* list, size_t index, MemoryType* type);
+  Status (*mem_type_to_string)(MemoryType type, const char** name);
   Status (*create_backend)(AgentObject* agent, const char* plugin, Parameters* parameters, Backend** backend);
   Status (*destroy_backend)(Backend* backend);  // the handle alone
   Status (*create_opt_args)(Options** options);

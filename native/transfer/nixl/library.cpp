@@ -6,6 +6,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <string_view>
+#include <unistd.h>
+#include <utility>
 
 #include "core/error.h"
 
@@ -18,6 +22,21 @@ std::string loaded_from(void* handle, const std::string& fallback) {
   if (dlinfo(handle, RTLD_DI_LINKMAP, &map) != 0 || map->l_name[0] == '\0') return fallback;
   const std::unique_ptr<char, void (*)(void*)> resolved(realpath(map->l_name, nullptr), std::free);
   return resolved ? resolved.get() : map->l_name;
+}
+
+// NIXL's libraries lie beside each other and mostly have no run path: what the loader misses, and is there, is loaded first.
+void* open_with_siblings(const std::string& file) {
+  const std::string directory = file.substr(0, file.rfind('/') + 1);
+  for (std::set<std::string> tried;;) {
+    void* const handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (handle != nullptr) return handle;
+    const std::string reason = dlerror();
+    const std::string sibling = directory + reason.substr(0, reason.find(':'));
+    if (directory.empty() || sibling == file || access(sibling.c_str(), R_OK) != 0 || !tried.insert(sibling).second) {
+      throw Error("CONFIG_INVALID", "NIXL cannot be loaded: " + reason);
+    }
+    open_with_siblings(sibling);
+  }
 }
 
 }  // namespace
@@ -39,8 +58,7 @@ const Library& Library::load(const std::string& file) {
 }
 
 Library::Library(const std::string& file) : file_(file) {
-  handle_ = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (handle_ == nullptr) throw Error("CONFIG_INVALID", std::string("NIXL cannot be loaded: ") + dlerror());
+  handle_ = open_with_siblings(file);
   file_ = loaded_from(handle_, file);
   bind(api_.create_agent, "create_agent");
   bind(api_.destroy_agent, "destroy_agent");
@@ -56,6 +74,7 @@ Library::Library(const std::string& file) : file_(file) {
   bind(api_.destroy_params, "destroy_params");
   bind(api_.mem_list_size, "mem_list_size");
   bind(api_.mem_list_get, "mem_list_get");
+  bind(api_.mem_type_to_string, "mem_type_to_string");
   bind(api_.create_backend, "create_backend");
   bind(api_.destroy_backend, "destroy_backend");
   bind(api_.create_opt_args, "create_opt_args");
@@ -87,6 +106,17 @@ Library::Library(const std::string& file) : file_(file) {
   if (api_.is_stub != nullptr && api_.is_stub()) {
     throw Error("CONFIG_INVALID", "NIXL at " + file_ + " is a stub that was built without NIXL; name the libnixl_capi.so of an installation");
   }
+  check_numbers();
+}
+
+// The library does not tell its version, and its numbers are compiled into us.
+void Library::check_numbers() const {
+  for (const auto& [type, expected] : {std::pair{kDram, "DRAM"}, {kVram, "VRAM"}}) {
+    const char* name = nullptr;
+    if (api_.mem_type_to_string(type, &name) == kSuccess && name != nullptr && std::string_view(name).starts_with(expected)) continue;
+    throw Error("CONFIG_INVALID", "NIXL at " + file_ + " calls memory type " + std::to_string(type) + " " + (name == nullptr ? "nothing" : name) + ", not " + expected +
+                ": its C API is not the one of NIXL 0.10.1 to 1.4 that tpla works with");
+  }
 }
 
 template <class Function>
@@ -96,6 +126,23 @@ void Library::bind(Function& function, const char* name) {
   const std::string what = file_ + " has no nixl_capi_" + name;
   dlclose(handle_);
   throw Error("CONFIG_INVALID", what + "; tpla works with the libnixl_capi.so of NIXL 0.10.1 and later");
+}
+
+std::string Library::ucx_file() const {
+  std::string plugin;
+  dl_iterate_phdr([](dl_phdr_info* object, size_t, void* to) {
+    const std::string_view file = object->dlpi_name;
+    if (file.ends_with("/libplugin_UCX.so")) *static_cast<std::string*>(to) = file;
+    return 0;
+  }, &plugin);
+  // Without a file it is part of the library.
+  void* const handle = plugin.empty() ? nullptr : dlopen(plugin.c_str(), RTLD_NOLOAD | RTLD_LAZY);
+  void* const bound = dlsym(handle == nullptr ? handle_ : handle, "ucp_get_version_string");
+  if (handle != nullptr) dlclose(handle);
+  Dl_info found{};
+  if (bound == nullptr || dladdr(bound, &found) == 0) return "";
+  const std::unique_ptr<char, void (*)(void*)> resolved(realpath(found.dli_fname, nullptr), std::free);
+  return resolved ? resolved.get() : found.dli_fname;
 }
 
 std::string status_text(Status status) {

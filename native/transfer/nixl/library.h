@@ -15,11 +15,14 @@ class Library {
   const Api& api() const { return api_; }
   // Where the loader found it.
   const std::string& file() const { return file_; }
+  // The libucp that its UCX plug-in, once started, is bound to; empty where there is none. A wheel's has a name of its own.
+  std::string ucx_file() const;
 
  private:
   explicit Library(const std::string& file);
   template <class Function>
   void bind(Function& function, const char* name);
+  void check_numbers() const;
 
   void* handle_ = nullptr;
   std::string file_;

@@ -173,6 +173,7 @@ struct Api {
   Status (*worker_arm)(WorkerObject* worker);
   Status (*worker_set_am_recv_handler)(WorkerObject* worker, const AmHandlerParams* params);
   Status (*ep_create)(WorkerObject* worker, const EndpointParams* params, Endpoint** endpoint);
+  void (*ep_print_info)(Endpoint* endpoint, FILE* to);
   StatusPointer (*ep_close_nbx)(Endpoint* endpoint, const RequestParams* params);
   StatusPointer (*am_send_nbx)(Endpoint* endpoint, unsigned id, const void* header, size_t header_bytes, const void* data, size_t bytes, const RequestParams* params);
   StatusPointer (*am_recv_data_nbx)(WorkerObject* worker, void* descriptor, void* to, size_t bytes, const RequestParams* params);

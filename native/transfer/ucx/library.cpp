@@ -29,13 +29,6 @@ std::string loaded_from(void* handle) {
   return dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0 ? real_path(map->l_name) : "";
 }
 
-bool is_rdma(const std::string& transport) {
-  for (const char* prefix : {"rc_", "dc_", "ud_", "srd", "gga_", "ib_"}) {
-    if (transport.starts_with(prefix)) return true;
-  }
-  return false;
-}
-
 }  // namespace
 
 const Library& Library::load(const std::string& file) {
@@ -44,16 +37,26 @@ const Library& Library::load(const std::string& file) {
   const std::lock_guard lock(mutex);
   const std::string wanted = real_path(file);
   if (!loaded) {
-    loaded.reset(new Library(wanted));
+    std::unique_ptr<Library> library(new Library(wanted));
+    library->load_siblings();
+    library->bind_all();
+    loaded = std::move(library);
   } else if (loaded->file() != wanted) {
     throw Error("CONFIG_INVALID", "this process has loaded UCX from " + loaded->file() + " already and cannot load " + wanted + " too");
   }
   return *loaded;
 }
 
-Library::Library(const std::string& file) : file_(file) {
-  load_siblings();
-  handle_ = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+std::unique_ptr<const Library> Library::attach(const std::string& file) {
+  std::unique_ptr<Library> library(new Library(file));
+  library->bind_all();
+  return library;
+}
+
+Library::Library(const std::string& file) : file_(file) {}
+
+void Library::bind_all() {
+  handle_ = dlopen(file_.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle_ == nullptr) throw Error("CONFIG_INVALID", std::string("UCX cannot be loaded: ") + dlerror());
   bind(api_.get_version, "ucp_get_version");
   bind(api_.get_version_string, "ucp_get_version_string");
@@ -63,7 +66,7 @@ Library::Library(const std::string& file) : file_(file) {
   unsigned release = 0;
   api_.get_version(&major, &minor, &release);
   if (major != kApiMajor || minor < kApiMinor) {
-    throw Error("CONFIG_INVALID", "UCX " + version_ + " at " + file + " is not supported; tpla works with UCX 1.13 and later 1.x");
+    throw Error("CONFIG_INVALID", "UCX " + version_ + " at " + file_ + " is not supported; tpla works with UCX 1.13 and later 1.x");
   }
   bind(api_.config_read, "ucp_config_read");
   bind(api_.config_release, "ucp_config_release");
@@ -82,6 +85,7 @@ Library::Library(const std::string& file) : file_(file) {
   bind(api_.worker_arm, "ucp_worker_arm");
   bind(api_.worker_set_am_recv_handler, "ucp_worker_set_am_recv_handler");
   bind(api_.ep_create, "ucp_ep_create");
+  bind(api_.ep_print_info, "ucp_ep_print_info");
   bind(api_.ep_close_nbx, "ucp_ep_close_nbx");
   bind(api_.am_send_nbx, "ucp_am_send_nbx");
   bind(api_.am_recv_data_nbx, "ucp_am_recv_data_nbx");
@@ -132,22 +136,14 @@ ContextHandle::~ContextHandle() { api().cleanup(context_); }
 
 Capabilities ContextHandle::capabilities() const {
   Capabilities found;
-  char* text = nullptr;
-  size_t bytes = 0;
-  FILE* out = open_memstream(&text, &bytes);
-  if (out != nullptr) {
-    api().context_print_info(context_, out);
-    fclose(out);
-    std::istringstream lines(std::string(text, bytes));
-    std::free(text);
-    // `#      resource 1  :  md 1  dev 1  flags -- tcp/lo`
-    for (std::string line; std::getline(lines, line);) {
-      const size_t at = line.find(" -- ");
-      if (line.find("resource") == std::string::npos || at == std::string::npos) continue;
-      std::istringstream rest(line.substr(at + 4));
-      std::string resource;
-      if (rest >> resource) found.resources.push_back(resource);
-    }
+  std::istringstream lines(printed([this](FILE* out) { api().context_print_info(context_, out); }));
+  // `#      resource 1  :  md 1  dev 1  flags -- tcp/lo`
+  for (std::string line; std::getline(lines, line);) {
+    const size_t at = line.find(" -- ");
+    if (line.find("resource") == std::string::npos || at == std::string::npos) continue;
+    std::istringstream rest(line.substr(at + 4));
+    std::string resource;
+    if (rest >> resource) found.resources.push_back(resource);
   }
   found.rdma = std::any_of(found.resources.begin(), found.resources.end(), is_rdma);
   ContextAttributes attributes{};
@@ -155,6 +151,27 @@ Capabilities ContextHandle::capabilities() const {
   found.cuda = api().context_query(context_, &attributes) == kOk && (attributes.memory_types >> kMemoryTypeCuda & 1) != 0;
   return found;
 }
+
+std::string printed(const std::function<void(FILE* out)>& print) {
+  char* text = nullptr;
+  size_t bytes = 0;
+  FILE* out = open_memstream(&text, &bytes);
+  if (out == nullptr) return "";
+  print(out);
+  fclose(out);
+  std::string whole(text, bytes);
+  std::free(text);
+  return whole;
+}
+
+bool is_rdma(const std::string& transport) {
+  for (const char* prefix : {"rc_", "dc_", "ud_", "srd", "gga_", "ib_"}) {
+    if (transport.starts_with(prefix)) return true;
+  }
+  return false;
+}
+
+bool is_gpu_to_gpu(const std::string& transport) { return transport.starts_with("cuda_ipc"); }
 
 std::string status_text(Status status) {
   static const std::map<Status, const char*> kTexts = {

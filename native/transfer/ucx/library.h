@@ -1,4 +1,7 @@
 #pragma once
+#include <cstdio>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -12,6 +15,8 @@ class Library {
   // Loads libucp from `file`, an absolute path, with libucs, libuct and libucm from beside it, so that two installations never mix. A process
   // has one: a second call must name the same file. Throws CONFIG_INVALID saying what is wrong with it, or which version is needed.
   static const Library& load(const std::string& file);
+  // One that something else has loaded from `file`, to ask it. Throws CONFIG_INVALID.
+  static std::unique_ptr<const Library> attach(const std::string& file);
 
   const Api& api() const { return api_; }
   const std::string& file() const { return file_; }
@@ -21,6 +26,7 @@ class Library {
  private:
   explicit Library(const std::string& file);
   void load_siblings() const;
+  void bind_all();
   template <class Function>
   void bind(Function& function, const char* name);
 
@@ -58,6 +64,14 @@ class ContextHandle {
   const Library& library_;
   Context* context_ = nullptr;
 };
+
+// What UCX prints.
+std::string printed(const std::function<void(FILE* out)>& print);
+
+// Whether a transport, by its name or `transport/device`, leaves the bytes to a network device.
+bool is_rdma(const std::string& transport);
+// Whether it is one by which a GPU reads another GPU's memory.
+bool is_gpu_to_gpu(const std::string& transport);
 
 // ucs_status_t in words.
 std::string status_text(Status status);

@@ -1,8 +1,10 @@
 #include "transfer/ucx/worker.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <poll.h>
+#include <sstream>
 #include <utility>
 #include <vector>
 
@@ -72,7 +74,7 @@ void Worker::use_memory(RequestParams& params, const Mapped& memory) {
 void Worker::create() {
   const Api& ucp = context_.api();
   const Capabilities found = capabilities();
-  carries_gpu_ = found.cuda && found.rdma;
+  may_carry_gpu_ = found.cuda && found.rdma;
   const auto check = [](Status status, const char* what) {
     if (status != kOk) throw Error("IO_FAILED", std::string("UCX cannot ") + what + ": " + status_text(status));
   };
@@ -144,6 +146,29 @@ Messenger::Endpoint* Worker::connect(const std::string& address, std::function<v
   Messenger::Endpoint* endpoint = peer.get();
   peers_[endpoint] = std::move(peer);
   return endpoint;
+}
+
+// `#                 lane[0]:  2:tcp/eth0.0 md[1]          -> …`: transport, device and number of its path.
+std::vector<std::string> Worker::transports(Messenger::Endpoint* endpoint) {
+  std::istringstream lines(printed([&](FILE* out) { context_.api().ep_print_info(static_cast<Peer*>(endpoint)->endpoint, out); }));
+  std::vector<std::string> found;
+  for (std::string line; std::getline(lines, line);) {
+    const size_t lane = line.find("lane[");
+    const size_t name = lane == std::string::npos ? lane : line.find(':', line.find("]:", lane) + 2);
+    if (name == std::string::npos) continue;
+    std::string transport = line.substr(name + 1, line.find(' ', name) - name - 1);
+    transport.resize(std::min(transport.rfind('.'), transport.size()));
+    if (std::find(found.begin(), found.end(), transport) == found.end()) found.push_back(transport);
+  }
+  return found;
+}
+
+// Between GPUs of one host UCX 1.22 has the sender write into our pages, in which it could go on after it was cut off: a mapping of another
+// process does not end with the endpoint as a queue pair does.
+bool Worker::carries_gpu(Messenger::Endpoint* endpoint) {
+  if (!may_carry_gpu_) return false;
+  const std::vector<std::string> found = transports(endpoint);
+  return std::any_of(found.begin(), found.end(), is_rdma) && std::none_of(found.begin(), found.end(), is_gpu_to_gpu);
 }
 
 void Worker::disconnect(Messenger::Endpoint* endpoint, std::function<void()> closed) {

@@ -24,7 +24,9 @@ class Worker : public Messenger {
   void disconnect(Messenger::Endpoint* endpoint, std::function<void()> closed) override;
   void send(Messenger::Endpoint* endpoint, const MessageHead& head, const void* data, size_t bytes, Registration* memory, Finished finished) override;
   void receive(const Incoming& message, void* to, Registration* memory, Finished finished) override;
-  bool carries_gpu() const override { return carries_gpu_; }
+  std::vector<std::string> transports(Messenger::Endpoint* endpoint) override;
+  bool carries_gpu(Messenger::Endpoint* endpoint) override;
+  bool may_carry_gpu() const override { return may_carry_gpu_; }
   Registration* register_memory(void* address, size_t bytes, int device) override;
   void unregister_memory(Registration* memory) override;
 
@@ -43,7 +45,7 @@ class Worker : public Messenger {
 
   const ContextHandle context_;
   WorkerObject* worker_ = nullptr;
-  bool carries_gpu_ = false;
+  bool may_carry_gpu_ = false;
   int events_ = -1;  // the worker's own
   std::unordered_map<Messenger::Endpoint*, std::unique_ptr<Peer>> peers_;
   std::unordered_map<Registration*, std::unique_ptr<Mapped>> memories_;

@@ -76,6 +76,7 @@ export class Ends {
   readonly #sender: HandoffSender;
   readonly #link: OpenLink;
   #linkMemory: LinkMemory | undefined;
+  #linkTransports: string[] = [];
 
   private constructor(control: Control, what: BenchCase, source: { arena: KvArena; pages: Int32Array }, target: TargetMemory, sender: HandoffSender, link: OpenLink) {
     this.#control = control;
@@ -105,6 +106,7 @@ export class Ends {
     const { answer: { ticket } } = await this.#control.ask({ op: 'open', request, tokens: this.what.tokens, seed: SEED });
     const session = await this.#sender.open(ticket);
     this.#linkMemory = session.linkMemory;
+    this.#linkTransports = session.linkTransports?.() ?? [];
     return session;
   }
 
@@ -125,7 +127,9 @@ export class Ends {
   /** Nothing where no library was opened for it. */
   carriedBy(): { carried_by?: string } {
     const { carrier } = this.#link;
-    return carrier === undefined ? {} : { carried_by: `${carrier}; ${LEAVES_FROM[this.#linkMemory ?? 'host']}` };
+    if (carrier === undefined) return {};
+    const over = this.#linkTransports.length === 0 ? '; it does not tell over which transport' : ` over ${this.#linkTransports.join(' and ')}`;
+    return { carried_by: `${carrier}; ${LEAVES_FROM[this.#linkMemory ?? 'host']}${over}` };
   }
 
   /** Throws CHECKSUM_MISMATCH where decode's pages do not hold what was sent. */

@@ -2,7 +2,7 @@
 import { nixlLibraryFromEnv, ucxLibraryFromEnv } from '../../config/env.js';
 import { TplaError } from '../../errors.js';
 import { native } from '../../native/loader.js';
-import { describeNixl, findNixl, NIXL_BY_NAME, openNixl } from '../../transfer/nixl.js';
+import { describeNixl, findNixl, NIXL_BY_NAME, openNixl, ucxUnder } from '../../transfer/nixl.js';
 import { describeUcx, findUcx, openUcx } from '../../transfer/ucx.js';
 import { gpu, HOST } from './memory.js';
 import type { BenchPath, HandoffPath, OpenLink } from './path.js';
@@ -10,8 +10,11 @@ import { benchStorage } from './storage.js';
 
 const ucxLibrary = () => ucxLibraryFromEnv() ?? findUcx();
 
+/** Under a NIXL that another row of the same run may use, the UCX that this was built for. */
 async function ucxLink(): Promise<OpenLink> {
-  const ucx = (await openUcx({ use: 'always', library: ucxLibrary(), options: {} }))!;
+  const nixl = needsNixl() === null ? await openNixl({ use: 'auto', library: nixlLibrary(), backends: ['UCX'], options: {} }) : null;
+  nixl?.close();
+  const ucx = (await openUcx({ use: 'always', library: ucxLibraryFromEnv(), options: {} }, ucxUnder(nixl)))!;
   return { carrier: `UCX ${describeUcx(ucx)}`, options: { ucx, requirePath: 'ucx' }, close: () => ucx.close() };
 }
 
