@@ -7,16 +7,13 @@
 #include "bench/host_reference.h"
 #include "bench/page_tables.h"
 #include "bench/random.h"
-#include "cuda/attention.h"
 #include "cuda/bench/gpu_reference.cuh"
+#include "cuda/bench/gpu_tensors.h"
 #include "cuda/bench/gpu_variants.h"
-#include "cuda/device.h"
 
 namespace tpla::bench {
 
 namespace {
-
-size_t align_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Where keys and values lie: a page holds the keys of its tokens, then their values.
 struct KvPages {
@@ -40,11 +37,6 @@ struct StoredKv {
   __device__ double value(int c) const { return k ? __bfloat162float(v[c]) : 0.0f; }
 };
 
-struct QueryRow {
-  const __nv_bfloat16* q;
-  __device__ double operator[](int c) const { return __bfloat162float(q[c]); }
-};
-
 // `head` is a KV head; its rows are its query heads, token by token.
 struct GqaView {
   int key_dim, value_dim;
@@ -59,7 +51,7 @@ struct GqaView {
   __device__ int64_t index(int sequence, int head, int i) const {
     return static_cast<int64_t>(q_indptr[sequence] + i / group) * (kv_heads * group) + head * group + i % group;
   }
-  __device__ QueryRow row(int sequence, int head, int i) const { return {q + index(sequence, head, i) * key_dim}; }
+  __device__ Bf16Row row(int sequence, int head, int i) const { return {q + index(sequence, head, i) * key_dim}; }
   __device__ StoredKv key(int sequence, int head, int t) const {
     if (!rule.present(sequence, first_position(sequence), t)) return {nullptr, nullptr};
     const uint8_t* key = pages.base + pages.offset(sequence, t, head);
@@ -71,12 +63,6 @@ struct GqaView {
   }
   __device__ int limit(int sequence, int i) const { return causal ? max(0, first_position(sequence) + i / group + 1) : kv_lens[sequence]; }
 };
-
-__global__ void draw_queries(__nv_bfloat16* q, size_t count, float deviation, uint64_t seed) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
-    q[i] = __float2bfloat16(deviation * random_normal(seed, i));
-  }
-}
 
 // Grid: (tokens, sequences, sets), a warp a token.
 __global__ void draw_tokens(KvPages pages, int64_t table_per_set, const int32_t* kv_lens, const int32_t* q_indptr, LogitRule rule, int kv_heads, int head_dim, uint64_t seed) {
@@ -109,9 +95,7 @@ cuda::GqaDecode describe(const GqaShape& shape) {
   call.causal = shape.causal;
   call.softmax_scale = static_cast<float>(gqa_scale(shape.head_dim));
   call.variants = GpuVariants::describe(shape.variants);
-  call.path = shape.path == KernelPath::sm80   ? cuda::AttentionPath::sm80
-              : shape.path == KernelPath::sm90 ? cuda::AttentionPath::sm90
-                                               : cuda::AttentionPath::automatic;
+  call.path = attention_path(shape.path);
   return call;
 }
 
@@ -124,18 +108,17 @@ class GpuGqa : public GpuProblem {
         page_bytes_(2 * half_page_bytes_ + shape.page_gap_bytes),
         q_offsets_(prefix_sums(shape.q_lens)),
         rows_(static_cast<int64_t>(q_offsets_.back()) * shape.heads),
-        variants_(shape.variants, shape.kv_lens, shape.heads),
-        tables_(draw_tables(timed ? sets_that_outgrow_l2(pages_needed(shape.kv_lens, shape.page_tokens) * page_bytes_, rows_ * shape.head_dim * 4) : 1, stream_seed(seed, 0))),
+        variants_(shape.variants, shape.q_lens, shape.kv_lens, shape.heads),
+        tables_(variants_.draw_tables(
+            shape.page_tokens, timed ? sets_that_outgrow_l2(pages_needed(shape.kv_lens, shape.page_tokens) * page_bytes_, rows_ * shape.head_dim * 4) : 1, stream_seed(seed, 0))),
         kv_(static_cast<size_t>(tables_.pages * page_bytes_)),
         q_(static_cast<size_t>(rows_ * shape.head_dim)),
         table_(tables_.table),
         kv_lens_(shape.kv_lens),
-        kept_lens_(shape.kv_lens),
         q_indptr_(q_offsets_),
-        out_bytes_(align_up(static_cast<size_t>(rows_ * shape.head_dim) * 2)),
-        outputs_(out_bytes_ + static_cast<size_t>(rows_) * 4) {
+        outputs_(static_cast<size_t>(rows_), shape.head_dim) {
     kv_.fill_bytes(0xff, nullptr);
-    draw_queries<<<1024, 256>>>(q_.data(), q_.count(), shape.query_scale, stream_seed(seed, 2));
+    draw_normals(q_.data(), q_.count(), shape.query_scale, stream_seed(seed, 2));
     draw_tokens<<<dim3(64, static_cast<unsigned>(shape.kv_lens.size()), static_cast<unsigned>(tables_.sets)), 256>>>(
         pages(0), static_cast<int64_t>(tables_.entries_per_set()), kv_lens_.data(), q_indptr_.data(), variants_.device_rule(), shape.kv_heads, shape.head_dim, stream_seed(seed, 1));
     gpu_check(cudaGetLastError(), "drawing a GQA problem");
@@ -146,8 +129,8 @@ class GpuGqa : public GpuProblem {
     call_.kv_lens = kv_lens_.data();
     const bool equal = std::all_of(shape.q_lens.begin(), shape.q_lens.end(), [&](int32_t len) { return len == shape.q_lens[0] && len > 0; });
     call_.q_indptr = equal ? nullptr : q_indptr_.data();
-    call_.out = outputs_.data();
-    call_.lse = lse();
+    call_.out = outputs_.out();
+    call_.lse = outputs_.lse();
     call_.variants = variants_.call();
     const KvPages where = pages(0);
     call_.page_stride = where.page_bytes;
@@ -163,7 +146,7 @@ class GpuGqa : public GpuProblem {
 
   std::string kernel() const override { return kernel_; }
   int sets() const override { return tables_.sets; }
-  std::vector<DeviceBuffer<uint8_t>*> outputs() override { return {&outputs_}; }
+  std::vector<DeviceBuffer<uint8_t>*> outputs() override { return {&outputs_.buffer()}; }
 
   void launch(int set, cudaStream_t stream) override {
     cuda::GqaDecode call = call_;
@@ -171,10 +154,7 @@ class GpuGqa : public GpuProblem {
     cuda::gqa_decode(call, stream);
   }
 
-  void set_lengths_to_zero(bool zero, cudaStream_t stream) override {
-    if (zero) kv_lens_.fill_bytes(0, stream);
-    else gpu_check(cudaMemcpyAsync(kv_lens_.data(), kept_lens_.data(), kv_lens_.bytes(), cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
-  }
+  void set_lengths_to_zero(bool zero, cudaStream_t stream) override { kv_lens_.set_to_zero(zero, stream); }
 
   Check compare_on_gpu(GpuStream& stream) override {
     const int group = shape_.heads / shape_.kv_heads;
@@ -183,12 +163,12 @@ class GpuGqa : public GpuProblem {
     for (size_t s = 0; s < shape_.kv_lens.size(); ++s) {
       for (int head = 0; head < shape_.kv_heads; ++head) groups.push_back({static_cast<int>(s), head, 0, shape_.q_lens[s] * group, shape_.kv_lens[s], 0, 0});
     }
-    return compare_with_reference_on_gpu(view, groups, static_cast<double>(call_.softmax_scale), reinterpret_cast<const __nv_bfloat16*>(outputs_.data()), lse(), stream);
+    return compare_with_reference_on_gpu(view, groups, static_cast<double>(call_.softmax_scale), outputs_.out(), outputs_.lse(), stream);
   }
 
   Check compare_on_host() override {
     const std::vector<uint8_t> stored = kv_.read();
-    const std::vector<float> q = widened(reinterpret_cast<const __nv_bfloat16*>(q_.read().data()), q_.count());
+    const std::vector<float> q = widened(q_);
     KvPages host = pages(0);
     host.base = stored.data();
     host.table = tables_.table.data();
@@ -197,7 +177,7 @@ class GpuGqa : public GpuProblem {
       for (size_t s = 0; s < rows.size(); ++s) {
         rows[s].resize(static_cast<size_t>(shape_.kv_lens[s]) * static_cast<size_t>(shape_.kv_heads * shape_.head_dim));
         for (int t = 0; t < shape_.kv_lens[s]; ++t) {
-          if (!present(static_cast<int>(s), t)) continue;
+          if (!variants_.present(static_cast<int>(s), t)) continue;
           for (int head = 0; head < shape_.kv_heads; ++head) {
             const auto* row = reinterpret_cast<const __nv_bfloat16*>(host.base + host.offset(static_cast<int>(s), t, head) + from_key);
             float* target = rows[s].data() + (static_cast<size_t>(t) * static_cast<size_t>(shape_.kv_heads) + static_cast<size_t>(head)) * static_cast<size_t>(shape_.head_dim);
@@ -225,7 +205,7 @@ class GpuGqa : public GpuProblem {
     problem.rule = variants_.host_rule();
     problem.key = reader(keys);
     problem.value = reader(values);
-    return compare_with_reference(problem, read_result());
+    return compare_with_reference(problem, outputs_.read());
   }
 
  private:
@@ -234,31 +214,6 @@ class GpuGqa : public GpuProblem {
     const bool head_major = shape_.layout == KvOrder::hnd;
     return {kv_.data(),   table_.data() + set * tables_.entries_per_set(),   tables_.stride,                                    shape_.page_tokens,
             page_bytes_,  head_major ? row : shape_.kv_heads * row,          head_major ? shape_.page_tokens * row : row,       half_page_bytes_};
-  }
-  float* lse() const { return reinterpret_cast<float*>(outputs_.data() + out_bytes_); }
-
-  bool present(int sequence, int t) const {
-    return variants_.host_rule().present(sequence, shape_.kv_lens[static_cast<size_t>(sequence)] - shape_.q_lens[static_cast<size_t>(sequence)], t);
-  }
-  PageTables draw_tables(int sets, uint64_t seed) const {
-    PageTables tables = draw_page_tables(shape_.kv_lens, shape_.page_tokens, sets, seed);
-    tables.drop_pages(shape_.kv_lens, shape_.page_tokens, [&](int sequence, int t) { return present(sequence, t); });
-    return tables;
-  }
-
-  static std::vector<float> widened(const __nv_bfloat16* values, size_t count) {
-    std::vector<float> result(count);
-    for (size_t i = 0; i < count; ++i) result[i] = __bfloat162float(values[i]);
-    return result;
-  }
-
-  HostResult read_result() const {
-    const std::vector<uint8_t> bytes = outputs_.read();
-    HostResult result;
-    result.out = widened(reinterpret_cast<const __nv_bfloat16*>(bytes.data()), static_cast<size_t>(rows_ * shape_.head_dim));
-    const auto* lse = reinterpret_cast<const float*>(bytes.data() + out_bytes_);
-    result.lse.assign(lse, lse + rows_);
-    return result;
   }
 
   const GqaShape shape_;
@@ -271,9 +226,10 @@ class GpuGqa : public GpuProblem {
   const PageTables tables_;
   DeviceBuffer<uint8_t> kv_;
   DeviceBuffer<__nv_bfloat16> q_;
-  DeviceBuffer<int32_t> table_, kv_lens_, kept_lens_, q_indptr_;
-  const size_t out_bytes_;
-  DeviceBuffer<uint8_t> outputs_;
+  DeviceBuffer<int32_t> table_;
+  DeviceLengths kv_lens_;
+  DeviceBuffer<int32_t> q_indptr_;
+  AttentionOutputs outputs_;
   DeviceBuffer<uint8_t> workspace_;
   cuda::GqaDecode call_;
 };

@@ -1,7 +1,6 @@
 #include "cuda/bench/gpu_pod.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 
 #include "cuda/attention.h"
@@ -20,17 +19,6 @@ cuda::PodBatch sizes_of(const PodShape& shape) {
   batch.prefill.batch = static_cast<int>(shape.prefill.q_lens.size());
   batch.prefill.q_tokens = std::accumulate(shape.prefill.q_lens.begin(), shape.prefill.q_lens.end(), int64_t{0});
   return batch;
-}
-
-// NaN is the worst.
-double worse(double a, double b) { return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b); }
-
-Check worse(const Check& a, const Check& b) {
-  Check check = a;
-  check.worst_row = worse(a.worst_row, b.worst_row);
-  check.overall = worse(a.overall, b.overall);
-  check.worst_lse = worse(a.worst_lse, b.worst_lse);
-  return check;
 }
 
 class GpuPod : public GpuPodProblem {
@@ -69,8 +57,8 @@ class GpuPod : public GpuPodProblem {
     prefill_->set_lengths_to_zero(zero, stream);
   }
 
-  Check compare_on_gpu(GpuStream& stream) override { return worse(decode_->compare_on_gpu(stream), prefill_->compare_on_gpu(stream)); }
-  Check compare_on_host() override { return worse(decode_->compare_on_host(), prefill_->compare_on_host()); }
+  Check compare_on_gpu(GpuStream& stream) override { return worse_of(decode_->compare_on_gpu(stream), prefill_->compare_on_gpu(stream)); }
+  Check compare_on_host() override { return worse_of(decode_->compare_on_host(), prefill_->compare_on_host()); }
 
  private:
   cuda::PodBatch batch(int set) const {

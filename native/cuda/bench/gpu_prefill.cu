@@ -7,9 +7,8 @@
 #include "bench/host_reference.h"
 #include "bench/page_tables.h"
 #include "bench/random.h"
-#include "cuda/attention.h"
 #include "cuda/bench/gpu_reference.cuh"
-#include "cuda/device.h"
+#include "cuda/bench/gpu_tensors.h"
 
 namespace tpla::bench {
 
@@ -17,19 +16,12 @@ namespace {
 
 constexpr int kPoisonedKeys = 128;  // rows of NaN behind the last sequence's keys
 
-size_t align_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 struct StoredKey {
   const __nv_bfloat16* k;
   const __nv_bfloat16* v;
 
   __device__ double operator[](int c) const { return __bfloat162float(k[c]); }
   __device__ double value(int c) const { return __bfloat162float(v[c]); }
-};
-
-struct QueryRow {
-  const __nv_bfloat16* q;
-  __device__ double operator[](int c) const { return __bfloat162float(q[c]); }
 };
 
 struct PrefillView {
@@ -40,7 +32,7 @@ struct PrefillView {
   const int32_t *q_indptr, *kv_indptr;
 
   __device__ int64_t index(int sequence, int head, int i) const { return static_cast<int64_t>(q_indptr[sequence] + i) * heads + head; }
-  __device__ QueryRow row(int sequence, int head, int i) const { return {q + index(sequence, head, i) * key_dim}; }
+  __device__ Bf16Row row(int sequence, int head, int i) const { return {q + index(sequence, head, i) * key_dim}; }
   __device__ StoredKey key(int sequence, int head, int t) const {
     const int64_t row = static_cast<int64_t>(kv_indptr[sequence] + t) * heads + head;
     return {k + row * key_dim, v + row * value_dim};
@@ -53,12 +45,6 @@ struct PrefillView {
   }
 };
 
-__global__ void draw(__nv_bfloat16* data, size_t count, float deviation, uint64_t seed) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
-    data[i] = __float2bfloat16(deviation * random_normal(seed, i));
-  }
-}
-
 }  // namespace
 
 cuda::MlaPrefill prefill_sizes(const PrefillShape& shape) {
@@ -68,9 +54,7 @@ cuda::MlaPrefill prefill_sizes(const PrefillShape& shape) {
   call.value_dim = shape.value_dim;
   call.causal = shape.causal;
   call.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(shape.key_dim)));
-  call.path = shape.path == KernelPath::sm80   ? cuda::AttentionPath::sm80
-              : shape.path == KernelPath::sm90 ? cuda::AttentionPath::sm90
-                                               : cuda::AttentionPath::automatic;
+  call.path = attention_path(shape.path);
   call.workspace_bytes = cuda::mla_prefill_workspace_bytes(call);
   return call;
 }
@@ -93,23 +77,19 @@ class GpuPrefill : public GpuPrefillProblem {
         v_(sets_ * kv_rows_held_ * shape.value_dim),
         q_indptr_(q_offsets_),
         kv_indptr_(kv_offsets_),
-        kept_q_indptr_(q_offsets_),
-        kept_kv_indptr_(kv_offsets_),
-        out_bytes_(align_up(q_rows_ * shape.value_dim * 2)),
-        outputs_(out_bytes_ + q_rows_ * 4) {
+        outputs_(q_rows_, shape.value_dim) {
     k_.fill_bytes(0xff, nullptr);
     v_.fill_bytes(0xff, nullptr);
-    draw<<<1024, 256>>>(q_.data(), q_.count(), shape.query_scale, stream_seed(seed, 0));
+    draw_normals(q_.data(), q_.count(), shape.query_scale, stream_seed(seed, 0));
     for (size_t set = 0; set < sets_; ++set) {
-      draw<<<1024, 256>>>(k(set), kv_rows_ * shape.key_dim, 1.0f, stream_seed(seed, 1 + 2 * set));
-      draw<<<1024, 256>>>(v(set), kv_rows_ * shape.value_dim, 1.0f, stream_seed(seed, 2 + 2 * set));
+      draw_normals(k(set), kv_rows_ * shape.key_dim, 1.0f, stream_seed(seed, 1 + 2 * set));
+      draw_normals(v(set), kv_rows_ * shape.value_dim, 1.0f, stream_seed(seed, 2 + 2 * set));
     }
-    gpu_check(cudaGetLastError(), "drawing a prefill problem");
     call_ = prefill_sizes(shape);
     call_.q_indptr = q_indptr_.data();
     call_.kv_indptr = kv_indptr_.data();
-    call_.out = outputs_.data();
-    call_.lse = lse();
+    call_.out = outputs_.out();
+    call_.lse = outputs_.lse();
     call_.batch = static_cast<int>(shape.q_lens.size());
     call_.q_tokens = q_offsets_.back();
     call_.kv_tokens = kv_offsets_.back() + kPoisonedKeys;
@@ -124,7 +104,7 @@ class GpuPrefill : public GpuPrefillProblem {
 
   std::string kernel() const override { return kernel_; }
   int sets() const override { return static_cast<int>(sets_); }
-  std::vector<DeviceBuffer<uint8_t>*> outputs() override { return {&outputs_}; }
+  std::vector<DeviceBuffer<uint8_t>*> outputs() override { return {&outputs_.buffer()}; }
 
   cuda::MlaPrefill call(int set) const override {
     cuda::MlaPrefill call = call_;
@@ -137,12 +117,8 @@ class GpuPrefill : public GpuPrefillProblem {
   void launch(int set, cudaStream_t stream) override { cuda::mla_prefill(call(set), stream); }
 
   void set_lengths_to_zero(bool zero, cudaStream_t stream) override {
-    const auto set = [&](DeviceBuffer<int32_t>& live, const DeviceBuffer<int32_t>& kept) {
-      if (zero) live.fill_bytes(0, stream);
-      else gpu_check(cudaMemcpyAsync(live.data(), kept.data(), live.bytes(), cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
-    };
-    set(q_indptr_, kept_q_indptr_);
-    set(kv_indptr_, kept_kv_indptr_);
+    q_indptr_.set_to_zero(zero, stream);
+    kv_indptr_.set_to_zero(zero, stream);
   }
 
   Check compare_on_gpu(GpuStream& stream) override {
@@ -151,11 +127,11 @@ class GpuPrefill : public GpuPrefillProblem {
     for (size_t s = 0; s < shape_.q_lens.size(); ++s) {
       for (int head = 0; head < shape_.heads; ++head) groups.push_back({static_cast<int>(s), head, 0, shape_.q_lens[s], shape_.kv_lens[s], 0, 0});
     }
-    return compare_with_reference_on_gpu(view, groups, static_cast<double>(call_.softmax_scale), reinterpret_cast<const __nv_bfloat16*>(outputs_.data()), lse(), stream);
+    return compare_with_reference_on_gpu(view, groups, static_cast<double>(call_.softmax_scale), outputs_.out(), outputs_.lse(), stream);
   }
 
   Check compare_on_host() override {
-    const std::vector<float> q = widen(q_.read()), keys = widen(k_.read()), values = widen(v_.read());
+    const std::vector<float> q = widened(q_), keys = widened(k_), values = widened(v_);
     const auto row = [&](int sequence, int t, int head) { return (static_cast<size_t>(kv_offsets_[sequence]) + t) * shape_.heads + head; };
     HostAttention problem;
     problem.q_lens = shape_.q_lens;
@@ -168,25 +144,12 @@ class GpuPrefill : public GpuPrefillProblem {
     problem.q = q.data();
     problem.key = [&](int sequence, int t, int head) { return keys.data() + row(sequence, t, head) * shape_.key_dim; };
     problem.value = [&](int sequence, int t, int head) { return values.data() + row(sequence, t, head) * shape_.value_dim; };
-    const std::vector<uint8_t> bytes = outputs_.read();
-    HostResult result;
-    const auto* out = reinterpret_cast<const __nv_bfloat16*>(bytes.data());
-    for (size_t i = 0; i < q_rows_ * shape_.value_dim; ++i) result.out.push_back(__bfloat162float(out[i]));
-    const auto* lse_values = reinterpret_cast<const float*>(bytes.data() + out_bytes_);
-    result.lse.assign(lse_values, lse_values + q_rows_);
-    return compare_with_reference(problem, result);
+    return compare_with_reference(problem, outputs_.read());
   }
 
  private:
   __nv_bfloat16* k(size_t set) const { return k_.data() + set * kv_rows_held_ * shape_.key_dim; }
   __nv_bfloat16* v(size_t set) const { return v_.data() + set * kv_rows_held_ * shape_.value_dim; }
-  float* lse() const { return reinterpret_cast<float*>(outputs_.data() + out_bytes_); }
-
-  static std::vector<float> widen(const std::vector<__nv_bfloat16>& stored) {
-    std::vector<float> values(stored.size());
-    for (size_t i = 0; i < stored.size(); ++i) values[i] = __bfloat162float(stored[i]);
-    return values;
-  }
 
   const PrefillShape shape_;
   const std::string kernel_;
@@ -194,9 +157,8 @@ class GpuPrefill : public GpuPrefillProblem {
   const size_t q_rows_, kv_rows_, kv_rows_held_;
   const size_t sets_;
   DeviceBuffer<__nv_bfloat16> q_, k_, v_;
-  DeviceBuffer<int32_t> q_indptr_, kv_indptr_, kept_q_indptr_, kept_kv_indptr_;
-  const size_t out_bytes_;
-  DeviceBuffer<uint8_t> outputs_;
+  DeviceLengths q_indptr_, kv_indptr_;
+  AttentionOutputs outputs_;
   DeviceBuffer<uint8_t> workspace_;
   cuda::MlaPrefill call_;
 };

@@ -55,6 +55,8 @@ class SavedOutputs {
   std::vector<DeviceBuffer<uint8_t>> copies_;
 };
 
+double worse(double a, double b) { return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b); }
+
 void poison(GpuProblem& problem, GpuStream& stream) {
   for (DeviceBuffer<uint8_t>* output : problem.outputs()) output->fill_bytes(0xff, stream.get());
 }
@@ -112,6 +114,15 @@ class TimedCalls {
 };
 
 }  // namespace
+
+Check worse_of(const Check& a, const Check& b) {
+  Check check = a;
+  check.worst_row = worse(a.worst_row, b.worst_row);
+  check.overall = worse(a.overall, b.overall);
+  check.worst_lse = worse(a.worst_lse, b.worst_lse);
+  check.same_bits = a.same_bits && b.same_bits;
+  return check;
+}
 
 Timing time_problem(GpuProblem& problem, int runs, GpuStream& stream) {
   TimedCalls calls(problem, stream);

@@ -28,6 +28,9 @@ class GpuProblem {
   virtual Check compare_on_host() = 0;
 };
 
+// The larger of each error; NaN is the largest.
+Check worse_of(const Check& a, const Check& b);
+
 // Number of input sets that together exceed what the device's L2 can keep, within half of the free memory; at least 1.
 int sets_that_outgrow_l2(size_t bytes_per_set, size_t fixed_bytes);
 

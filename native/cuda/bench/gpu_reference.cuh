@@ -43,6 +43,12 @@ struct ErrorSums {
   double norm = 0;
 };
 
+// A query row as it is stored.
+struct Bf16Row {
+  const __nv_bfloat16* values;
+  __device__ double operator[](int c) const { return __bfloat162float(values[c]); }
+};
+
 namespace reference {
 
 constexpr int kTile = 64;   // rows, keys or columns of a block's tile

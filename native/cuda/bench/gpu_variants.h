@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bench/logit_rule.h"
+#include "bench/page_tables.h"
 #include "cuda/attention.h"
 #include "cuda/bench/gpu.h"
 
@@ -9,8 +10,10 @@ namespace tpla::bench {
 
 class GpuVariants {
  public:
-  GpuVariants(const LogitVariantShape& shape, const std::vector<int32_t>& kv_lens, int heads)
+  GpuVariants(const LogitVariantShape& shape, const std::vector<int32_t>& q_lens, const std::vector<int32_t>& kv_lens, int heads)
       : shape_(shape),
+        q_lens_(q_lens),
+        kv_lens_(kv_lens),
         visible_stride_(visible_stride(shape, kv_lens)),
         host_visible_(visible_blocks(shape, visible_stride_)),
         host_slopes_(shape.alibi ? alibi_slopes(heads) : std::vector<float>{}),
@@ -54,12 +57,26 @@ class GpuVariants {
   LogitRule device_rule() const { return rule(slopes_.data(), visible_.data()); }
   LogitRule host_rule() const { return rule(host_slopes_.data(), host_visible_.data()); }
 
+  // Whether any query of the sequence may see the token.
+  bool present(int sequence, int t) const {
+    const size_t s = static_cast<size_t>(sequence);
+    return host_rule().present(sequence, kv_lens_[s] - q_lens_[s], t);
+  }
+
+  // Pages that no query sees point nowhere.
+  PageTables draw_tables(int page_tokens, int sets, uint64_t seed) const {
+    PageTables tables = draw_page_tables(kv_lens_, page_tokens, sets, seed);
+    tables.drop_pages(kv_lens_, page_tokens, [&](int sequence, int t) { return present(sequence, t); });
+    return tables;
+  }
+
  private:
   LogitRule rule(const float* slopes, const uint8_t* visible) const {
     return {shape_.softcap, shape_.window, shape_.alibi ? slopes : nullptr, shape_.mask_block, visible, visible_stride_};
   }
 
   const LogitVariantShape shape_;
+  const std::vector<int32_t> q_lens_, kv_lens_;
   const int64_t visible_stride_;
   const std::vector<uint8_t> host_visible_;
   const std::vector<float> host_slopes_;

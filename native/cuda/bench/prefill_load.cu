@@ -6,10 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "bench/random.h"
 #include "core/error.h"
 #include "cuda/attention.h"
-#include "cuda/bench/gpu.h"
+#include "cuda/bench/gpu_tensors.h"
 
 namespace tpla::bench {
 
@@ -18,14 +17,9 @@ namespace {
 constexpr int kKeyDim = 192;
 constexpr int kValueDim = 128;
 
-__global__ void draw(__nv_bfloat16* data, size_t count, uint64_t seed) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) data[i] = __float2bfloat16(random_normal(seed, i));
-}
-
 DeviceBuffer<__nv_bfloat16> random_values(size_t count, uint64_t seed, cudaStream_t stream) {
   DeviceBuffer<__nv_bfloat16> buffer(count);
-  draw<<<1024, 256, 0, stream>>>(buffer.data(), count, seed);
-  gpu_check(cudaGetLastError(), "drawing prefill's inputs");
+  draw_normals(buffer.data(), count, 1.0f, seed, stream);
   return buffer;
 }
 
