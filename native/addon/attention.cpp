@@ -14,6 +14,7 @@ namespace tpla::addon {
 
 namespace {
 
+using bench::ChunkShape;
 using bench::DecodeShape;
 using bench::GqaShape;
 using bench::Outcome;
@@ -21,7 +22,7 @@ using bench::PodShape;
 using bench::PrefillShape;
 using bench::RunOptions;
 
-using Shape = std::variant<DecodeShape, GqaShape, PrefillShape, PodShape>;
+using Shape = std::variant<DecodeShape, GqaShape, PrefillShape, ChunkShape, PodShape>;
 
 constexpr int kMostTokens = 1 << 24;  // of one sequence
 
@@ -115,9 +116,16 @@ bench::LogitVariantShape parse_variants(const Napi::Value& value, size_t sequenc
   return variants;
 }
 
+int parse_page_tokens(const Napi::Object& object) { return int(to_integer(object.Get("pageTokens"), "pageTokens", 1, 65536)); }
+
+bench::KvType parse_kv_type(const Napi::Object& object) {
+  using bench::KvType;
+  return one_of<KvType>(object.Get("kvDType"), "kvDType", {{"bf16", KvType::bf16}, {"fp8", KvType::fp8}, {"f32", KvType::f32}});
+}
+
 template <typename Problem>
 void parse_pages(const Napi::Object& object, Problem& shape) {
-  shape.page_tokens = int(to_integer(object.Get("pageTokens"), "pageTokens", 1, 65536));
+  shape.page_tokens = parse_page_tokens(object);
   shape.page_gap_bytes = int(to_integer(object.Get("pageGapBytes"), "pageGapBytes", 0, 1 << 24));
   if (shape.page_gap_bytes % 16 != 0) refuse("pageGapBytes", "a multiple of 16");
   shape.variants = parse_variants(object.Get("variants"), shape.kv_lens.size());
@@ -143,14 +151,24 @@ PrefillShape parse_prefill(const Napi::Object& object) {
 }
 
 DecodeShape parse_decode(const Napi::Object& object) {
-  using bench::KvType;
   DecodeShape shape;
   parse_common(object, shape);
   shape.latent = int(to_integer(object.Get("latent"), "latent", 1, 8192));
   shape.rope = int(to_integer(object.Get("rope"), "rope", 0, 1024));
   parse_pages(object, shape);
-  shape.kv = one_of<KvType>(object.Get("kvDType"), "kvDType", {{"bf16", KvType::bf16}, {"fp8", KvType::fp8}, {"f32", KvType::f32}});
+  shape.kv = parse_kv_type(object);
   shape.latent_scale = to_bool(object.Get("latentScale"), "latentScale");
+  return shape;
+}
+
+ChunkShape parse_chunk(const Napi::Object& object) {
+  using bench::ChunkFormChoice;
+  ChunkShape shape;
+  parse_common(object, shape);
+  shape.page_tokens = parse_page_tokens(object);
+  shape.kv = parse_kv_type(object);
+  shape.form = one_of<ChunkFormChoice>(object.Get("form"), "form",
+                                       {{"auto", ChunkFormChoice::automatic}, {"absorbed", ChunkFormChoice::absorbed}, {"unabsorbed", ChunkFormChoice::unabsorbed}});
   return shape;
 }
 
@@ -160,7 +178,8 @@ Shape parse_problem(const Napi::Value& value) {
   if (kind == "decode") return parse_decode(object);
   if (kind == "prefill") return parse_prefill(object);
   if (kind == "gqa") return parse_gqa(object);
-  if (kind != "pod") refuse("kind", "decode, gqa, prefill or pod, got \"" + kind + "\"");
+  if (kind == "chunk") return parse_chunk(object);
+  if (kind != "pod") refuse("kind", "decode, gqa, prefill, chunk or pod, got \"" + kind + "\"");
   PodShape shape{parse_prefill(to_object(object.Get("prefill"), "prefill")), parse_decode(to_object(object.Get("decode"), "decode"))};
   shape.decode_multiprocessors = int(to_integer(object.Get("decodeMultiprocessors"), "decodeMultiprocessors", 0, 1024));
   return shape;
@@ -178,12 +197,27 @@ RunOptions parse_options(const Napi::Value& value) {
 
 // ---------------------------------------------------------------- where it runs
 
-// The CPU path is the engine's decode; its prefill expands latents and is no kernel of its own.
-void check_cpu_shape(const Shape& shape) {
-  if (std::holds_alternative<GqaShape>(shape)) throw Error("REQUEST_INVALID", "decode with ordinary keys and values runs on GPUs only; the CPU runs absorbed decode, --kind decode");
-  if (!std::holds_alternative<DecodeShape>(shape)) throw Error("REQUEST_INVALID", "prefill attention is timed on GPUs only; the CPU runs decode shapes");
-  if (std::get<DecodeShape>(shape).path != bench::KernelPath::automatic) throw Error("REQUEST_INVALID", "sm90 and sm80 name kernels of GPUs; on the CPU the path is auto");
-  if (std::get<DecodeShape>(shape).page_gap_bytes != 0) throw Error("REQUEST_INVALID", "pages of the CPU's KV lie without gaps");
+// The CPU path is the engine's: absorbed decode, and chunks of prefill over cached latents.
+[[noreturn]] void refuse_on_cpu(const std::string& why) { throw Error("REQUEST_INVALID", why); }
+
+template <typename OnCpu>
+auto with_cpu_shape(const Shape& shape, OnCpu&& on_cpu) {
+  const auto expect_no_path = [](bench::KernelPath path) {
+    if (path != bench::KernelPath::automatic) refuse_on_cpu("sm90 and sm80 name kernels of GPUs; on the CPU the path is auto");
+  };
+  if (const auto* chunk = std::get_if<ChunkShape>(&shape)) {
+    expect_no_path(chunk->path);
+    if (chunk->form == bench::ChunkFormChoice::absorbed) refuse_on_cpu("the CPU computes chunks un-absorbed only; the form is auto or unabsorbed there");
+    if (!chunk->causal) refuse_on_cpu("the CPU computes causal chunks only");
+    return on_cpu(*chunk);
+  }
+  if (const auto* decode = std::get_if<DecodeShape>(&shape)) {
+    expect_no_path(decode->path);
+    if (decode->page_gap_bytes != 0) refuse_on_cpu("pages of the CPU's KV lie without gaps");
+    return on_cpu(*decode);
+  }
+  if (std::holds_alternative<GqaShape>(shape)) refuse_on_cpu("decode with ordinary keys and values runs on GPUs only; the CPU runs absorbed decode, --kind decode");
+  refuse_on_cpu("prefill of keys and values that are not cached is timed on GPUs only; the CPU runs --kind decode, and --kind chunk, prefill behind cached latents");
 }
 
 std::string plan(const Target& target, const Shape& shape) {
@@ -191,16 +225,14 @@ std::string plan(const Target& target, const Shape& shape) {
   if (target.gpu) return std::visit([&](const auto& gpu_shape) { return bench::plan_on_gpu(*target.gpu, gpu_shape); }, shape);
 #endif
   (void)target;
-  check_cpu_shape(shape);
-  return bench::cpu_kernel();
+  return with_cpu_shape(shape, [](const auto& cpu_shape) { return bench::cpu_kernel_for(cpu_shape); });
 }
 
 Outcome run(const Target& target, const Shape& shape, const RunOptions& options) {
 #ifdef TPLA_WITH_CUDA
   if (target.gpu) return std::visit([&](const auto& gpu_shape) { return bench::run_on_gpu(*target.gpu, gpu_shape, options); }, shape);
 #endif
-  check_cpu_shape(shape);
-  return bench::run_on_cpu(target.threads, std::get<DecodeShape>(shape), options);
+  return with_cpu_shape(shape, [&](const auto& cpu_shape) { return bench::run_on_cpu(target.threads, cpu_shape, options); });
 }
 
 bench::Rates measure(const Target& target) {
@@ -240,6 +272,8 @@ Napi::Value to_js(Napi::Env env, const Outcome& outcome) {
   }
   object.Set("timing", to_js(env, outcome.timing));
   object.Set("serial", to_js(env, outcome.serial));
+  object.Set("absorbed", to_js(env, outcome.absorbed));
+  object.Set("unabsorbed", to_js(env, outcome.unabsorbed));
   return object;
 }
 

@@ -71,7 +71,9 @@ struct PrefillShape {
   KernelPath path = KernelPath::automatic;
 };
 
-// A chunk of q_lens[i] queries at the end of kv_lens[i] cached latents (512 + 64), from queries before absorption to values.
+// A chunk of q_lens[i] queries at the end of kv_lens[i] cached tokens, from queries before absorption to values, with DeepSeek's dimensions.
+constexpr int kChunkLatent = 512, kChunkRope = 64, kChunkHead = 128;  // kChunkHead: columns of a head without position, and of its values
+
 enum class ChunkFormChoice { automatic, absorbed, unabsorbed };
 
 struct ChunkShape {
@@ -80,6 +82,7 @@ struct ChunkShape {
   int heads = 1;
   int page_tokens = 64;
   bool causal = true;
+  KvType kv = KvType::bf16;
   float query_scale = 1;
   ChunkFormChoice form = ChunkFormChoice::automatic;
   KernelPath path = KernelPath::automatic;
@@ -102,7 +105,7 @@ struct RunOptions {
 struct Check {
   double worst_row = 0;  // largest ‖out - reference‖ / ‖reference‖ of a query row; absolute where the reference is zero; NaN where out is
   double overall = 0;    // the same over the whole output
-  double worst_lse = 0;  // largest |lse - reference|
+  double worst_lse = 0;  // largest |lse - reference|; 0 where the call gives none
   bool same_bits = true;
   int repeats = 0;
   std::string reference;  // what computed it
@@ -116,10 +119,11 @@ struct Timing {
 };
 
 struct Outcome {
-  std::string kernel;  // "sm90", "sm80", "sm90 fused", or the CPU's instruction set
+  std::string kernel;  // "sm90", "sm80", "sm90 fused", or the CPU's instruction set; before it, of a ChunkShape, the form
   std::optional<Check> check;
   std::optional<Timing> timing;
   std::optional<Timing> serial;  // of a PodShape: prefill, then decode, in two launches
+  std::optional<Timing> absorbed, unabsorbed;  // of a ChunkShape whose form was chosen
 };
 
 struct Rates {

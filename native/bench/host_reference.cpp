@@ -67,6 +67,7 @@ void compare_row(const HostAttention& problem, const HostResult& got, const Row&
   keep_worst(errors.worst_row, norm > 0 ? std::sqrt(squares / norm) : std::sqrt(squares));
   errors.squares += squares;
   errors.norm += norm;
+  if (got.lse.empty()) return;
   const double lse = got.lse[size_t(index)];
   if (total > 0) {
     keep_worst(errors.worst_lse, std::fabs(lse - (top + std::log(total))));

@@ -25,7 +25,7 @@ struct HostAttention {
 
 struct HostResult {
   std::vector<float> out;  // [query tokens][heads][value_dim]
-  std::vector<float> lse;  // [query tokens][heads]
+  std::vector<float> lse;  // [query tokens][heads]; empty where the call gives none
 };
 
 // Reference for every query row, compared with `got`. Fills the error fields of a Check.

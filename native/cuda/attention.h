@@ -6,8 +6,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "chunk_form.h"
-
 struct CUstream_st;
 
 namespace tpla::cuda {
@@ -167,9 +165,12 @@ AttentionPath mla_prefill_path(const MlaPrefill& call);
 
 void mla_prefill(const MlaPrefill& call, Stream stream);
 
-// Chunked prefill over cached latents (latent 512, rope 64), from queries before absorption to values, in the form that is faster:
+// How a chunk of prefill is computed over cached latents; automatic takes the form that is estimated to be faster (chunk_form.h).
+enum class ChunkForm { automatic, absorbed, unabsorbed };
+
+// Chunked prefill over cached latents (latent 512, rope 64), from queries before absorption to values:
 //   absorbed:    q̃ = [q W_UK | q_rope] per head, decode over the latents, values = outputs · W_UVᵀ
-//   un-absorbed: latents gathered from their pages, [keys | values] = latents · W_KVᵀ, prefill
+//   un-absorbed: latents gathered from their pages (and widened to bf16), [keys | values] = latents · W_KVᵀ, prefill
 // The chunk's own tokens are in the cache. The matrix products are cuBLASLt's.
 struct MlaChunk {
   const void* q = nullptr;               // bf16 [q_tokens, heads, 192]: 128 columns without position, 64 rotated ones
@@ -193,9 +194,10 @@ struct MlaChunk {
   int num_pages = 0;
   int block_table_stride = 0;
   bool causal = true;
+  KvFormat format = KvFormat::bf16;
   ChunkForm form = ChunkForm::automatic;
   AttentionPath path = AttentionPath::automatic;
-  void* workspace = nullptr;             // zeroed once after allocation; one launch at a time may use it
+  void* workspace = nullptr;             // zeroed once after allocation; one launch at a time may use it, in whatever form
   size_t workspace_bytes = 0;
 };
 

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace tpla::cuda {
+#include "attention.h"
 
-enum class ChunkForm { automatic, absorbed, unabsorbed };
+namespace tpla::cuda {
 
 // Of the whole batch, for DeepSeek's dimensions: latent 512, rope 64, heads of 128 + 64 columns and values of 128.
 struct ChunkWork {
@@ -15,6 +15,8 @@ struct ChunkWork {
   int64_t sequences = 0;
   int64_t query_tokens = 0;
   int64_t key_tokens = 0;  // cached and new
+  bool fp8 = false;        // KV
+  bool sm80 = false;       // the generic kernels
 };
 
 struct ChunkEstimate {
@@ -24,10 +26,11 @@ struct ChunkEstimate {
 
 constexpr ChunkEstimate estimate_chunk(const ChunkWork& work) {
   constexpr double kLatent = 512, kRope = 64, kHead = 128;
-  constexpr double kAbsorbed = 580e6, kProjection = 300e6, kUp = 520e6;       // operations per microsecond: 1e6 is 1 TFLOP/s
-  constexpr double kAbsorbedStart = 25, kUnabsorbedStart = 17;                // microseconds, however little there is to do
-  constexpr double kTile = 128, kMultiprocessors = 132;                       // query rows and keys of a step of un-absorbed prefill
-  constexpr double kStepAlone = 1.5, kStepTogether = 2.0;                     // microseconds, when few multiprocessors are busy and when all are
+  constexpr double kProjection = 300e6, kUp = 520e6;            // operations per microsecond: 1e6 is 1 TFLOP/s
+  const double absorbed = work.sm80 ? 46e6 : work.fp8 ? 440e6 : 580e6;
+  constexpr double kAbsorbedStart = 25, kUnabsorbedStart = 17;  // microseconds, however little there is to do
+  constexpr double kTile = 128, kMultiprocessors = 132;         // query rows and keys of a step of un-absorbed prefill
+  const double step_alone = work.sm80 ? 3.4 : 1.5, step_together = work.sm80 ? 3.6 : 2.0;  // microseconds, when few multiprocessors are busy and when all are
 
   const double heads = work.heads, keys = static_cast<double>(work.key_tokens), queries = static_cast<double>(work.query_tokens);
   const double sequences = std::max<double>(static_cast<double>(work.sequences), 1);
@@ -37,10 +40,10 @@ constexpr ChunkEstimate estimate_chunk(const ChunkWork& work) {
   // Few query rows leave multiprocessors idle in prefill, which gives a tile of rows to one of them for all its keys.
   const double row_tiles = static_cast<double>(static_cast<int64_t>((of_each + kTile - 1) / kTile));
   const double rounds = heads * sequences * row_tiles / kMultiprocessors;
-  const double step = kStepAlone + (kStepTogether - kStepAlone) * std::min(rounds, 1.0);
+  const double step = step_alone + (step_together - step_alone) * std::min(rounds, 1.0);
 
   ChunkEstimate estimate{};
-  estimate.absorbed_us = kAbsorbedStart + heads * queries * seen * 2 * (2 * kLatent + kRope) / kAbsorbed + heads * queries * 2 * 2 * kHead * kLatent / kProjection;
+  estimate.absorbed_us = kAbsorbedStart + heads * queries * seen * 2 * (2 * kLatent + kRope) / absorbed + heads * queries * 2 * 2 * kHead * kLatent / kProjection;
   estimate.unabsorbed_us = kUnabsorbedStart + keys * heads * 2 * kLatent * 2 * kHead / kUp + std::max(rounds, 1.0) * (seen / kTile + 1) * step;
   return estimate;
 }

@@ -7,6 +7,7 @@ import { printResults } from '../bench/attention/print.js';
 import { rooflineSvg } from '../bench/attention/roofline.js';
 import { benchAttention, resultAsJson } from '../bench/attention/run.js';
 import { parseTarget, selectShapes } from '../bench/attention/select.js';
+import { SHAPE_KINDS } from '../bench/attention/shape.js';
 import { BaseCommand } from '../cli/base_command.js';
 import { ERRORS, TplaError } from '../errors.js';
 import type { AttentionPath } from '../native/attention.js';
@@ -32,13 +33,14 @@ ${Object.entries(PRESETS).map(([name, { summary }]) => `  ${name.padEnd(10)}  ${
     '<%= config.bin %> <%= command.id %> --preset tpla --compare fa3_decode.csv --svg roofline.svg',
     '<%= config.bin %> <%= command.id %> --latent 256 --heads 16,64,128 --batch 1,32 --kv-len 8192 --csv > times.csv',
     '<%= config.bin %> <%= command.id %> --kind prefill --heads 128 --kv-len 4096,8192',
+    '<%= config.bin %> <%= command.id %> --kind chunk --heads 16,128 --q-tokens 128,256,512 --kv-len 16384',
     '<%= config.bin %> <%= command.id %> --kv-heads 8 --heads 32,64 --head-dim 128 --batch 64 --kv-len 8192 --window 4096 --softcap 30',
     '<%= config.bin %> <%= command.id %> --kind pod --prefill-heads 16 --prefill-kv-len 8192 --heads 16 --batch 64 --kv-len 4096',
     '<%= config.bin %> <%= command.id %> --device cpu --heads 16 --kv-len 1024 --check-only',
   ];
   static override enableJsonFlag = true;
   static override flags = {
-    device: Flags.string({ default: 'gpu', description: 'gpu, gpu:N, or cpu for the decode attention of the CPU engine', helpValue: 'DEVICE' }),
+    device: Flags.string({ default: 'gpu', description: 'gpu, gpu:N, or cpu for what the CPU engine computes: decode and chunks', helpValue: 'DEVICE' }),
     threads: Flags.integer({ default: 0, min: 0, description: 'threads of --device cpu; 0 for all cores' }),
     preset: Flags.string({ multiple: true, delimiter: ',', options: Object.keys(PRESETS), description: 'published workloads, see above', default: [] }),
     shapes: Flags.string({ multiple: true, description: 'shapes of a CSV, YAML or JSON file', helpValue: 'FILE', default: [] }),
@@ -50,17 +52,18 @@ ${Object.entries(PRESETS).map(([name, { summary }]) => `  ${name.padEnd(10)}  ${
     'check-only': Flags.boolean({ description: 'compare with the reference, time nothing', exclusive: ['svg'] }),
     csv: Flags.boolean({ description: 'print CSV, one row per shape', exclusive: ['json'] }),
     svg: Flags.string({ description: 'write a roofline plot', helpValue: 'FILE' }),
-    kind: Flags.string({ ...SHAPE, options: ['decode', 'gqa', 'prefill', 'pod'], description: 'absorbed decode over paged latents, decode with ordinary keys and values, un-absorbed prefill, or prefill and absorbed decode in one launch' }),
+    kind: Flags.string({ ...SHAPE, options: [...SHAPE_KINDS], description: 'absorbed decode over paged latents, decode with ordinary keys and values, un-absorbed prefill, a chunk of prefill behind cached latents, or prefill and absorbed decode in one launch' }),
     heads: Flags.string({ ...SHAPE, description: 'query heads of a rank (default 128)', helpValue: 'N,…' }),
     batch: Flags.string({ ...SHAPE, description: 'sequences of --kv-len each (default 1)', helpValue: 'N,…' }),
     'kv-len': Flags.string({ ...SHAPE, description: 'tokens per sequence, the query tokens included', helpValue: 'N,…' }),
     'kv-lens': Flags.string({ ...SHAPE, description: 'tokens of each sequence of a batch', helpValue: 'N;N;…' }),
-    'q-tokens': Flags.string({ ...SHAPE, description: 'query tokens per sequence (default 1; prefill: the whole sequence)', helpValue: 'N,…' }),
+    'q-tokens': Flags.string({ ...SHAPE, description: 'query tokens per sequence (default 1; prefill: the whole sequence; chunk: up to 512)', helpValue: 'N,…' }),
     'q-lens': Flags.string({ ...SHAPE, description: 'query tokens of each sequence', helpValue: 'N;N;…' }),
     latent: Flags.string({ ...SHAPE, description: 'decode: latent values per token on a rank (default 512)', helpValue: 'N,…' }),
     rope: Flags.string({ ...SHAPE, description: 'decode: rope values per token (default 64)', helpValue: 'N' }),
-    page: Flags.string({ ...SHAPE, description: 'decode: tokens per page (default 64)', helpValue: 'N,…' }),
-    'kv-dtype': Flags.string({ ...SHAPE, description: 'decode: bf16, fp8, or f32 on the CPU (default bf16)', helpValue: 'TYPE,…' }),
+    page: Flags.string({ ...SHAPE, description: 'decode, gqa, chunk: tokens per page (default 64)', helpValue: 'N,…' }),
+    'kv-dtype': Flags.string({ ...SHAPE, description: 'decode, chunk: bf16, fp8, or f32 on the CPU (default bf16)', helpValue: 'TYPE,…' }),
+    form: Flags.string({ ...SHAPE, description: 'chunk: absorbed, unabsorbed, or auto, which times both and reports the one that is estimated to be faster (default auto)', helpValue: 'FORM,…' }),
     'latent-scale': Flags.boolean({ ...SHAPE, description: "decode: with TPLA's logit factor per head" }),
     'kv-heads': Flags.string({ ...SHAPE, description: 'gqa: heads of keys and values (default 8)', helpValue: 'N,…' }),
     'head-dim': Flags.string({ ...SHAPE, description: 'gqa: values of a head (default 128)', helpValue: 'N,…' }),

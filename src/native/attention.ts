@@ -66,6 +66,16 @@ export interface PrefillProblem extends AttentionProblemBase {
   valueDim: number;
 }
 
+export type ChunkForm = 'auto' | 'absorbed' | 'unabsorbed';
+
+/** A chunk of prefill at the end of cached latents (512 + 64), from queries before absorption to values of 128. */
+export interface ChunkProblem extends AttentionProblemBase {
+  kind: 'chunk';
+  pageTokens: number;
+  kvDType: 'bf16' | 'fp8' | 'f32';
+  form: ChunkForm;
+}
+
 /** Prefill and decode of one step, in one launch where the GPU has a kernel for it. */
 export interface PodProblem {
   kind: 'pod';
@@ -75,7 +85,7 @@ export interface PodProblem {
   decodeMultiprocessors: number;
 }
 
-export type AttentionProblem = DecodeProblem | GqaProblem | PrefillProblem | PodProblem;
+export type AttentionProblem = DecodeProblem | GqaProblem | PrefillProblem | ChunkProblem | PodProblem;
 
 export interface AttentionRunOptions {
   seed: number;
@@ -92,7 +102,7 @@ export interface AttentionCheck {
   worstRow: number;
   /** The same over the whole output. */
   overall: number;
-  /** Largest difference of a row's log-sum-exp. */
+  /** Largest difference of a row's log-sum-exp; 0 where the call gives none. */
   worstLse: number;
   sameBits: boolean;
   repeats: number;
@@ -110,12 +120,15 @@ export interface AttentionTiming {
 }
 
 export interface AttentionOutcome {
-  /** Kernel family, `sm90 fused` for prefill and decode in one launch, or the CPU's instruction set. */
+  /** Kernel family, `sm90 fused` for prefill and decode in one launch, or the CPU's instruction set; of a chunk after its form: `absorbed, sm90`. */
   kernel: string;
   check: AttentionCheck | null;
   timing: AttentionTiming | null;
   /** Of a PodProblem: prefill, then decode, in two launches. */
   serial: AttentionTiming | null;
+  /** Of a ChunkProblem on a GPU whose form is `auto`: both, timed in turns. `timing` is that of the one that was chosen. */
+  absorbed: AttentionTiming | null;
+  unabsorbed: AttentionTiming | null;
 }
 
 export interface AttentionRates {

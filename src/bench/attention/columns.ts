@@ -7,7 +7,7 @@ import type { BenchResult, BenchRow } from './run.js';
  * matrix rate that the same run measured.
  */
 const RESULT_COLUMNS = [
-  'gpu', 'kernel', 'ms', 'min_ms', 'max_ms', 'latency_us', 'gb_per_s', 'tflops', 'copy_fraction', 'mfu', 'copy_gb_per_s', 'matrix_tflops', 'serial_ms', 'serial_ratio', 'check', 'row_error', 'lse_error',
+  'gpu', 'kernel', 'ms', 'min_ms', 'max_ms', 'latency_us', 'gb_per_s', 'tflops', 'copy_fraction', 'mfu', 'copy_gb_per_s', 'matrix_tflops', 'serial_ms', 'serial_ratio', 'absorbed_ms', 'unabsorbed_ms', 'choice_ratio', 'check', 'row_error', 'lse_error',
 ];
 
 /** `NAME_ms` and `NAME_ratio` belong to a comparison. */
@@ -32,14 +32,19 @@ function record(result: BenchResult, row: BenchRow): Record<string, string | num
     ...(timing && {
       ms: significant(timing.ms, 5), min_ms: significant(timing.min_ms, 5), max_ms: significant(timing.max_ms, 5), latency_us: significant(timing.ms * 1000, 5),
       gb_per_s: significant(timing.gb_per_s, 5), tflops: significant(timing.tflops, 5), copy_fraction: significant(timing.copy_fraction, 4), mfu: significant(timing.mfu, 4),
-      ...(timing.serial_ms !== null && { serial_ms: significant(timing.serial_ms, 5) }), ...(timing.serial_ratio !== null && { serial_ratio: significant(timing.serial_ratio, 4) }),
+      serial_ms: significantOrNone(timing.serial_ms, 5), serial_ratio: significantOrNone(timing.serial_ratio, 4),
+      absorbed_ms: significantOrNone(timing.absorbed_ms, 5), unabsorbed_ms: significantOrNone(timing.unabsorbed_ms, 5), choice_ratio: significantOrNone(timing.choice_ratio, 4),
     }),
     ...(result.rates && { copy_gb_per_s: significant(result.rates.copy_gb_per_s, 5), matrix_tflops: significant(result.rates.matrix_tflops, 5) }),
-    ...Object.fromEntries(row.compared.flatMap(({ name, ms, ratio }) => [[`${name}_ms`, ms], [`${name}_ratio`, ratio === null ? null : significant(ratio, 4)]])),
+    ...Object.fromEntries(row.compared.flatMap(({ name, ms, ratio }) => [[`${name}_ms`, ms], [`${name}_ratio`, significantOrNone(ratio, 4)]])),
   };
 }
 
 /** Rounded to so many significant digits, as short a number as that allows. */
 function significant(value: number, digits: number): number {
   return Number.isFinite(value) ? Number(value.toPrecision(digits)) : value;
+}
+
+function significantOrNone(value: number | null, digits: number): number | null {
+  return value === null ? null : significant(value, digits);
 }

@@ -1,4 +1,4 @@
-import type { AttentionShape } from './shape.js';
+import { CHUNK, type AttentionShape, type ChunkShape } from './shape.js';
 import { countVisible } from './variants.js';
 
 /** The least a shape takes: what must move through device memory once, and multiplications and additions. */
@@ -13,13 +13,14 @@ export function costOfShape(shape: AttentionShape): AttentionCost {
     return { bytes: sum(parts.map(({ bytes }) => bytes)), flops: sum(parts.map(({ flops }) => flops)) };
   }
   const queries = sum(shape.qLens);
-  const visible = shape.kind !== 'prefill' && shape.variants ? countVisible(shape.variants, shape.qLens, shape.kvLens, shape.causal) : undefined;
+  const visible = 'variants' in shape && shape.variants ? countVisible(shape.variants, shape.qLens, shape.kvLens, shape.causal) : undefined;
   const keys = visible?.tokens ?? sum(shape.kvLens);
   const pairs = visible?.pairs ?? sum(shape.kvLens.map((keyCount, i) => visiblePairs(shape.qLens[i] as number, keyCount, shape.causal)));
   if (shape.kind === 'prefill') {
     const values = shape.keyDim + shape.valueDim;
     return { bytes: (queries + keys) * shape.heads * values * 2, flops: 2 * pairs * shape.heads * values };
   }
+  if (shape.kind === 'chunk') return costOfChunk(shape, queries, keys, pairs);
   if (shape.kind === 'gqa') {
     return { bytes: (keys * shape.kvHeads + queries * shape.heads) * shape.headDim * 2 * 2, flops: 2 * pairs * shape.heads * shape.headDim * 2 };
   }
@@ -27,6 +28,18 @@ export function costOfShape(shape: AttentionShape): AttentionCost {
   return {
     bytes: keys * kvTokenBytes(shape.kvDType, shape.latent, shape.rope) + queries * shape.heads * (width + shape.latent) * 2,
     flops: 2 * pairs * shape.heads * (width + shape.latent),
+  };
+}
+
+/** Cached tokens, queries, values and the weights of the up-projection move once; operations are those of the form that takes fewer. */
+function costOfChunk({ kvDType, heads }: ChunkShape, queries: number, keys: number, pairs: number): AttentionCost {
+  const { latent, rope, head } = CHUNK;
+  const weights = heads * 2 * head * latent;
+  const absorbed = pairs * heads * (2 * latent + rope) + queries * weights;
+  const unabsorbed = pairs * heads * (2 * head + rope) + keys * weights;
+  return {
+    bytes: keys * kvTokenBytes(kvDType, latent, rope) + queries * heads * (2 * head + rope) * 2 + weights * 2,
+    flops: 2 * Math.min(absorbed, unabsorbed),
   };
 }
 

@@ -22,6 +22,9 @@ const POD_PREFILLS = [
   { prefill_heads: 16, prefill_kv_len: 8192, prefill_q_tokens: 2048 },
 ];
 
+/** Query tokens on both sides of where the forms change over. */
+const CHUNK_SIZES = [16, 64, 128, 192, 256, 512, 1024];
+
 interface Preset {
   summary: string;
   shapes: ShapeFields[];
@@ -91,6 +94,16 @@ const PRESET_TABLE = {
       { kind: 'prefill', heads: 128, kv_lens: '4096;1024;2500;300;170;90;2048;3000' },
     ],
   },
+  chunk: {
+    summary: 'prefill behind cached latents, 16 to 1024 query tokens behind 4K to 32K, one sequence and several, over bf16 and fp8 KV: absorbed and un-absorbed',
+    shapes: [
+      ...[128, 16].flatMap((heads) => [4096, 16384, 32768].flatMap((cached) => CHUNK_SIZES.map((q_tokens) => chunkBehind(cached, { heads, q_tokens })))),
+      ...[64, 192, 256, 512].map((q_tokens) => chunkBehind(16384, { heads: 64, q_tokens })),
+      ...[128, 16].flatMap((heads) => [64, 192, 256, 512].map((q_tokens) => chunkBehind(16384, { heads, q_tokens, kv_dtype: 'fp8' }))),
+      ...[128, 16].flatMap((heads) => [64, 256].map((q_tokens) => chunkBehind(8192, { heads, q_tokens, batch: 4 }))),
+      { kind: 'chunk', heads: 128, kv_lens: '9000;700;4300;33000', q_lens: '120;700;300;90' },
+    ],
+  },
   pod: {
     summary: 'prefill and decode of one step in one launch, beside the two launches: chunks of 2K to 8K with 16 and 128 heads, 32 to 128 sequences',
     shapes: POD_DECODES.flatMap((decode) => POD_PREFILLS.map((prefill) => ({ kind: 'pod', ...decode, ...prefill }))),
@@ -103,6 +116,10 @@ export const PRESETS: Record<PresetName, Preset> = PRESET_TABLE;
 
 export function presetShapes(name: PresetName): AttentionShape[] {
   return PRESETS[name].shapes.map((fields, i) => shapeFromFields(fields, `preset ${name}, shape ${i + 1}`));
+}
+
+function chunkBehind(cached: number, fields: ShapeFields & { q_tokens: number }): ShapeFields {
+  return { kind: 'chunk', kv_len: cached + fields.q_tokens, ...fields };
 }
 
 function decodeGrid(fields: ShapeFields, sizes: readonly (readonly [number, number])[]): ShapeFields[] {

@@ -3,6 +3,21 @@ import type { BenchResult, BenchRow } from './run.js';
 import type { AttentionShape } from './shape.js';
 import { labelOfVariants } from './variants.js';
 
+/** Times beside the row's own, which only some kinds of shape have. */
+interface ExtraColumn {
+  title: string;
+  of: 'serial_ms' | 'serial_ratio' | 'absorbed_ms' | 'unabsorbed_ms' | 'choice_ratio';
+  show: (value: number) => string;
+}
+
+const EXTRA: ExtraColumn[] = [
+  { title: 'serial', of: 'serial_ms', show: (ms) => ms.toFixed(4) },
+  { title: '× serial', of: 'serial_ratio', show: (ratio) => ratio.toFixed(2) },
+  { title: 'absorbed', of: 'absorbed_ms', show: (ms) => ms.toFixed(4) },
+  { title: 'un-absorbed', of: 'unabsorbed_ms', show: (ms) => ms.toFixed(4) },
+  { title: 'of faster', of: 'choice_ratio', show: percent },
+];
+
 /** The results for a person to read. */
 export function printResults(result: BenchResult): string {
   const { device, rates } = result;
@@ -17,7 +32,7 @@ export function printResults(result: BenchResult): string {
 
 function rowTable(result: BenchResult): string {
   const timed = result.rows.some((row) => row.timing !== null);
-  const fused = timed && result.rows.some((row) => row.shape.kind === 'pod');
+  const extra = timed ? EXTRA.filter(({ of }) => result.rows.some((row) => row.timing !== null && row.timing[of] !== null)) : [];
   const names = result.comparisons.filter(({ matched }) => matched > 0).map(({ name }) => name);
   const head = ['shape', 'heads', 'batch', 'kv', 'q', 'kernel'];
   const align: Align[] = ['left', 'right', 'right', 'right', 'right', 'left'];
@@ -25,24 +40,22 @@ function rowTable(result: BenchResult): string {
     head.push('ms', 'GB/s', 'TFLOP/s', 'of copy', 'of matrix', ...names.map((name) => `× ${name}`));
     align.push('right', 'right', 'right', 'right', 'right', ...names.map(() => 'right' as const));
   }
-  if (fused) {
-    head.push('serial', '× serial');
-    align.push('right', 'right');
-  }
+  head.push(...extra.map(({ title }) => title));
+  align.push(...extra.map(() => 'right' as const));
   head.push('error', 'check');
   align.push('right', 'left');
-  return table(head, result.rows.map((row) => cells(row, timed, fused, names)), align);
+  return table(head, result.rows.map((row) => cells(row, timed, extra, names)), align);
 }
 
-function cells(row: BenchRow, timed: boolean, fused: boolean, names: string[]): (string | number)[] {
+function cells(row: BenchRow, timed: boolean, extra: ExtraColumn[], names: string[]): (string | number)[] {
   const { shape, timing } = row;
   const before = [label(shape), ...sizes(shape), row.kernel];
   const times = !timed ? [] : timing === null ? ['', '', '', '', '', ...names.map(() => '')] : [
     timing.ms.toFixed(4), timing.gb_per_s.toFixed(timing.gb_per_s < 10 ? 2 : 0), timing.tflops.toFixed(timing.tflops < 10 ? 2 : 0), percent(timing.copy_fraction), percent(timing.mfu),
     ...names.map((name) => row.compared.find((one) => one.name === name)?.ratio?.toFixed(2) ?? ''),
   ];
-  const serial = !fused ? [] : [timing?.serial_ms?.toFixed(4) ?? '', timing?.serial_ratio?.toFixed(2) ?? ''];
-  return [...before, ...times, ...serial, row.check === null ? '' : row.check.worstRow.toExponential(1), row.verdict];
+  const others = extra.map(({ of, show }) => (timing === null || timing[of] === null ? '' : show(timing[of])));
+  return [...before, ...times, ...others, row.check === null ? '' : row.check.worstRow.toExponential(1), row.verdict];
 }
 
 /** Heads, batch, tokens, query tokens. */
@@ -58,6 +71,9 @@ function sizes(shape: AttentionShape): (string | number)[] {
 export function label(shape: AttentionShape): string {
   if (shape.kind === 'pod') return `${label(shape.prefill)} + ${label(shape.decode)}`;
   if (shape.kind === 'prefill') return `prefill ${shape.keyDim}/${shape.valueDim}${shape.causal ? '' : ' full'}`;
+  if (shape.kind === 'chunk') {
+    return `chunk${shape.kvDType === 'bf16' ? '' : ` ${shape.kvDType}`}${shape.page === 64 ? '' : ` page ${shape.page}`}${shape.causal ? '' : ' full'}`;
+  }
   if (shape.kind === 'gqa') {
     return `gqa ${shape.headDim}, ${shape.heads / shape.kvHeads} to a KV head${shape.page === 64 ? '' : ` page ${shape.page}`}${shape.layout === 'nhd' ? '' : ` ${shape.layout}`}${labelOfVariants(shape.variants)}`;
   }

@@ -1,5 +1,5 @@
 import { TplaError, toTplaError } from '../../errors.js';
-import type { AttentionCheck, AttentionModule, AttentionTarget, AttentionTiming } from '../../native/attention.js';
+import type { AttentionCheck, AttentionModule, AttentionOutcome, AttentionTarget, AttentionTiming } from '../../native/attention.js';
 import type { ProbeResult } from '../../native/types.js';
 import type { Progress } from '../../report/progress.js';
 import { costOfShape } from './cost.js';
@@ -64,6 +64,10 @@ export interface RowTiming {
   /** Of a pod shape: the same work in two launches, one after the other, and that time over this one. */
   serial_ms: number | null;
   serial_ratio: number | null;
+  /** Of a chunk whose form is chosen: both forms' times, and the faster one's over the chosen one's: 1 where the choice is right. */
+  absorbed_ms: number | null;
+  unabsorbed_ms: number | null;
+  choice_ratio: number | null;
 }
 
 export interface BenchRow {
@@ -87,10 +91,10 @@ export interface BenchResult {
 }
 
 /**
- * Largest errors a right kernel shows. bf16 rounds probabilities and outputs to 8 bits; the CPU computes in fp32. A wrong token, page or mask
- * is off by far more.
+ * Largest errors a right kernel shows. bf16 rounds probabilities and outputs to 8 bits, of a chunk also absorbed queries or the keys and values
+ * multiplied up; the CPU computes in fp32. A wrong token, page or mask is off by far more.
  */
-const TOLERANCES = { gpu: { row: 8e-3, lse: 2e-3 }, cpu: { row: 1e-4, lse: 1e-4 } };
+const TOLERANCES = { gpu: { row: 8e-3, lse: 2e-3 }, gpuChunk: { row: 1.6e-2, lse: 1e-2 }, cpu: { row: 1e-4, lse: 1e-4 } };
 
 /** Checks and times every shape, in order. A shape that no kernel takes is refused before anything runs. */
 export async function benchAttention(native: AttentionModule & { probe(): ProbeResult }, options: BenchOptions): Promise<BenchResult> {
@@ -140,7 +144,7 @@ async function describeDevice(native: AttentionModule & { probe(): ProbeResult }
   } catch (thrown) {
     const error = toTplaError(thrown);
     if (error.code !== 'GPU_UNAVAILABLE') throw error;
-    throw new TplaError('GPU_UNAVAILABLE', `${error.message}; \`--device cpu\` runs the CPU's decode attention, and \`tpla doctor\` says what this machine has`, { cause: thrown });
+    throw new TplaError('GPU_UNAVAILABLE', `${error.message}; \`--device cpu\` runs the attention of the CPU engine, and \`tpla doctor\` says what this machine has`, { cause: thrown });
   }
 }
 
@@ -169,12 +173,12 @@ async function benchShape(native: AttentionModule, options: BenchOptions, shape:
     const error = toTplaError(thrown);
     throw new TplaError(error.code, `${error.message} (${describeShape(shape)})`, { cause: thrown });
   });
-  const timing = outcome.timing && rates ? timingOf(shape, outcome.timing, rates, outcome.serial) : null;
+  const timing = outcome.timing && rates ? timingOf(shape, outcome.timing, rates, outcome) : null;
   const work = workOfShape(shape);
   return {
     shape,
     kernel: outcome.kernel,
-    verdict: outcome.check === null ? 'not checked' : judge(outcome.check, target.kind),
+    verdict: outcome.check === null ? 'not checked' : judge(outcome.check, target.kind, shape.kind),
     check: outcome.check,
     timing,
     compared: comparisons.flatMap(({ name, ms }) => {
@@ -185,24 +189,26 @@ async function benchShape(native: AttentionModule, options: BenchOptions, shape:
 }
 
 /** `ok`, or the first thing that is wrong. */
-export function judge(check: AttentionCheck, device: 'gpu' | 'cpu'): string {
-  const tolerance = TOLERANCES[device];
+export function judge(check: AttentionCheck, device: 'gpu' | 'cpu', kind: AttentionShape['kind']): string {
+  const tolerance = TOLERANCES[device === 'gpu' && kind === 'chunk' ? 'gpuChunk' : device];
   if (Number.isNaN(check.worstRow) || Number.isNaN(check.worstLse)) return 'NaN in the result';
   if (check.worstRow > tolerance.row) return `error ${check.worstRow.toExponential(1)}`;
   if (check.worstLse > tolerance.lse) return `lse error ${check.worstLse.toExponential(1)}`;
   return check.sameBits ? 'ok' : 'results differ';
 }
 
-export function timingOf(shape: AttentionShape, timing: AttentionTiming, rates: BenchRates, serial: AttentionTiming | null = null): RowTiming {
+export function timingOf(shape: AttentionShape, timing: AttentionTiming, rates: BenchRates, beside: Partial<Pick<AttentionOutcome, 'serial' | 'absorbed' | 'unabsorbed'>> = {}): RowTiming {
   const { bytes, flops } = costOfShape(shape);
   const seconds = timing.medianMs / 1000;
   const gb_per_s = bytes / seconds / 1e9;
   const tflops = flops / seconds / 1e12;
   const copy_fraction = gb_per_s / rates.copy_gb_per_s;
   const mfu = tflops / rates.matrix_tflops;
+  const [serial, absorbed, unabsorbed] = [beside.serial, beside.absorbed, beside.unabsorbed].map((other) => other?.medianMs ?? null) as [number | null, number | null, number | null];
   return {
     ms: timing.medianMs, min_ms: timing.minMs, max_ms: timing.maxMs, runs: timing.runs, calls_per_run: timing.callsPerRun, buffers: timing.buffers,
     gb_per_s, tflops, copy_fraction, mfu, bound: copy_fraction >= mfu ? 'memory' : 'matrix', bound_fraction: Math.max(copy_fraction, mfu),
-    serial_ms: serial?.medianMs ?? null, serial_ratio: serial === null ? null : serial.medianMs / timing.medianMs,
+    serial_ms: serial, serial_ratio: serial === null ? null : serial / timing.medianMs,
+    absorbed_ms: absorbed, unabsorbed_ms: unabsorbed, choice_ratio: absorbed === null || unabsorbed === null ? null : Math.min(absorbed, unabsorbed) / timing.medianMs,
   };
 }

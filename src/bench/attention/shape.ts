@@ -1,7 +1,7 @@
 import { nearest } from '../../config/suggest.js';
 import { TplaError } from '../../errors.js';
 import { fieldsOfVariants, labelOfVariants, parseBlockMask, problemOfVariants, VARIANT_FIELDS, type BlockMask, type LogitVariants } from './variants.js';
-import type { AttentionPath, AttentionProblem, DecodeProblem, PrefillProblem } from '../../native/attention.js';
+import type { AttentionPath, AttentionProblem, ChunkForm, DecodeProblem, PrefillProblem } from '../../native/attention.js';
 
 interface ShapeBase {
   heads: number;
@@ -42,6 +42,19 @@ export interface PrefillShape extends ShapeBase {
   valueDim: number;
 }
 
+/** A chunk of prefill at the end of cached latents, with DeepSeek's dimensions: from queries before absorption to values. */
+export interface ChunkShape extends ShapeBase {
+  kind: 'chunk';
+  page: number;
+  kvDType: 'bf16' | 'fp8' | 'f32';
+  form: ChunkForm;
+}
+
+/** Values of a cached token, and of a head without position. */
+export const CHUNK = { latent: 512, rope: 64, head: 128 } as const;
+/** Query tokens of a chunk that names none. */
+const CHUNK_TOKENS = 512;
+
 /** Prefill and decode of one step. */
 export interface PodShape {
   kind: 'pod';
@@ -51,19 +64,22 @@ export interface PodShape {
   decodeSms: number;
 }
 
-export type AttentionShape = DecodeShape | GqaShape | PrefillShape | PodShape;
+export type AttentionShape = DecodeShape | GqaShape | PrefillShape | ChunkShape | PodShape;
 
 /** A shape as files and flags write it: the columns of a results file. Lengths of several sequences are joined with `;`. */
 export type ShapeFields = Record<string, unknown>;
 
+const KV_DTYPES = ['bf16', 'fp8', 'f32'] as const;
 const DECODE_FIELDS = ['kind', 'kv_dtype', 'latent', 'rope', 'heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'page', 'causal', 'latent_scale', 'path'];
 const PREFILL_FIELDS = ['kind', 'key_dim', 'value_dim', 'heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'causal', 'path'];
 /** The prefill of a pod shape; its decode has the fields of a decode shape. */
 const PREFIX = 'prefill_';
 const POD_FIELDS = [...DECODE_FIELDS, ...['heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'causal'].map((name) => PREFIX + name), 'decode_sms'];
 const GQA_FIELDS = ['kind', 'head_dim', 'heads', 'kv_heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'page', 'kv_layout', 'causal', 'path'];
-const FIELDS = { decode: [...DECODE_FIELDS, ...VARIANT_FIELDS], gqa: [...GQA_FIELDS, ...VARIANT_FIELDS], prefill: PREFILL_FIELDS, pod: POD_FIELDS };
-export const SHAPE_FIELDS = [...new Set([...DECODE_FIELDS, ...PREFILL_FIELDS, ...GQA_FIELDS, ...VARIANT_FIELDS, ...POD_FIELDS])];
+const CHUNK_FIELDS = ['kind', 'kv_dtype', 'heads', 'batch', 'kv_len', 'kv_lens', 'q_tokens', 'q_lens', 'page', 'causal', 'form', 'path'];
+const FIELDS = { decode: [...DECODE_FIELDS, ...VARIANT_FIELDS], gqa: [...GQA_FIELDS, ...VARIANT_FIELDS], prefill: PREFILL_FIELDS, chunk: CHUNK_FIELDS, pod: POD_FIELDS };
+export const SHAPE_KINDS = ['decode', 'gqa', 'prefill', 'chunk', 'pod'] as const;
+export const SHAPE_FIELDS = [...new Set([...DECODE_FIELDS, ...PREFILL_FIELDS, ...GQA_FIELDS, ...VARIANT_FIELDS, ...POD_FIELDS, ...CHUNK_FIELDS])];
 
 /** Throws REQUEST_INVALID; `where` names the flag list or the file and row. Empty fields count as absent. */
 export function shapeFromFields(fields: ShapeFields, where: string): AttentionShape {
@@ -72,7 +88,7 @@ export function shapeFromFields(fields: ShapeFields, where: string): AttentionSh
     throw new TplaError('REQUEST_INVALID', `${where}: ${message}`);
   };
   const reader = new FieldReader(given, fail);
-  const kind = reader.choice('kind', ['decode', 'gqa', 'prefill', 'pod'], 'kv_heads' in given || 'head_dim' in given ? 'gqa' : 'decode');
+  const kind = reader.choice('kind', SHAPE_KINDS, 'kv_heads' in given || 'head_dim' in given ? 'gqa' : 'decode');
   const known = FIELDS[kind];
   const strange = Object.keys(given).find((name) => !known.includes(name));
   if (strange !== undefined) {
@@ -84,6 +100,12 @@ export function shapeFromFields(fields: ShapeFields, where: string): AttentionSh
   const common = { ...lengths, causal: reader.flag('causal', true), path: reader.choice('path', ['auto', 'sm90', 'sm80'], 'auto') };
   if (kind === 'prefill') {
     return { kind, heads: reader.integer('heads', 128), ...common, keyDim: reader.integer('key_dim', 192), valueDim: reader.integer('value_dim', 128) };
+  }
+  if (kind === 'chunk') {
+    return {
+      kind, heads: reader.integer('heads', 128), ...common, page: reader.integer('page', 64), kvDType: reader.choice('kv_dtype', KV_DTYPES, 'bf16'),
+      form: reader.choice('form', ['auto', 'absorbed', 'unabsorbed'], 'auto'),
+    };
   }
   const variants = variantsFromFields(reader);
   if (kind === 'gqa') {
@@ -99,7 +121,7 @@ export function shapeFromFields(fields: ShapeFields, where: string): AttentionSh
     latent: reader.integer('latent', 512),
     rope: reader.integer('rope', 64),
     page: reader.integer('page', 64),
-    kvDType: reader.choice('kv_dtype', ['bf16', 'fp8', 'f32'], 'bf16'),
+    kvDType: reader.choice('kv_dtype', KV_DTYPES, 'bf16'),
     latentScale: reader.flag('latent_scale', false),
     ...(variants && { variants }),
   };
@@ -126,6 +148,9 @@ export function fieldsOfShape(shape: AttentionShape): Record<string, string | nu
   if (shape.kind === 'prefill') {
     return { kind: shape.kind, key_dim: shape.keyDim, value_dim: shape.valueDim, heads: shape.heads, ...lengths, causal: shape.causal, path: shape.path };
   }
+  if (shape.kind === 'chunk') {
+    return { kind: shape.kind, kv_dtype: shape.kvDType, heads: shape.heads, ...lengths, page: shape.page, causal: shape.causal, form: shape.form, path: shape.path };
+  }
   if (shape.kind === 'gqa') {
     return {
       kind: shape.kind, head_dim: shape.headDim, heads: shape.heads, kv_heads: shape.kvHeads, ...lengths, page: shape.page, kv_layout: shape.layout, causal: shape.causal, path: shape.path,
@@ -139,21 +164,36 @@ export function fieldsOfShape(shape: AttentionShape): Record<string, string | nu
   };
 }
 
-/** Equal for shapes whose times can be compared: the work is the same, whatever the page size or kernel. */
+/** Equal for shapes whose times can be compared: the work is the same, whatever the page size, form or kernel. */
 export function workOfShape(shape: AttentionShape): string {
   if (shape.kind === 'pod') return `pod ${workOfShape(shape.prefill)} ${workOfShape(shape.decode)}`;
-  const width = shape.kind === 'decode' ? [shape.kvDType, shape.latent, shape.rope] : shape.kind === 'gqa' ? [shape.headDim, shape.kvHeads] : [shape.keyDim, shape.valueDim];
   const causal = shape.kind !== 'prefill' && shape.qLens.every((len) => len <= 1) ? true : shape.causal;
-  return [shape.kind, ...width, shape.heads, shape.qLens.join(';'), shape.kvLens.join(';'), causal].join(' ') + (shape.kind === 'prefill' ? '' : labelOfVariants(shape.variants));
+  return [shape.kind, ...widths(shape), shape.heads, shape.qLens.join(';'), shape.kvLens.join(';'), causal].join(' ') + ('variants' in shape ? labelOfVariants(shape.variants) : '');
+}
+
+function widths(shape: Exclude<AttentionShape, PodShape>): (string | number)[] {
+  switch (shape.kind) {
+    case 'decode': return [shape.kvDType, shape.latent, shape.rope];
+    case 'gqa': return [shape.headDim, shape.kvHeads];
+    case 'prefill': return [shape.keyDim, shape.valueDim];
+    case 'chunk': return [shape.kvDType];
+  }
 }
 
 /** Short enough for an error message or a label. */
 export function describeShape(shape: AttentionShape): string {
   if (shape.kind === 'pod') return `${describeShape(shape.prefill)}, and ${describeShape(shape.decode)}`;
   const span = (lens: number[]) => (lens.every((len) => len === lens[0]) ? String(lens[0]) : `${Math.min(...lens)}..${Math.max(...lens)}`);
-  const dims = shape.kind === 'decode' ? `latent ${shape.latent}+${shape.rope} ${shape.kvDType}${labelOfVariants(shape.variants)}`
-    : shape.kind === 'gqa' ? `${shape.kvHeads} KV heads of ${shape.headDim}${labelOfVariants(shape.variants)}` : `${shape.keyDim}/${shape.valueDim}${shape.causal ? ' causal' : ''}`;
-  return `${shape.kind} ${dims}, ${shape.heads} heads, ${shape.kvLens.length} × ${span(shape.kvLens)}, ${span(shape.qLens)} query tokens`;
+  return `${shape.kind} ${describeWidths(shape)}, ${shape.heads} heads, ${shape.kvLens.length} × ${span(shape.kvLens)}, ${span(shape.qLens)} query tokens`;
+}
+
+function describeWidths(shape: Exclude<AttentionShape, PodShape>): string {
+  switch (shape.kind) {
+    case 'decode': return `latent ${shape.latent}+${shape.rope} ${shape.kvDType}${labelOfVariants(shape.variants)}`;
+    case 'gqa': return `${shape.kvHeads} KV heads of ${shape.headDim}${labelOfVariants(shape.variants)}`;
+    case 'prefill': return `${shape.keyDim}/${shape.valueDim}${shape.causal ? ' causal' : ''}`;
+    case 'chunk': return `latent ${CHUNK.latent}+${CHUNK.rope} ${shape.kvDType}${shape.causal ? ' causal' : ''}`;
+  }
 }
 
 export function problemOfShape(shape: DecodeShape): DecodeProblem;
@@ -165,6 +205,7 @@ export function problemOfShape(shape: AttentionShape): AttentionProblem {
     heads: shape.heads, qLens: Int32Array.from(shape.qLens), kvLens: Int32Array.from(shape.kvLens), causal: shape.causal, path: shape.path, queryScale: 1,
   };
   if (shape.kind === 'prefill') return { kind: shape.kind, ...common, keyDim: shape.keyDim, valueDim: shape.valueDim };
+  if (shape.kind === 'chunk') return { kind: shape.kind, ...common, pageTokens: shape.page, kvDType: shape.kvDType, form: shape.form };
   const variants = shape.variants && { variants: problemOfVariants(shape.variants, shape.kvLens) };
   if (shape.kind === 'gqa') {
     return { kind: shape.kind, ...common, kvHeads: shape.kvHeads, headDim: shape.headDim, pageTokens: shape.page, pageGapBytes: 0, layout: shape.layout, ...variants };
@@ -207,9 +248,13 @@ function sequenceLengths(reader: FieldReader, kind: AttentionShape['kind'], fail
   const qListed = reader.lengths('q_lens');
   if (qListed !== undefined && qListed.length !== kvLens.length) fail(`q_lens has ${qListed.length} lengths for ${kvLens.length} sequences`);
   const qTokens = reader.optionalInteger('q_tokens', 0);
-  // A prefill without query lengths is a whole prompt.
-  const qLens = qListed ?? (qTokens === undefined && kind === 'prefill' ? kvLens : kvLens.map(() => qTokens ?? 1));
-  return { qLens, kvLens };
+  return { qLens: qListed ?? kvLens.map((kvLen) => qTokens ?? usualQueryTokens(kind, kvLen)), kvLens };
+}
+
+/** A prefill is a whole prompt, a chunk its last tokens, decode one token. */
+function usualQueryTokens(kind: AttentionShape['kind'], kvLen: number): number {
+  if (kind === 'prefill') return kvLen;
+  return kind === 'chunk' ? Math.min(CHUNK_TOKENS, kvLen) : 1;
 }
 
 class FieldReader {

@@ -20,6 +20,13 @@ test('a table: device, its measured rates, one row per shape', async () => {
   assert.is(stdout.match(/^decode 512\+64 .* ok$/gm)?.length, 4);
 });
 
+test('a chunk behind cached tokens is computed as the engine does', async () => {
+  const { status, stdout, stderr } = await bench('--kind', 'chunk', '--heads', '4', '--kv-len', '300', '--q-tokens', '20,64', '--runs', '2', '--json');
+  assert.is(status, 0, stderr);
+  const { rows } = JSON.parse(stdout) as { rows: { kernel: string; verdict: string; timing: { ms: number; choice_ratio: null } }[] };
+  assert.equal(rows.map(({ kernel, verdict, timing }) => [kernel.startsWith('un-absorbed, '), verdict, timing.ms > 0, timing.choice_ratio]), [[true, 'ok', true, null], [true, 'ok', true, null]]);
+});
+
 test('CSV of a run is a comparison and a list of shapes for the next', async () => {
   const first = await bench(...SMALL, '--csv');
   assert.is(first.status, 0, first.stderr);
@@ -46,7 +53,9 @@ test('--check-only times nothing', async () => {
 test('one clear error, status 2, for what cannot run', async () => {
   for (const [args, text] of [
     [[], /^tpla: USAGE: name what to run: --preset [^\n]+\n$/],
-    [['--kind', 'prefill', '--kv-len', '64'], /^tpla: REQUEST_INVALID: prefill attention is timed on GPUs only[^\n]*prefill 192\/128 causal[^\n]*\n$/],
+    [['--kind', 'prefill', '--kv-len', '64'], /^tpla: REQUEST_INVALID: prefill [^\n]* is timed on GPUs only[^\n]*--kind chunk[^\n]*prefill 192\/128 causal[^\n]*\n$/],
+    [['--kind', 'chunk', '--kv-len', '64', '--form', 'absorbed'], /^tpla: REQUEST_INVALID: the CPU computes chunks un-absorbed only[^\n]*chunk latent 512\+64 bf16 causal[^\n]*\n$/],
+    [['--kind', 'chunk', '--kv-len', '64', '--no-causal'], /^tpla: REQUEST_INVALID: the CPU computes causal chunks only[^\n]*\n$/],
     [['--kv-len', '64', '--path', 'sm90'], /^tpla: REQUEST_INVALID: sm90 and sm80 name kernels of GPUs[^\n]*\n$/],
     [['--kv-len', '64', '--heads', 'many'], /^tpla: REQUEST_INVALID: shape of the flags: heads is "many"[^\n]*\n$/],
     [['--preset', 'none'], /^tpla: USAGE: Expected --preset=none to be one of: flashmla, [^\n]*\n$/],

@@ -37,6 +37,15 @@ test('GQA reads the keys and values of every KV head once', () => {
   assert.is(flops, 2 * 3 * 1000 * 32 * 128 * 2);
 });
 
+test('a chunk takes the operations of the form that needs fewer, and its weights move once', () => {
+  const of = (q_tokens: number) => cost({ kind: 'chunk', heads: 2, kv_len: 8000, q_tokens, causal: false });
+  const weights = 2 * 256 * 512;
+  assert.is(of(10).flops, 2 * (10 * 8000 * 2 * (576 + 512) + 10 * weights), 'absorbed');
+  assert.is(of(1000).flops, 2 * (1000 * 8000 * 2 * (192 + 128) + 8000 * weights), 'un-absorbed');
+  assert.is(of(10).bytes, 8000 * 1152 + 10 * 2 * (192 + 128) * 2 + weights * 2);
+  assert.is(cost({ kind: 'chunk', heads: 2, kv_len: 8000, q_tokens: 10, kv_dtype: 'fp8' }).bytes, of(10).bytes - 8000 * (1152 - 656));
+});
+
 test('tokens and pairs that a window or a block mask hides do not count', () => {
   for (const [fields, block] of [[{ window: 5 }, null], [{ block_mask: '16:0.5' }, 16], [{ block_mask: '16:0.4', window: 40 }, 16], [{ window: 5, causal: false }, null]] as const) {
     const [queries, keys] = [3, 100];

@@ -1,6 +1,7 @@
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { resultsAsCsv } from '../../../src/bench/attention/columns.js';
+import { printResults } from '../../../src/bench/attention/print.js';
 import { rooflineSvg } from '../../../src/bench/attention/roofline.js';
 import { benchAttention, judge, shortName, timingOf, type BenchResult } from '../../../src/bench/attention/run.js';
 import { shapeFromFields, workOfShape } from '../../../src/bench/attention/shape.js';
@@ -11,13 +12,15 @@ import { SILENT } from '../../../src/report/progress.js';
 const CHECK = { worstRow: 1e-3, overall: 1e-3, worstLse: 1e-4, sameBits: true, repeats: 2, reference: 'x' };
 
 test('a verdict names the first thing that is wrong', () => {
-  assert.is(judge(CHECK, 'gpu'), 'ok');
-  assert.is(judge(CHECK, 'cpu'), 'error 1.0e-3');
-  assert.is(judge({ ...CHECK, worstRow: NaN, sameBits: false }, 'gpu'), 'NaN in the result');
-  assert.is(judge({ ...CHECK, worstRow: 0.02 }, 'gpu'), 'error 2.0e-2');
-  assert.is(judge({ ...CHECK, worstLse: 0.02 }, 'gpu'), 'lse error 2.0e-2');
-  assert.is(judge({ ...CHECK, worstLse: Infinity }, 'gpu'), 'lse error Infinity');
-  assert.is(judge({ ...CHECK, sameBits: false }, 'gpu'), 'results differ');
+  assert.is(judge(CHECK, 'gpu', 'decode'), 'ok');
+  assert.is(judge(CHECK, 'cpu', 'decode'), 'error 1.0e-3');
+  assert.is(judge({ ...CHECK, worstRow: NaN, sameBits: false }, 'gpu', 'decode'), 'NaN in the result');
+  assert.is(judge({ ...CHECK, worstRow: 0.02 }, 'gpu', 'decode'), 'error 2.0e-2');
+  assert.equal(['decode', 'chunk'].map((kind) => judge({ ...CHECK, worstRow: 0.01 }, 'gpu', kind as 'chunk')), ['error 1.0e-2', 'ok']);
+  assert.is(judge({ ...CHECK, worstRow: 0.01 }, 'cpu', 'chunk'), 'error 1.0e-2');
+  assert.is(judge({ ...CHECK, worstLse: 0.02 }, 'gpu', 'decode'), 'lse error 2.0e-2');
+  assert.is(judge({ ...CHECK, worstLse: Infinity }, 'gpu', 'decode'), 'lse error Infinity');
+  assert.is(judge({ ...CHECK, sameBits: false }, 'gpu', 'decode'), 'results differ');
 });
 
 test('rates follow from the least work, and the nearer limit is named', () => {
@@ -30,6 +33,16 @@ test('rates follow from the least work, and the nearer limit is named', () => {
   const narrow = timingOf(shapeFromFields({ batch: 128, kv_len: 8192, heads: 16 }, 'here'), timing, rates);
   assert.is(narrow.bound, 'memory');
   assert.is(narrow.bound_fraction, narrow.copy_fraction);
+});
+
+test('of a chunk both forms are told, and how far the chosen one is from the faster', () => {
+  const rates = { copy_gb_per_s: 3000, matrix_tflops: 800, matrix_source: 'x' };
+  const timing = (medianMs: number) => ({ medianMs, minMs: medianMs, maxMs: medianMs, runs: 20, callsPerRun: 4, buffers: 2 });
+  const shape = shapeFromFields({ kind: 'chunk', kv_len: 8192, q_tokens: 256 }, 'here');
+  const { ms, absorbed_ms, unabsorbed_ms, choice_ratio, serial_ms } = timingOf(shape, timing(0.5), rates, { serial: null, absorbed: timing(0.5), unabsorbed: timing(0.4) });
+  assert.equal([ms, absorbed_ms, unabsorbed_ms, choice_ratio, serial_ms], [0.5, 0.5, 0.4, 0.8, null]);
+  assert.is(timingOf(shape, timing(0.5), rates, { absorbed: timing(0.5), unabsorbed: timing(0.6) }).choice_ratio, 1);
+  assert.is(timingOf(shape, timing(0.5), rates).choice_ratio, null);
 });
 
 test("a GPU's name in results files is its model", () => {
@@ -52,6 +65,17 @@ test('CPU decode is right for every dtype, ragged queries, empty sequences, and 
   assert.equal(result.rows.map(({ verdict }) => verdict), shapes.map(() => 'ok'), JSON.stringify(result.rows.map(({ check }) => check)));
   assert.is(result.failed, 0);
   assert.ok(result.rows.every(({ check }) => check !== null && check.worstRow > 0 && check.repeats === 3 && check.reference === 'float64 on the CPU'));
+});
+
+test('CPU chunks are right for every dtype, ragged, without tokens or queries, and with more queries than keys', async () => {
+  const shapes = [
+    { kv_lens: '130;0;1;65', q_lens: '30;0;1;65', heads: 3 },
+    { kv_lens: '100;3;33;0', q_lens: '20;9;0;2', heads: 2, page: 16, kv_dtype: 'fp8' },
+    { kv_len: 300, q_tokens: 70, batch: 2, heads: 5, kv_dtype: 'f32', form: 'unabsorbed' },
+  ].map((fields) => shapeFromFields({ kind: 'chunk', ...fields }, 'here'));
+  const result = await benchAttention(native(), { target: { kind: 'cpu', threads: 2 }, shapes, repeats: 3, runs: 0, seed: 7, comparisons: () => [], progress: SILENT });
+  assert.equal(result.rows.map(({ verdict }) => verdict), shapes.map(() => 'ok'), JSON.stringify(result.rows.map(({ check }) => check)));
+  assert.ok(result.rows.every(({ check, kernel }) => check !== null && check.worstRow > 0 && check.sameBits && kernel.startsWith('un-absorbed, ')));
 });
 
 test('the seed decides the data: the same error to the last bit, or another', async () => {
@@ -85,6 +109,15 @@ test('CSV has the columns that plans and comparisons read, and reads back as the
   ]);
   assert.equal([records[0]?.flashmla_ms, records[0]?.flashmla_ratio, records[1]?.flashmla_ratio], ['0.5', '2', '']);
   assert.is(Number(records[0]?.mfu), Number((TIMED.rows[0]!.timing!.tflops / 800).toPrecision(4)));
+});
+
+test('only tables with a chunk whose form was chosen have columns for both', () => {
+  assert.not.match(printResults(TIMED), 'un-absorbed');
+  const [row] = TIMED.rows;
+  const chunk = { ...row!, shape: shapeFromFields({ kind: 'chunk', kv_len: 4096 }, 'here'), kernel: 'absorbed, sm90', timing: { ...row!.timing!, absorbed_ms: 0.25, unabsorbed_ms: 0.2, choice_ratio: 0.8 } };
+  const text = printResults({ ...TIMED, rows: [...TIMED.rows, chunk] });
+  assert.match(text, /absorbed +un-absorbed +of faster/);
+  assert.match(text, /^chunk .*absorbed, sm90 .*0\.2500 +0\.2000 +80\.0 %/m);
 });
 
 test('the roofline has a filled point per row, a hollow one per comparison, and survives any name', () => {

@@ -30,9 +30,16 @@ test('a shape written as fields reads back as itself, every preset included', ()
     shapeFromFields({ kv_lens: [3, 0, 7], q_lens: '1;0;4', latent: 320, page: 16, causal: 'false', latent_scale: 1, kv_dtype: 'fp8', path: 'sm80' }, 'here'),
     shapeFromFields({ kind: 'prefill', batch: 2, kv_len: 64, q_tokens: 16, causal: false }, 'here'),
     shapeFromFields({ kv_len: 64, softcap: '1.5', window: 7, alibi: true, block_mask: '32:0.3' }, 'here'),
+    shapeFromFields({ kind: 'chunk', kv_lens: '500;60', q_lens: '7;60', kv_dtype: 'fp8', form: 'unabsorbed', page: 16 }, 'here'),
     shapeFromFields({ kind: 'gqa', kv_lens: '5;6', kv_layout: 'hnd', head_dim: 64, window: 2 }, 'here'),
   ];
   for (const shape of shapes) assert.equal(shapeFromFields(fieldsOfShape(shape), 'again'), shape);
+});
+
+test('a chunk is the last 512 tokens behind what is cached, or all there are', () => {
+  assert.equal(shapeFromFields({ kind: 'chunk', kv_lens: '4000;9' }, 'here'), {
+    kind: 'chunk', heads: 128, qLens: [512, 9], kvLens: [4000, 9], causal: true, path: 'auto', page: 64, kvDType: 'bf16', form: 'auto',
+  });
 });
 
 test('KV heads or a head dim mean ordinary keys and values', () => {
@@ -54,6 +61,9 @@ test('presets hold the published workloads', () => {
   assert.equal(presetShapes('thundermla').filter(isDecode).map(({ kvLens, qLens }) => [kvLens.length, qLens[0]]), [[4, 4], [1, 1], [64, 4], [64, 2], [132, 4]]);
   assert.equal([...new Set(presetShapes('tpla').map((shape) => shape.kind === 'decode' && shape.latent))], [256, 320, 288, 128]);
   for (const shape of presetShapes('prefill')) assert.is(shape.kind, 'prefill');
+  const chunks = presetShapes('chunk');
+  for (const shape of chunks) assert.ok(shape.kind === 'chunk' && shape.form === 'auto' && shape.kvLens.every((len, i) => len >= (shape.qLens[i] as number)));
+  assert.equal([...new Set(chunks.map((shape) => shape.kind === 'chunk' && shape.kvDType))], ['bf16', 'fp8']);
   assert.equal(presetShapes('pod').map((shape) => shape.kind === 'pod' && [shape.prefill.kvLens[0], shape.decode.kvLens.length]).slice(0, 3), [[2048, 128], [8192, 128], [8192, 128]]);
 });
 
@@ -70,7 +80,17 @@ test('what cannot be meant is refused, saying where and what is taken', () => {
   for (const block_mask of ['64', '64:1.5', '0:0.5', 'x:1']) assert.match(refusal({ kv_len: 5, block_mask }), /block_mask is .* such as 128:0\.25/);
   assert.match(refusal({ kind: 'prefill', kv_len: 5, window: 3 }), /a prefill shape has no field window/);
   assert.match(refusal({ kv_heads: 2, kv_len: 5, latent: 256 }), /a gqa shape has no field latent; it has kind, head_dim/);
+  assert.match(refusal({ kind: 'chunk', kv_len: 5, window: 3 }), /a chunk shape has no field window/);
+  assert.is(refusal({ kind: 'chunk', kv_len: 5, form: 'both' }), 'here: form is "both"; it takes auto, absorbed, unabsorbed');
+  assert.match(refusal({ kv_len: 5, form: 'absorbed' }), /a decode shape has no field form/);
   assert.is(refusal({ kv_len: 5, causal: 'maybe' }), 'here: causal is "maybe"; it takes true or false');
+});
+
+test('a chunk is the same work in either form', () => {
+  const work = (fields: Record<string, unknown>) => workOfShape(shapeFromFields({ kind: 'chunk', kv_len: 900, q_tokens: 40, ...fields }, 'here'));
+  assert.is(work({ form: 'absorbed' }), work({ form: 'unabsorbed', path: 'sm80', page: 16 }));
+  assert.is.not(work({ kv_dtype: 'fp8' }), work({}));
+  assert.is.not(work({ causal: false }), work({}));
 });
 
 test('equal work is equal whatever the page, the kernel, or how the lengths were written', () => {
