@@ -26,6 +26,8 @@ export class Journal {
     const entries = existsSync(dir) ? readdirSync(dir) : [];
     const planPath = join(journal.#work, 'plan.json');
     if (entries.includes('config.json')) {
+      // Of a conversion that was killed when it had only this left to do.
+      if (existsSync(planPath)) journal.close();
       throw new TplaError('USAGE', `${dir} already holds a checkpoint; choose another output directory or remove it`);
     }
     if (existsSync(planPath)) {

@@ -1,7 +1,7 @@
 // time limit: 400 s
 /** Conversions of small random checkpoints: prefill stays what it was, decode loads, interruptions and bad input end cleanly. */
 import { spawn } from 'node:child_process';
-import { cpSync, existsSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -215,7 +215,11 @@ for (const [what, widths, stride] of [['one width', null, 3], ['widths under a b
       const done = await runUntil(script, steps, kills % 2 === 0 ? 'cpu' : 'auto');
       if (done) break;
       kills++;
-      assert.not(existsSync(join(plan.out, 'config.json')));
+      if (existsSync(join(plan.out, 'config.json'))) {
+        // It had written all when the signal came: what is left of its work goes with the next attempt, which changes nothing else.
+        assert.match((await failureOf(plan)).message, 'already holds a checkpoint');
+        break;
+      }
       assert.throws(() => loadCheckpoint(plan.out), (error: TplaError) => error.code === 'CHECKPOINT_INVALID');
     }
     assert.ok(kills >= 3, `${kills} kills`);
@@ -225,6 +229,27 @@ for (const [what, widths, stride] of [['one width', null, 3], ['widths under a b
     assert.not(readdirSync(plan.out).some((name) => name.includes('partial') || name.startsWith('.')));
   });
 }
+
+async function failureOf(plan: ConversionOptions): Promise<TplaError> {
+  try {
+    await convert(plan, SILENT);
+  } catch (error) {
+    assert.instance(error, TplaError, String(error));
+    return error as TplaError;
+  }
+  throw new Error('the conversion went through');
+}
+
+test('a conversion that was killed with nothing but its own traces left to remove', async () => {
+  const plan = options({});
+  await convert(plan, SILENT);
+  const complete = readdirSync(plan.out).sort();
+  mkdirSync(join(plan.out, '.tpla-reparam'));
+  writeFileSync(join(plan.out, '.tpla-reparam', 'plan.json'), '{}');
+  assert.match((await failureOf(plan)).message, 'already holds a checkpoint');
+  assert.equal(readdirSync(plan.out).sort(), complete);
+  assert.ok(loadCheckpoint(plan.out));
+});
 
 /** Runs a conversion and kills it after so many steps of progress; true when it ended by itself. */
 function runUntil(script: string, steps: number, device: Device): Promise<boolean> {
@@ -245,14 +270,9 @@ function runUntil(script: string, steps: number, device: Device): Promise<boolea
 
 async function refusal(plan: ConversionOptions): Promise<TplaError> {
   const before = existsSync(plan.out) ? readdirSync(plan.out).sort() : null;
-  try {
-    await convert(plan, SILENT);
-  } catch (error) {
-    assert.instance(error, TplaError, String(error));
-    assert.equal(existsSync(plan.out) ? readdirSync(plan.out).sort() : null, before, 'the refusal left files');
-    return error as TplaError;
-  }
-  throw new Error('the conversion went through');
+  const error = await failureOf(plan);
+  assert.equal(existsSync(plan.out) ? readdirSync(plan.out).sort() : null, before, 'the refusal left files');
+  return error;
 }
 
 test('what cannot be done is refused before anything is written', async () => {
