@@ -4,3 +4,6 @@ export interface Clock {
 }
 
 export const systemClock: Clock = { now: () => performance.now() };
+
+/** Now, in microseconds of the host's monotonic clock, which its processes and the addon share. */
+export const monotonicUs = (): number => Number(process.hrtime.bigint()) / 1e3;

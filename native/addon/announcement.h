@@ -13,10 +13,12 @@ namespace tpla::addon {
 struct Announcement {
   std::shared_ptr<Channel> channel;
   std::string session;
+  // CPU threads of this process do the putting (transfer/push_announcer.h).
+  bool is_on_cpu;
 };
 
 // Of a put's option `announce: { channel, session }`; null where there is none.
-std::shared_ptr<const Announcement> parse_announcement(const Napi::Value& value);
+std::shared_ptr<const Announcement> parse_announcement(const Napi::Value& value, bool is_on_cpu);
 
 // What a put of these layers and tokens calls when it has ended: announces it, then settles its promise.
 std::function<void(KvPutResult, std::unique_ptr<Error>)> settle_put(std::shared_ptr<ThreadPromise> promise, std::shared_ptr<const Announcement> announcement,

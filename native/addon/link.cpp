@@ -26,7 +26,7 @@ Napi::Value start_put(const Napi::CallbackInfo& info, LinkSender& sender) {
     put.src_pages = parse_tables(options.Get("srcPages"), options.Get("srcRank"), "srcPages");
     put.slot = int(to_integer(options.Get("slot"), "slot", 0));
     put.epoch = uint32_t(to_integer(options.Get("epoch"), "epoch", 0, UINT32_MAX));
-    const auto announcement = parse_announcement(options.Get("announce"));
+    const auto announcement = parse_announcement(options.Get("announce"), false);
     const auto promise = ThreadPromise::create(env);
     const Napi::Value result = promise->promise();
     const auto done = settle_put(promise, announcement, put.layers, put.tokens);

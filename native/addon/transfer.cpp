@@ -73,7 +73,7 @@ PutOptions parse_put_options(const Napi::Object& options) {
     put.gate = write_gate_of(pass.Get("gate"));
     put.pass = {put.gate.get(), int(to_integer(pass.Get("slot"), "slot", 0, put.gate->slots() - 1)), uint32_t(to_integer(pass.Get("epoch"), "epoch", 0, UINT32_MAX))};
   }
-  put.announcement = parse_announcement(options.Get("announce"));
+  put.announcement = parse_announcement(options.Get("announce"), put.src->device < 0 && put.dst->device < 0);
   return put;
 }
 

@@ -28,10 +28,12 @@ inline Napi::Value words_to_js(Napi::Env env, const std::vector<uint64_t>& words
   return array;
 }
 
-inline Napi::Value put_result_to_js(Napi::Env env, const KvPutResult& result) {
+// `placed_ns`: when the last byte was in place.
+inline Napi::Value put_result_to_js(Napi::Env env, const KvPutResult& result, int64_t placed_ns) {
   Napi::Object object = Napi::Object::New(env);
   object.Set("bytes", static_cast<double>(result.bytes));
   object.Set("wireBytes", static_cast<double>(result.wire_bytes));
+  object.Set("placedAt", static_cast<double>(placed_ns) / 1e3);
   object.Set("checksums", words_to_js(env, result.checksums));
   return object;
 }

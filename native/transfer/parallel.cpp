@@ -95,6 +95,16 @@ int transfer_threads() {
   return threads;
 }
 
+bool shares_few_cpus(int pid) {
+  constexpr int kFewCpus = 4;
+  if (transfer_threads() >= kFewCpus || pid <= 0) return false;
+  cpu_set_t own, other, common, all;
+  if (sched_getaffinity(0, sizeof(own), &own) != 0 || sched_getaffinity(pid, sizeof(other), &other) != 0) return false;
+  CPU_AND(&common, &own, &other);
+  CPU_OR(&all, &own, &other);
+  return CPU_COUNT(&common) > 0 && CPU_COUNT(&all) < kFewCpus;
+}
+
 void parallel_for(size_t count, int threads, const std::function<void(size_t)>& body) {
   threads = static_cast<int>(std::min<size_t>({count, static_cast<size_t>(std::max(threads, 1)), static_cast<size_t>(transfer_threads())}));
   if (threads <= 1) {

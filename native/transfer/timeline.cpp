@@ -16,6 +16,10 @@ std::vector<TimelineMark> marks;
 
 }  // namespace
 
+int64_t monotonic_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 void keep_timeline(bool keep) {
   const std::lock_guard lock(mutex);
   keeps = keep;
@@ -25,7 +29,7 @@ void keep_timeline(bool keep) {
 
 void mark_step(std::string_view step) {
   if (!keeps.load(std::memory_order_relaxed)) return;
-  const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  const int64_t now = monotonic_ns();
   const std::lock_guard lock(mutex);
   if (marks.size() < kMostMarks) marks.push_back({std::string(step), now});
 }

@@ -6,10 +6,13 @@
 
 namespace tpla {
 
+// CLOCK_MONOTONIC: the same in every process of the host, and in JavaScript's process.hrtime.
+int64_t monotonic_ns();
+
 // When the steps of hand-offs happened in this process, for benchmarks: kept only while somebody asked for it. Any thread.
 struct TimelineMark {
   std::string step;
-  int64_t at_ns;  // CLOCK_MONOTONIC, the same clock in every process of the host
+  int64_t at_ns;  // monotonic_ns()
 };
 
 void keep_timeline(bool keep);

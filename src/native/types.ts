@@ -423,6 +423,8 @@ export interface KvPutResult {
   bytes: number;
   /** What travelled: more than `bytes` where frames have headers and answers. */
   wireBytes: number;
+  /** When the last byte was in place: microseconds of the host's monotonic clock. */
+  placedAt: number;
   /**
    * Checksums of what was written: [logical destination page, from the first that `tokens` touch][copy], summed over the layers and tokens of
    * this call; parts of one page add modulo 2^64. tpla keeps one copy of a page per rank, the other forms keep one.

@@ -44,6 +44,8 @@ export interface Landing {
 export interface Placed {
   bytes: number;
   wireBytes: number;
+  /** When the last byte was there, as this process knows: microseconds of the host's monotonic clock. */
+  placedAt: number;
 }
 
 /** Part of a sequence: layers [begin, end) of tokens [begin, end). */

@@ -2,6 +2,7 @@
  * The other direction: prefill lends its pages, decode reads them. Decode's memory is open to nobody, so that no gate is needed: what is cut off
  * is simply not read any more. Between processes of one host, both with their pages in host memory or both on GPUs.
  */
+import { monotonicUs } from '../clock.js';
 import { TplaError } from '../errors.js';
 import { native } from '../native/loader.js';
 import type { KvArena, KvLayout, KvPutResult, KvRegion } from '../native/types.js';
@@ -105,7 +106,7 @@ export class PullReach implements Reach {
 
   async put(_source: KvArena, srcPages: Int32Array, credit: Credit, rectangle: Rectangle): Promise<Placed> {
     const bytes = await this.#ask(credit.session, { ...rectangle, pages: srcPages });
-    return { bytes, wireBytes: bytes };
+    return { bytes, wireBytes: bytes, placedAt: monotonicUs() };
   }
 
   close(): void {}

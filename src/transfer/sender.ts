@@ -329,7 +329,7 @@ class Session implements HandoffSession {
   readonly id: string;
   readonly granted: Promise<HandoffSession>;
   readonly aborted: AbortSignal;
-  readonly sent = { bytes: 0, wireBytes: 0 };
+  readonly sent = { bytes: 0, wireBytes: 0, placedAt: 0 };
   leaseMs: number | undefined;
   readonly #connection: Connection;
   readonly #tokens: [number, number];
@@ -373,9 +373,10 @@ class Session implements HandoffSession {
     }
     this.#firstPush ??= performance.now();
     try {
-      const { bytes, wireBytes } = await this.#connection.put(srcPages, this.#credit!, rectangle);
+      const { bytes, wireBytes, placedAt } = await this.#connection.put(srcPages, this.#credit!, rectangle);
       this.sent.bytes += bytes;
       this.sent.wireBytes += wireBytes;
+      this.sent.placedAt = Math.max(this.sent.placedAt, placedAt);
     } catch (thrown) {
       // Shut out at the gate: why is in the cancel message, which may still be on its way.
       throw this.#error ?? toTplaError(thrown);

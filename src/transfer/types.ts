@@ -107,8 +107,8 @@ export interface HandoffSession {
   readonly linkMemory?: LinkMemory | undefined;
   /** Of a path through UCX: the `transport/device` pairs that carry it, as UCX tells by now; none where the library does not tell. */
   linkTransports?(): string[];
-  /** What pushes have put in place so far, and what travelled for it. */
-  readonly sent: { bytes: number; wireBytes: number };
+  /** What pushes have put in place so far, what travelled for it, and when the last of it was there (microseconds of the host's monotonic clock). */
+  readonly sent: { bytes: number; wireBytes: number; placedAt: number };
   /** Pushes layers [begin, end) of tokens [begin, end); calls may overlap computing and one another. */
   push(layers: [number, number], tokens: [number, number], srcPages: Int32Array): Promise<void>;
   /** Sends results; resolves when all pushes have ended and decode has verified and accepted them. Nothing is pushed after it. */

@@ -1,7 +1,7 @@
 /** Prefill's end of a benchmark: it drives, and measures real hand-offs, so many at a time as the case says. */
 import { closeSync } from 'node:fs';
 import type { Logger } from 'pino';
-import { systemClock } from '../../clock.js';
+import { monotonicUs, systemClock } from '../../clock.js';
 import { TplaError } from '../../errors.js';
 import { native } from '../../native/loader.js';
 import type { KvArena, LinkMemory } from '../../native/types.js';
@@ -15,7 +15,7 @@ import { benchHandshake } from './handshake.js';
 import type { HandoffPath, OpenLink } from './path.js';
 import { handoffPath, openLink } from './paths.js';
 import { patternArena } from './pattern.js';
-import { monotonicUs, type HandoffTimeline } from './timeline.js';
+import type { HandoffTimeline } from './timeline.js';
 import { handoffRow, plainRow, type BenchRow, type HandoffRound, type HandoffSample } from './rows.js';
 
 const SEED = 20251;
@@ -160,18 +160,19 @@ async function handOff(ends: Ends): Promise<HandoffRound & { started: number }> 
   const ended = await Promise.all(opened.map(async ({ session, prepareUs }) => {
     const pushing = monotonicUs();
     const { posted, placed } = await pushAll(session, ends.rectangles, ends.pages);
-    const [put, committed] = await Promise.all([placed.then(monotonicUs), session.commit(nothingComputed(ends.what)).then(monotonicUs)]);
-    return { session, prepareUs, postUs: posted, pushing, put, committed };
+    const [committed] = await Promise.all([session.commit(nothingComputed(ends.what)).then(monotonicUs), placed]);
+    return { session, prepareUs, postUs: posted, pushing, committed };
   }));
   const samples: HandoffSample[] = [];
   for (const [request, { session, pushing, committed, prepareUs, postUs }] of ended.entries()) {
     const accepted = await ends.acceptedAt(request);
-    samples.push({ path: session.path, ...session.sent, prepareUs, postUs, latencyUs: committed - pushing, acceptedUs: accepted === null ? null : accepted - pushing });
+    const { bytes, wireBytes } = session.sent;
+    samples.push({ path: session.path, bytes, wireBytes, prepareUs, postUs, latencyUs: committed - pushing, acceptedUs: accepted === null ? null : accepted - pushing });
   }
-  return { started, samples, putUs: Math.max(...ended.map(({ put }) => put)) - started };
+  return { started, samples, putUs: Math.max(...ended.map(({ session }) => session.sent.placedAt)) - started };
 }
 
-/** Resolves when all pushes are handed over, with the microseconds that this took; `placed` when every byte is in place. */
+/** Resolves when all pushes are handed over, with the microseconds that this took; `placed` when prefill knows that every byte is in place. */
 async function pushAll(session: HandoffSession, rectangles: Rectangle[], pages: Int32Array): Promise<{ posted: number; placed: Promise<unknown> }> {
   const underWay = new Set<Promise<void>>();
   let posted = 0;

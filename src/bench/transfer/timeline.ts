@@ -3,9 +3,6 @@ import type { TimelineMark } from '../../native/types.js';
 import { table } from '../../report/table.js';
 import { median } from './statistics.js';
 
-/** Now, in microseconds of the clock that marks have. */
-export const monotonicUs = (): number => Number(process.hrtime.bigint()) / 1e3;
-
 export interface HandoffTimeline {
   /** Of the first push. */
   started: number;

@@ -47,7 +47,7 @@ export class FakeEngine {
 
 /** Decode's side of one hand-off. */
 export class FakeSession implements HandoffSession {
-  readonly sent = { bytes: 0, wireBytes: 0 };
+  readonly sent = { bytes: 0, wireBytes: 0, placedAt: 0 };
   readonly path = 'shm';
   readonly abort = new AbortController();
   readonly aborted = this.abort.signal;
