@@ -18,4 +18,10 @@ __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
   return packed;
 }
 
+__device__ __forceinline__ uint32_t pack_f16(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+
 }  // namespace tpla::cuda

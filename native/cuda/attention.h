@@ -65,7 +65,7 @@ struct MlaDecode {
   const int32_t* block_table = nullptr;    // [batch, block_table_stride], page numbers
   const int32_t* kv_lens = nullptr;        // [batch], including the query tokens; 0 gives zeros and lse = -inf
   const int32_t* q_indptr = nullptr;       // [batch + 1] offsets of query tokens; null: q_tokens for each sequence
-  void* out = nullptr;                     // bf16 [query tokens of the batch, heads, latent]
+  void* out = nullptr;                     // bf16 [query tokens of the batch, heads, latent]; begins at a multiple of 16 bytes
   float* lse = nullptr;                    // [query tokens of the batch, heads], natural logarithm; may be null
   const float* latent_scale = nullptr;     // mu, [heads]; null: 1. Applied to q_latent, rounded to bf16
   float softmax_scale = 1.0f;

@@ -34,6 +34,7 @@ struct DecodePlan {
   }
 
   int blocks() const { return row_tiles * slots; }
+  dim3 grid() const { return dim3(row_tiles, slots); }
   size_t workspace_bytes() const { return kArrivalBytes + align_up(partial_out_bytes) + align_up(partial_sum_bytes); }
 
   // The fields of a kernel's arguments that the plan decides.

@@ -71,13 +71,13 @@ int resident_blocks(const void* function, int threads, int shared_bytes) {
   return blocks;
 }
 
-void launch_cooperative(const void* function, int blocks, int threads, int shared_bytes, void** parameters, Stream stream) {
+void launch_cooperative(const void* function, dim3 blocks, int threads, int shared_bytes, void** parameters, Stream stream) {
   prepare_kernel(function, shared_bytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
+  config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;

@@ -33,6 +33,6 @@ void prepare_kernel(const void* function, int shared_bytes);
 int resident_blocks(const void* function, int threads, int shared_bytes);
 
 // All blocks resident at the same time, or an error.
-void launch_cooperative(const void* function, int blocks, int threads, int shared_bytes, void** parameters, Stream stream);
+void launch_cooperative(const void* function, dim3 blocks, int threads, int shared_bytes, void** parameters, Stream stream);
 
 }  // namespace tpla::cuda

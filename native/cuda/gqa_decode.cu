@@ -85,7 +85,7 @@ void gqa_decode(const GqaDecode& call, Stream stream) {
   args.logits = logit_args(call.variants, call.softmax_scale);
   decode.bind(args, call.workspace);
   void* parameters[] = {&args};
-  launch_cooperative(decode.kernel.function, decode.blocks(), decode.kernel.threads, decode.kernel.shared_bytes, parameters, stream);
+  launch_cooperative(decode.kernel.function, decode.grid(), decode.kernel.threads, decode.kernel.shared_bytes, parameters, stream);
 }
 
 }  // namespace tpla::cuda

@@ -63,6 +63,7 @@ void validate(const MlaDecode& call) {
   expect(call.page_size >= 16 && call.page_size % 16 == 0 && call.page_size <= 1024,
          "page_size must be a multiple of 16 from 16 to 1024; got " + std::to_string(call.page_size));
   expect(call.page_stride % 16 == 0 && reinterpret_cast<uintptr_t>(call.kv) % 16 == 0, "pages must begin at multiples of 16 bytes");
+  expect(reinterpret_cast<uintptr_t>(call.out) % 16 == 0, "out must begin at a multiple of 16 bytes");
   expect(call.softmax_scale > 0.0f, "softmax_scale must be positive");
   validate_variants(call.variants, "MLA decode");
 }
@@ -133,7 +134,7 @@ void mla_decode(const MlaDecode& call, Stream stream) {
     parameters[count++] = &run_map;
   }
   parameters[count++] = &args;
-  launch_cooperative(decode.kernel.function, decode.blocks(), decode.kernel.threads, decode.kernel.shared_bytes, parameters, stream);
+  launch_cooperative(decode.kernel.function, decode.grid(), decode.kernel.threads, decode.kernel.shared_bytes, parameters, stream);
 }
 
 }  // namespace tpla::cuda

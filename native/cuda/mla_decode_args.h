@@ -21,7 +21,7 @@ struct LogitArgs {
 
 constexpr int kNoWindow = 1 << 30;
 
-// Blocks of the launch form row_tiles × slots: block = slot · row_tiles + row tile. Blocks of one slot read the same tokens at
+// Blocks of the launch form a grid of row_tiles × slots. Blocks of one slot read the same tokens at
 // about the same time, so that all but the first of them find the tokens in L2. Of a chunk of many query tokens, whose rows are more than
 // row_tiles blocks take, `stacked` items of row_tiles row tiles each are scheduled like sequences of their own.
 struct MlaDecodeArgs {

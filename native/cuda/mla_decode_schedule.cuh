@@ -15,7 +15,7 @@ namespace tpla::cuda {
 struct DecodeShare {
   int parts;  // aligned: parts of the one sequence; 0: stream
   int part;
-  int unit_begin;
+  int unit_begin;  // aligned: tiles of the part
   int unit_end;
   int units;  // per slot
   int sequence;        // first item that may reach into the share
@@ -26,13 +26,18 @@ struct DecodeShare {
 template <int kBlockRows, int kOverhead, class Logits = PlainLogits, class Args = MlaDecodeArgs>
 struct DecodeSchedule {
   static constexpr int kMinUnits = 2;
+  static constexpr int kPlannedItems = 256;  // more get the stream cut
+  static constexpr int kSplitCost = kOverhead > 1 ? 6 : 4;  // tiles that the second piece of a stream share is worth
+  static constexpr int kCuts = kSplitCost + 2;              // lengths of the longest part that the aligned cut tries
+  static constexpr int kGroups = kPlannedItems / 32;
+  static constexpr int kPlanInts = kPlannedItems + kGroups + kCuts * kGroups;
   static constexpr bool kStacks = Args::kStacks && Logits::kStacks;
 
   const Args& args;
   int row_tile;
   int slot;
 
-  __device__ explicit DecodeSchedule(const Args& a) : args(a), row_tile(blockIdx.x % a.row_tiles), slot(blockIdx.x / a.row_tiles) {}
+  __device__ explicit DecodeSchedule(const Args& a) : args(a), row_tile(blockIdx.x), slot(blockIdx.y) {}
 
   __device__ int query_tokens(int sequence) const {
     return args.q_indptr ? args.q_indptr[args.sequence_of(sequence) + 1] - args.q_indptr[args.sequence_of(sequence)] : args.q_tokens;
@@ -73,12 +78,12 @@ struct DecodeSchedule {
     return tiles(item) + kOverhead;
   }
 
-  // All threads of the block call this; `scratch` holds 34 ints. Ends with a barrier.
-  __device__ DecodeShare share(int* scratch) const {
+  // All threads of the block call this. `scratch` holds 34 ints, `workspace` kPlanInts, which are free again afterwards. Ends with a barrier.
+  __device__ DecodeShare share(int* scratch, int* workspace) const {
     static_assert(sizeof(DecodeShare) <= 34 * sizeof(int));
-    if (items() > kWarpBatch) return share_of_many(scratch);
+    if (items() > kPlannedItems) return share_of_many(scratch);
     DecodeShare* result = reinterpret_cast<DecodeShare*>(scratch);
-    if (threadIdx.x < 32) plan(*result);
+    plan(*result, workspace);
     __syncthreads();
     return *result;
   }
@@ -87,9 +92,8 @@ struct DecodeSchedule {
   __device__ bool next(DecodeShare& share, DecodePiece& piece) const {
     if (share.parts > 0) {
       if (share.part == share.parts) return false;
-      const int count = tiles(share.sequence);
-      piece.tile_begin = static_cast<unsigned>(count) * share.part / share.parts;
-      piece.tile_end = static_cast<unsigned>(count) * (share.part + 1) / share.parts;
+      piece.tile_begin = share.unit_begin;
+      piece.tile_end = share.unit_end;
       piece.participants = share.parts;
       piece.participant = share.part;
       describe(share.sequence, piece);
@@ -137,9 +141,6 @@ struct DecodeSchedule {
   __device__ int arrival_index(const DecodePiece& piece) const { return (slot - piece.participant) * args.row_tiles + row_tile; }
 
  private:
-  static constexpr int kWarpBatch = 256;  // that one warp plans
-  static constexpr int kSplitCost = kOverhead > 1 ? 6 : 4;  // tiles that the second piece of a stream share is worth
-
   __device__ void describe(int item, DecodePiece& piece) const {
     const int sequence = sequence_of(item);
     piece.sequence = sequence;
@@ -150,78 +151,85 @@ struct DecodeSchedule {
     piece.rows = piece.q_tokens * args.heads;
   }
 
-  // One warp, for short batches: a lane has every 32nd sequence. The code is short because every launch fetches it cold.
-  __device__ void plan(DecodeShare& result) const {
-    constexpr int kRounds = kWarpBatch / 32;
-    const int lane = threadIdx.x;
-    int units[kRounds], total = 0;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      units[i] = lane + i * 32 < items() ? cost(lane + i * 32) : 0;
-      total += units[i];
+  // Items in groups of 32, one a lane. Short code, no loop unrolled: every launch fetches it cold, which takes longer than to run it.
+  __device__ void plan(DecodeShare& result, int* workspace) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int count = items(), groups = (count + 31) / 32;
+    int* units = workspace;                     // [item]
+    int* group_units = units + kPlannedItems;   // [group]
+    int* group_slots = group_units + kGroups;   // [cut][group]
+#pragma unroll 1
+    for (int group = warp; group < groups; group += warps) {
+      const int item = group * 32 + lane, own = item < count ? cost(item) : 0;
+      units[item] = own;
+      const int sum = __reduce_add_sync(~0u, own);
+      if (lane == 0) group_units[group] = sum;
     }
-    total = __reduce_add_sync(~0u, total);
-    int stream_units = max((total + args.slots - 1) / args.slots, kMinUnits);
-    const int most = items() <= args.slots ? longest_part(units, stream_units) : 0;
-    if (items() > args.slots) stream_units = whole_sequences(units, stream_units);
+    __syncthreads();
+    const int total = __reduce_add_sync(~0u, lane < groups ? group_units[lane] : 0);
+    int stream_units = max(static_cast<int>(static_cast<unsigned>(total + args.slots - 1) / args.slots), kMinUnits);
+
+    // Aligned, where there is a slot for each: the longest part is as short as the number of slots allows, if that is at most kSplitCost tiles longer
+    // than what the stream cut gives. No part can be shorter than an even share without overhead.
+    const bool may_align = count <= args.slots;
+    const int shortest = max(stream_units - kOverhead - 1, 1), cuts = stream_units - kOverhead + kSplitCost - shortest + 1;
+#pragma unroll 1
+    for (int i = warp; i < groups * kCuts && may_align; i += warps) {
+      const int group = i / kCuts, cut = i % kCuts;
+      const int slots = __reduce_add_sync(~0u, parts_of(units[group * 32 + lane], shortest + cut));
+      if (lane == 0) group_slots[cut * kGroups + group] = slots;
+    }
+    __syncthreads();
+    int most = 0, length_of_all = total;
+    const int* group_lengths = group_units;
+    if (may_align) {
+      int slots = 0;
+#pragma unroll 1
+      for (int group = 0; group < groups; ++group) slots += group_slots[lane % kCuts * kGroups + group];
+      const unsigned enough = __ballot_sync(~0u, lane < cuts && slots <= args.slots);
+      if (enough) {
+        const int cut = __ffs(enough) - 1;
+        most = shortest + cut;
+        length_of_all = __shfl_sync(~0u, slots, cut);
+        group_lengths = group_slots + cut * kGroups;
+      }
+    } else {
+      stream_units = whole_sequences(units, stream_units);
+    }
 
     // Aligned: which sequence, in parts, this slot falls into. Stream: which sequence, in units, the share begins in.
     const int position = most > 0 ? slot : slot * stream_units;
-    if (lane == 0) result = {most > 0, most > 0, position, min(position + stream_units, total), stream_units, items(), 0};
-    __syncwarp();
-    int before = 0;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      if (i * 32 >= items()) break;
-      const int length = most > 0 ? parts_of(units[i], most) : units[i];
+    if (position >= length_of_all && threadIdx.x == 0) result = {most > 0, most > 0, position, position, stream_units, count, 0};
+#pragma unroll 1
+    for (int group = warp; group < groups; group += warps) {
+      const int item = group * 32 + lane;
+      const int length = most > 0 ? parts_of(units[item], most) : units[item];
       int inclusive = length;
 #pragma unroll
       for (int d = 1; d < 32; d *= 2) {
         const int other = __shfl_up_sync(~0u, inclusive, d);
         if (lane >= d) inclusive += other;
       }
-      const int first = before + inclusive - length;
-      if (first <= position && position < first + length) {
-        if (most > 0) {
-          result.parts = length;
-          result.part = position - first;
-        }
-        result.sequence = lane + i * 32;
-        result.sequence_begin = first;
+      const int first = __reduce_add_sync(~0u, lane < group ? group_lengths[lane] : 0) + inclusive - length;
+      if (position < first || position >= first + length) continue;
+      if (most > 0) {
+        const unsigned tiles = units[item] - kOverhead, part = position - first;
+        result = {length, static_cast<int>(part), static_cast<int>(tiles * part / length), static_cast<int>(tiles * (part + 1) / length), stream_units, item, first};
+      } else {
+        result = {0, 0, position, min(position + stream_units, total), stream_units, item, first};
       }
-      before += __shfl_sync(~0u, inclusive, 31);
     }
   }
 
   // Parts of a sequence when none may exceed `most` tiles.
   __device__ static int parts_of(int units, int most) { return units == 0 ? 0 : max(1, static_cast<int>(static_cast<unsigned>(units - kOverhead + most - 1) / most)); }
 
-  // Length of the longest part when it is as short as the number of slots allows; 0 if the stream cut ends earlier even with what it loses.
-  template <int kRounds>
-  __device__ int longest_part(const int (&units)[kRounds], int stream_units) const {
-    // No part can be shorter than an even share without overhead.
-    const int shortest = max(stream_units - kOverhead - 1, 1), longest = stream_units - kOverhead + kSplitCost;
-#pragma unroll 1
-    for (int most = shortest; most <= longest; ++most) {
-      int slots = 0;
-#pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
-        if (i * 32 >= items()) break;
-        slots += parts_of(units[i], most);
-      }
-      if (static_cast<int>(__reduce_add_sync(~0u, slots)) <= args.slots) return most;
-    }
-    return 0;
-  }
-
-  // Share of a stream cut that, where all sequences are equally long, holds whole ones if that costs less than splitting two.
-  template <int kRounds>
-  __device__ int whole_sequences(const int (&units)[kRounds], int stream_units) const {
-    const int lane = threadIdx.x;
-    const int length = __shfl_sync(~0u, units[0], 0);
+  // Share of a stream cut that, where all sequences are equally long, holds whole ones if that costs less than splitting two. By one warp.
+  __device__ int whole_sequences(const int* units, int stream_units) const {
+    const int length = units[0];
     bool equal = length > 0;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) equal &= lane + i * 32 >= items() || units[i] == length;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < items(); i += 32) equal &= units[i] == length;
     if (!__all_sync(~0u, equal)) return stream_units;
     const int whole = (stream_units + length - 1) / length * length;
     return whole - stream_units <= 2 * kSplitCost ? whole : stream_units;

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2) sm80_gqa_decode(const __grid_cons
   const DecodeSchedule<kRows, Shape::kOverhead, Logits, GqaDecodeArgs> schedule(args);
   const int row0 = schedule.row_tile * kRows;
   const int thread_row = row_group * 16 + lane / 4;  // and + 8; within the row tile
-  DecodeShare share = schedule.share(plan_scratch);
+  DecodeShare share = schedule.share(plan_scratch, reinterpret_cast<int*>(shared));
   DecodePiece piece;
   int splits = 0;
 

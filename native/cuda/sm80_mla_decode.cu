@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm80_mla_decode(const __grid_cons
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const DecodeSchedule<kRows, kOverhead, Logits> schedule(args);
-  DecodeShare share = schedule.share(plan_scratch);
+  DecodeShare share = schedule.share(plan_scratch, reinterpret_cast<int*>(query));
   DecodePiece piece;
   int splits = 0;
 

@@ -584,7 +584,7 @@ __global__ void __launch_bounds__(384, (Fp8Shape<kLatent, kRows>::kBlocks)) sm90
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
   if (threadIdx.x / 32 == 1) shared.ring.init(2);  // warpgroups
   if (threadIdx.x / 32 == 2) prefetch_block_table(args);
-  const DecodeShare share = schedule.share(plan_scratch);  // its barriers also publish the mbarriers
+  const DecodeShare share = schedule.share(plan_scratch, reinterpret_cast<int*>(shared.query));  // its barriers also publish the mbarriers
 
   if (threadIdx.x < 128) {
     registers_shrink<Shape::kFeedRegisters>();

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(384, 1)
   if (threadIdx.x / 32 == 2) prefetch_block_table(args);
   if (threadIdx.x == 96) tma_prefetch_map(kv_map);
   if (threadIdx.x >= 128 && threadIdx.x < 130) mbarrier_init(smem_address(barriers) + (ring.kBarriers + threadIdx.x - 128) * 8, 128);
-  DecodeShare share = schedule.share(plan_scratch);  // its barriers also publish the mbarriers
+  DecodeShare share = schedule.share(plan_scratch, reinterpret_cast<int*>(query));  // its barriers also publish the mbarriers
   DecodePiece piece;
 
   if (threadIdx.x < 128) {

@@ -30,11 +30,14 @@ struct SharedShape {
   static constexpr int kQueryBytes = kChunks * kChunkBytes;
   static constexpr int kProbBytes = kChunkBytes;
   static constexpr int kScratchBytes = 2048;
+  static constexpr int kRowValueBytes = 1024;
+  static constexpr int kStagedRowBytes = 512 + 16;  // half a row; rows lie in different banks
   static constexpr int kSharedBytes = kSharedAlignment + kBuffers * kChunks * kChunkBytes + kQueryBytes + kProbBytes + kScratchBytes;
   static constexpr int kOverhead = 1;
   static constexpr int kThreads = 384;
 };
 static_assert(SharedShape::kSharedBytes <= kSharedMemoryPerBlock);
+static_assert(SharedShape::kRowValueBytes + 2 * 64 * SharedShape::kStagedRowBytes <= SharedShape::kQueryBytes);
 
 // Two tile buffers of five parts: the rope chunk, then two runs of chunks of each half. A buffer is waited for by one warpgroup, for all its
 // uses in turn, so that one `full` barrier a part will do (compare ChunkRing).
@@ -87,6 +90,19 @@ __device__ __forceinline__ uint32_t fragment_address(uint32_t tile, int warp, in
   return tile + row * 128 + ((unit ^ (row & 7)) << 4);
 }
 
+// Largest magnitude of each of this thread's two rows.
+template <int kCount>
+__device__ __forceinline__ void row_tops(const float (&values)[kCount], float (&tops)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    tops[h] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kCount / 4; ++n) tops[h] = fmaxf(tops[h], fmaxf(fabsf(values[n * 4 + h * 2]), fabsf(values[n * 4 + h * 2 + 1])));
+    tops[h] = fmaxf(tops[h], __shfl_xor_sync(~0u, tops[h], 1));
+    tops[h] = fmaxf(tops[h], __shfl_xor_sync(~0u, tops[h], 2));
+  }
+}
+
 template <class Logits>
 __global__ void __launch_bounds__(384, 1)
     sm90_mla_decode_shared(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ CUtensorMap run_map, const __grid_constant__ MlaDecodeArgs args) {
@@ -104,18 +120,17 @@ __global__ void __launch_bounds__(384, 1)
   DecodePiece* split = reinterpret_cast<DecodePiece*>(scratch + 144);
   uint64_t* barriers = reinterpret_cast<uint64_t*>(scratch + 256);
   float* references = reinterpret_cast<float*>(scratch + 768);  // [2 tiles][64 rows]
-  float* row_sums = reinterpret_cast<float*>(scratch + 1280);   // [2 warpgroups][64 rows]
 
   const SharedRing ring{smem_address(ring_data), smem_address(barriers)};
   const DecodeSchedule<kRows, Shape::kOverhead, Logits> schedule(args);
 
   if (threadIdx.x / 32 == 1) ring.init();
-  if (threadIdx.x / 32 == 2) prefetch_block_table(args);
   if (threadIdx.x == 96) {
     tma_prefetch_map(kv_map);
     tma_prefetch_map(run_map);
   }
-  DecodeShare share = schedule.share(plan_scratch);
+  if (threadIdx.x / 32 == 2) prefetch_block_table(args);
+  DecodeShare share = schedule.share(plan_scratch, reinterpret_cast<int*>(query));
   DecodePiece piece;
 
   if (threadIdx.x < 128) {
@@ -231,6 +246,7 @@ __global__ void __launch_bounds__(384, 1)
         const uint32_t values = ring.chunk(buffer, half_position);
         const int valid = piece.kv_len - (piece.tile_begin + t) * kTokenTile;
         if (valid < kTokenTile) {
+#pragma unroll 1
           for (int c = 0; c < 4; ++c) zero_chunk_tail<128>(values + c * kChunkBytes, valid, in_group);
           fence_async_proxy();
           named_barrier_sync(group_barrier, 128);
@@ -349,53 +365,71 @@ __global__ void __launch_bounds__(384, 1)
       uses[0] += pairs;
       uses[1] += tiles / 2;
 
-      float sums[2] = {softmax.row_sum(0), softmax.row_sum(1)};
+      // Sums, and for parts the largest values, over both warpgroups; nobody reads this query any more.
+      const bool is_split = piece.participants > 1;
+      float2* row_values = reinterpret_cast<float2*>(query);  // [2 warpgroups][64 rows]
+      float sums[2] = {softmax.row_sum(0), softmax.row_sum(1)}, tops[2] = {0.0f, 0.0f};
+      if (is_split) row_tops(out, tops);
       if (lane % 4 == 0) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) row_sums[group * 64 + thread_row + h * 8] = sums[h];
+        for (int h = 0; h < 2; ++h) row_values[group * 64 + thread_row + h * 8] = make_float2(sums[h], tops[h]);
       }
       named_barrier_sync(kConsumerBarrier, kConsumers);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) sums[h] = row_sums[thread_row + h * 8] + row_sums[64 + thread_row + h * 8];
+      for (int h = 0; h < 2; ++h) {
+        const float2 left = row_values[thread_row + h * 8], right = row_values[64 + thread_row + h * 8];
+        sums[h] = left.x + right.x;
+        tops[h] = fmaxf(left.y, right.y);
+      }
 
-      const bool is_split = piece.participants > 1;
-      const int part = schedule.partial_index(piece, piece.participant);
+      // Each warp's rows go out from shared memory, where nobody reads this query any more, in whole lines.
       const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + row0;
       const int rows = min(piece.rows - row0, kRows);
-      const int thread_offset = thread_row * kLatent + group * 256 + (lane % 4) * 2;
-      float* partial = args.partial_out + static_cast<int64_t>(part) * kRows * kLatent + thread_offset;
-      __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
+      const int part = schedule.partial_index(piece, piece.participant);
+      const uint32_t staged = smem_address(query) + Shape::kRowValueBytes + (group * 4 + warp) * 16 * Shape::kStagedRowBytes;
+      const uint32_t lane_address = staged + lane % 16 * Shape::kStagedRowBytes + lane / 16 * 16;
+      float scale[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = thread_row + h * 8;
-        if (row >= rows) continue;
+        const bool reports = group == 0 && lane % 4 == 0 && row < rows;
         if (is_split) {
-#pragma unroll
-          for (int n = 0; n < 32; ++n) *reinterpret_cast<float2*>(partial + h * 8 * kLatent + n * 8) = make_float2(out[n * 4 + h * 2], out[n * 4 + h * 2 + 1]);
-          if (group == 0 && lane % 4 == 0) args.partial_sum[part * kRows + row] = make_float2(softmax.maximum[h], sums[h]);
+          const int exponent = part_exponent(tops[h]);
+          scale[h] = power_of_two(-exponent);
+          if (reports) args.partial_sum[part * kRows + row] = make_float2(softmax.maximum[h] + exponent, sums[h] * scale[h]);
         } else {
-          const float inverse = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
-#pragma unroll
-          for (int n = 0; n < 32; ++n) {
-            *reinterpret_cast<uint32_t*>(final_out + h * 8 * kLatent + n * 8) = pack_bf16(out[n * 4 + h * 2] * inverse, out[n * 4 + h * 2 + 1] * inverse);
-          }
-          if (args.lse && group == 0 && lane % 4 == 0) {
-            args.lse[out_row0 + row] = sums[h] > 0.0f ? (softmax.maximum[h] + log2f(sums[h])) * 0.6931471805599453f : -INFINITY;
-          }
+          scale[h] = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
+          if (reports && args.lse) args.lse[out_row0 + row] = sums[h] > 0.0f ? (softmax.maximum[h] + log2f(sums[h])) * 0.6931471805599453f : -INFINITY;
         }
+      }
+      scale_rows(out, scale);
+      const auto stage = [&](auto pack) {
+#pragma unroll
+        for (int k = 0; k < 16; ++k) {
+          const float* v = out + k * 8;
+          stmatrix_x4(lane_address + k * 32, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+        }
+      };
+      if (is_split) stage([](float lo, float hi) { return pack_f16(lo, hi); });
+      else stage([](float lo, float hi) { return pack_bf16(lo, hi); });
+      __syncwarp();
+      const int64_t to_row = is_split ? static_cast<int64_t>(part) * kRows : out_row0;
+      uint4* to = static_cast<uint4*>(is_split ? static_cast<void*>(args.partial_out) : args.out) + (to_row + warp * 16) * (kLatent / 8) + group * 32 + lane;
+#pragma unroll 4
+      for (int i = 0; i < 16; ++i) {
+        if (warp * 16 + i < rows) to[i * (kLatent / 8)] = load_shared_16(staged + i * Shape::kStagedRowBytes + lane * 16);
       }
       if (is_split) {
         if (thread == 0) split[splits] = piece;
         ++splits;
-        __threadfence();
       }
-      named_barrier_sync(kConsumerBarrier, kConsumers);  // also: nobody reads this query any more
+      named_barrier_sync(kConsumerBarrier, kConsumers);
       if (is_split && thread == 0) publish_part(args.arrivals + schedule.arrival_index(piece));
     }
 
     const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
     for (int i = 0; i < splits; ++i) {
-      combine_parts<kLatent, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
+      combine_parts<kLatent, kConsumers, __half>(args, schedule, split[i], ring_data, thread, barrier);
     }
   }
 }

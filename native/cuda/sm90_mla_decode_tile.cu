@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(384, 1)
   if (threadIdx.x / 32 == 1) ring.init(kSplitRows ? 8 : 4);
   if (threadIdx.x / 32 == 2) prefetch_block_table(args);
   if (threadIdx.x == 96) tma_prefetch_map(kv_map);
-  DecodeShare share = schedule.share(plan_scratch);
+  DecodeShare share = schedule.share(plan_scratch, reinterpret_cast<int*>(query));
   DecodePiece piece;
 
   if (threadIdx.x < 128) {
