@@ -95,13 +95,20 @@ Napi::Value put(const Napi::CallbackInfo& info) {
   });
 }
 
+void expect_puts(const Napi::CallbackInfo& info) {
+  guarded(info.Env(), [&] {
+    const auto src = kv_region_of(info[0]);
+    const auto dst = kv_region_of(info[1]);
+#ifdef TPLA_WITH_CUDA
+    if (src->device >= 0 && dst->device >= 0) cuda::prepare_device_puts(src, dst);
+#endif
+  });
+}
+
 // prepareKvPut(options) → put(srcPages, firstLayer, endLayer, firstToken, endToken)
 Napi::Value prepare_put(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const auto options = std::make_shared<const PutOptions>(parse_put_options(to_object(info[0], "put")));
-#ifdef TPLA_WITH_CUDA
-    if (options->src->device >= 0 && options->dst->device >= 0) cuda::prepare_device_puts(options->src, options->dst);
-#endif
     return Napi::Function::New(info.Env(), [options](const Napi::CallbackInfo& call) {
       return guarded(call.Env(), [&]() -> Napi::Value {
         mark_step("put asked for");
@@ -202,6 +209,7 @@ void start_checksum(TaskQueue& queue, std::shared_ptr<const KvRegion> region, Pa
 void export_transfer(Napi::Env env, Napi::Object exports) {
   exports.Set("mapKvRegion", Napi::Function::New(env, map_region, "mapKvRegion"));
   exports.Set("kvPut", Napi::Function::New(env, put, "kvPut"));
+  exports.Set("expectKvPuts", Napi::Function::New(env, expect_puts, "expectKvPuts"));
   exports.Set("prepareKvPut", Napi::Function::New(env, prepare_put, "prepareKvPut"));
   exports.Set("kvChecksum", Napi::Function::New(env, checksum, "kvChecksum"));
   exports.Set("kvCopyPage", Napi::Function::New(env, copy_page, "kvCopyPage"));

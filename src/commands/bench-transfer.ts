@@ -1,11 +1,11 @@
 import { writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { Flags } from '@oclif/core';
-import { expand, expandStorage, inGroupsOf, MODELS, STORAGE_DIRECTIONS, wholeInGroups, type BenchCase, type KvShape, type ModelName } from '../bench/transfer/cases.js';
+import { expand, expandStorage, inGroupsOf, MODELS, STORAGE_DIRECTIONS, type BenchCase, type KvShape, type ModelName } from '../bench/transfer/cases.js';
 import { collationCases, collationTable } from '../bench/transfer/collation.js';
 import { benchTransfer, benchTransferBesidePrefill, serveBench, type BenchOptions } from '../bench/transfer/command.js';
 import { overlapTable, type OverlapRow } from '../bench/transfer/overlap.js';
-import { availablePaths, BENCH_PATHS, isByGpu, isHandoff } from '../bench/transfer/paths.js';
+import { availablePaths, BENCH_PATHS, isHandoff, wholeInGroups } from '../bench/transfer/paths.js';
 import { plotOf, tableOf, toCsv, type BenchRow } from '../bench/transfer/rows.js';
 import { timelineTable } from '../bench/transfer/timeline.js';
 import { BaseCommand } from '../cli/base_command.js';
@@ -56,7 +56,7 @@ without a hand-off decode has the prompt.`;
     'target-page-tokens': Flags.string({ description: "tokens of decode's pages; list; default as prefill's" }),
     dtype: Flags.string({ default: 'bf16', description: "prefill's KV: f32, bf16, fp8; list" }),
     'target-dtype': Flags.string({ description: "decode's KV; list; default as prefill's" }),
-    'layers-per-push': Flags.string({ description: 'layers that one call covers; list; default as prefill pushes what it need not compute: groups that shrink where a GPU moves them, else all' }),
+    'layers-per-push': Flags.string({ description: 'layers that one call covers; list; default as prefill pushes what it need not compute: groups that shrink between GPUs, quarters over PCIe, else all' }),
     'tokens-per-push': Flags.string({ description: 'tokens that one call covers; list; default all' }),
     'in-flight': Flags.string({ description: 'requests under way at a time, each into pages of its own; list; default 1' }),
     directory: Flags.string({ description: 'where nvme keeps its files while it runs; default the temporary directory' }),
@@ -151,7 +151,7 @@ function casesOf(flags: CaseFlags): BenchCase[] {
   checkStorageFlags(flags, handoffs.length > 0, hasStorage);
   if (flags.preset === 'collation') {
     const [count] = layersPerPush;
-    return collationCases(paths, shape, tokens[0]!, (path, target) => (count === undefined ? wholeInGroups(isByGpu(path), target, tokens[0]!) : inGroupsOf(count, shape.layers)));
+    return collationCases(paths, shape, tokens[0]!, (path, target) => (count === undefined ? wholeInGroups(path, target, tokens[0]!) : inGroupsOf(count, shape.layers)));
   }
   const directions = words(flags.direction);
   const of = (known: readonly string[], otherwise: string[]) => (directions.length === 0 ? otherwise : directions.filter((direction) => known.includes(direction)));
@@ -165,7 +165,7 @@ function casesOf(flags: CaseFlags): BenchCase[] {
     shape, paths: handoffs, directions: of(DIRECTIONS, ['push']), tokens, views: words(flags.view),
     pageTokens, targetPageTokens: numbers('target-page-tokens', flags['target-page-tokens']),
     dtypes, targetDTypes: words(flags['target-dtype']),
-    layersPerPush, tokensPerPush: numbers('tokens-per-push', flags['tokens-per-push']), inFlight: numbersOr(1, 'in-flight', flags['in-flight']), isByGpu,
+    layersPerPush, tokensPerPush: numbers('tokens-per-push', flags['tokens-per-push']), inFlight: numbersOr(1, 'in-flight', flags['in-flight']), wholeInGroups,
   }), ...storage];
 }
 

@@ -545,6 +545,8 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   mapKvRegion(layout: KvLayout, pages: number, fds: number[]): KvRegion;
   /** Gathers, reshards and converts pages from one region into another. */
   kvPut(put: KvPut): Promise<KvPutResult>;
+  /** Puts between these will follow soon: where a GPU makes them, what they need is made, and the thread that launches them woken. */
+  expectKvPuts(src: KvRegion | KvArena, dst: KvRegion | KvArena): void;
   /** What the puts of one hand-off have in common, taken over once: each then costs its caller a few microseconds. */
   prepareKvPut(common: Omit<KvPut, 'layers' | 'tokens' | 'srcPages'>): PreparedKvPut;
   /** The same checksums computed over what `region` holds. */

@@ -64,6 +64,10 @@ export class CudaReach implements Reach {
     this.#pinnedSource = isOnGpu(source) ? null : addon.pinKvRegion(source, device);
   }
 
+  expect(source: KvArena): void {
+    native().expectKvPuts(this.#pinnedSource ?? source, this.#region);
+  }
+
   prepare(source: KvArena, credit: Credit, channel: Channel): PreparedKvPut {
     const put = native().prepareKvPut({
       src: this.#pinnedSource ?? source, dst: this.#region, dstPages: credit.pages, dstRank: credit.rank,

@@ -59,6 +59,8 @@ export interface Reach {
   readonly path: TransferPath;
   /** Of a link between hosts: where its rows leave from. */
   readonly memory?: LinkMemory | undefined;
+  /** A session is being opened. */
+  expect?(source: KvArena): void;
   /** Puts of this credit will follow: what they have in common can be made ready. */
   prepare?(source: KvArena, credit: Credit, channel: Channel): void;
   /** Of a link through a library: the `transport/device` pairs that carry it, as the library tells by now. */

@@ -161,6 +161,7 @@ class Connection {
     const session = new Session(this, ticket);
     this.#sessions.set(ticket.session, session);
     this.send({ type: 'open', session: ticket.session, path: this.path });
+    this.#reach!.expect?.(this.#arena);
     return session.granted;
   }
 

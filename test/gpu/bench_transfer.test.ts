@@ -9,8 +9,10 @@ import { tpla } from '../support/cli.js';
 const test = suite('bench-transfer on the GPU');
 const SMALL = ['--layers', '4', '--tokens', '700', '--iterations', '3', '--warmup', '1', '--json'];
 
-async function handoffs(...args: string[]): Promise<BenchRow[]> {
-  const { status, stdout, stderr } = await tpla(['bench-transfer', ...SMALL, ...args]);
+const handoffs = (...args: string[]) => bench([...SMALL, ...args]);
+
+async function bench(args: string[]): Promise<BenchRow[]> {
+  const { status, stdout, stderr } = await tpla(['bench-transfer', ...args]);
   assert.is(status, 0, stderr);
   return (JSON.parse(stdout) as { rows: BenchRow[] }).rows.filter(({ path }) => !path.startsWith('plain-'));
 }
@@ -22,6 +24,28 @@ test('two processes on one GPU hand KV over in every view and precision, pushed 
     assert.is(row.path, 'same-gpu');
     assert.ok(row.verified && row.gb_per_s > 0, JSON.stringify(row));
   }
+});
+
+test('two GPUs of one host hand KV over by descriptors and by IPC', async () => {
+  const missing = BENCH_PATHS['cuda-fd']!.missing();
+  if (missing !== null) return console.log(`not run: ${missing}`);
+  const rows = await handoffs('--path', 'cuda-fd,cuda-ipc', '--direction', 'push,pull', '--page-tokens', '16', '--target-page-tokens', '64', '--view', 'mla,tpla2+64,tpla2+0/64/512,dcp2', '--target-dtype', 'bf16,fp8');
+  assert.is(rows.length, 2 * 2 * 4 * 2);
+  for (const row of rows) {
+    assert.is(row.path, row.setup);
+    assert.ok(row.verified && row.gb_per_s > 0, JSON.stringify(row));
+  }
+});
+
+test('several requests under way on a GPU land in pages of their own', async () => {
+  const rows = await handoffs('--path', 'same-gpu', '--page-tokens', '16', '--in-flight', '3', '--layers-per-push', '1,4');
+  assert.equal(rows.map(({ in_flight, layers_per_push, verified }) => [in_flight, layers_per_push, verified]), [[3, 1, true], [3, 4, true]]);
+});
+
+test('a prompt large enough is pushed in groups that shrink', async () => {
+  const [row] = await bench(['--path', 'same-gpu', '--layers', '30', '--tokens', '5000', '--iterations', '2', '--warmup', '1', '--json']);
+  assert.is(row!.layers_per_push, '23+6+1');
+  assert.ok(row!.verified);
 });
 
 test('GPU and host memory hand KV over in both directions', async () => {

@@ -3,7 +3,6 @@ import { TplaError } from '../../errors.js';
 import { STORAGE_ENGINES, type KvDType, type KvForm, type KvLayout, type StorageEngine } from '../../native/types.js';
 import { copiesOf, rowBytes, tokenBytes } from '../../kv/layout.js';
 import { sharedWidths, type SharedWidths } from '../../model/shared_widths.js';
-import { layerGroups } from '../../transfer/layer_groups.js';
 import type { Rectangle } from '../../transfer/path.js';
 import { DIRECTIONS, type HandoffDirection } from '../../transfer/types.js';
 
@@ -67,12 +66,11 @@ export interface Sweep {
   targetPageTokens: number[];
   dtypes: string[];
   targetDTypes: string[];
-  /** Empty: as the prefill worker pushes KV that it need not compute. */
+  /** Empty: as `wholeInGroups` says. */
   layersPerPush: number[];
   tokensPerPush: number[];
   inFlight: number[];
-  /** A GPU moves the bytes of that path between memories of one host. */
-  isByGpu(path: string): boolean;
+  wholeInGroups(path: string, target: KvLayout, tokens: number): [number, number][];
 }
 
 /** Every combination, in the order of the flags; a list of decode's side that is empty follows prefill's. */
@@ -92,14 +90,9 @@ export function expand(sweep: Sweep): BenchCase[] {
   return cases;
 }
 
-function groupings({ layersPerPush, isByGpu }: Sweep, path: string, target: KvLayout, tokens: number): [number, number][][] {
-  if (layersPerPush.length === 0) return [wholeInGroups(isByGpu(path), target, tokens)];
+function groupings({ layersPerPush, wholeInGroups }: Sweep, path: string, target: KvLayout, tokens: number): [number, number][][] {
+  if (layersPerPush.length === 0) return [wholeInGroups(path, target, tokens)];
   return layersPerPush.map((count) => inGroupsOf(count, target.layers));
-}
-
-/** As the prefill worker pushes KV that it need not compute. */
-export function wholeInGroups(isByGpu: boolean, target: KvLayout, tokens: number): [number, number][] {
-  return isByGpu ? layerGroups(target.layers, bytesLanded({ target, tokens })) : [[0, target.layers]];
 }
 
 export function inGroupsOf(count: number, layers: number): [number, number][] {

@@ -1,5 +1,5 @@
 /** What a path of the benchmark has to say of itself; `paths.ts` has them all. */
-import type { HandoffEndpointOptions } from '../../transfer/types.js';
+import type { HandoffEndpointOptions, TransferPath } from '../../transfer/types.js';
 import type { BenchCase } from './cases.js';
 import type { Memory } from './memory.js';
 import type { Baseline, BenchRow } from './rows.js';
@@ -7,6 +7,8 @@ import type { Baseline, BenchRow } from './rows.js';
 /** Two processes hand KV over: how the ends are set up so that it takes this path. The hand-off states the one it took. */
 export interface HandoffPath {
   summary: string;
+  /** What the hand-off states. */
+  path: TransferPath;
   /** Why it cannot run on this machine; null where it can. */
   missing(): string | null;
   source: Memory;

@@ -12,7 +12,7 @@ import { PageTable } from '../../kv/page_table.js';
 import type { BlockStore, KvSequence } from '../../kv/pool_client.js';
 import type { ModelIdentity } from '../../model/spec.js';
 import type { CancelFlag, Engine, KvArena, PrefillItem, SampledToken, Sampler, SamplingParams } from '../../native/types.js';
-import { isMovedByGpu, layerGroups } from '../../transfer/layer_groups.js';
+import { layerGroups } from '../../transfer/layer_groups.js';
 import type { HandoffSender, HandoffSession } from '../../transfer/types.js';
 import { samplingParams } from '../sampling.js';
 import { errorEvent } from '../stream_error.js';
@@ -247,8 +247,7 @@ export class PrefillWorker {
     job.cached = job.computed;
     const { layers } = arena.layout;
     const bytes = arena.bytesPerTokenPerRank * job.computed;
-    const groups: [number, number][] = isMovedByGpu(job.session.path) ? layerGroups(layers, bytes) : [[0, layers]];
-    for (const group of groups) this.#push(job, group, 0, job.computed, clock.now());
+    for (const group of layerGroups(job.session.path, layers, bytes)) this.#push(job, group, 0, job.computed, clock.now());
   }
 
   // ---------------------------------------------------------------- computing
