@@ -8,7 +8,7 @@
 #include "device.h"
 #include "mla_prefill_kernel.h"
 #include "pod_kernel.h"
-#include "sm90_pod_items.cuh"
+#include "sm90_pod_split.cuh"
 
 namespace tpla::cuda {
 namespace {
@@ -41,16 +41,16 @@ PodPlan plan(const MlaDecode& call) {
   return result;
 }
 
-// Measured on an H100 while the other multiprocessors were at prefill, at its power limit: decode then reads 42 GB/s a multiprocessor, two thirds of
-// that with more than 16 rows.
-PodCosts costs_of(const MlaDecode& call, int row_tiles, int multiprocessors) {
+// Measured on an H100 at its power limit, both kinds at the same time.
+PodCosts costs_of(const MlaDecode& call) {
+  constexpr float kBytesPerNanosecond = 3700.0f;  // of all multiprocessors that decode
+  constexpr float kMargin = 1.08f;                // decode that ends last, on few multiprocessors, costs more than decode that ends first
+  const int chunks = call.latent / 64 + 1;
   PodCosts costs{};
-  costs.prefill_block = 2060.0f;
-  costs.prefill_tile = 5400.0f;
-  costs.decode_tile = 197.0f * (call.latent / 64 + 1) * (call.heads * call.q_tokens > 16 ? 1.45f : 1.0f);
-  const float bytes_per_tile = (call.latent + 64) * 2.0f * kTokenTile;
-  const float saturating = 3.0e3f / (bytes_per_tile / (costs.decode_tile * row_tiles));  // bytes per nanosecond
-  costs.most_decode = std::clamp(static_cast<int>(saturating * 1.15f), 1, multiprocessors - 1);
+  costs.prefill_block = 2100.0f;
+  costs.prefill_tile = 3700.0f;
+  costs.decode_tile = kMargin * (call.heads * call.q_tokens > 16 ? 160.0f : 125.0f) * chunks;
+  costs.decode_neighbour = kMargin * chunks * 128 * kTokenTile / kBytesPerNanosecond;
   return costs;
 }
 
@@ -117,7 +117,7 @@ void pod(const PodBatch& batch, Stream stream) {
                                             {static_cast<uint64_t>(row_bytes), 128, static_cast<uint64_t>(args.page_stride)}, {64, static_cast<uint32_t>(args.box_tokens), chunks, 1});
 
   const int multiprocessors = current_device().multiprocessors;
-  PodCosts costs = costs_of(decode, pod.row_tiles, multiprocessors);
+  PodCosts costs = costs_of(decode);
   costs.decode_first = std::clamp(batch.decode_multiprocessors, 0, multiprocessors);
   void* parameters[] = {&maps.q, &maps.k, &maps.k_rope, &maps.v, &kv_map, &prefill_arguments, &args, &costs};
   launch_cooperative(pod.kernel.function, multiprocessors, 384, pod.kernel.shared_bytes, parameters, stream);

@@ -5,6 +5,7 @@
 
 #include "pod_kernel.h"
 #include "sm90_pod_decode.cuh"
+#include "sm90_pod_split.cuh"
 #include "sm90_prefill.cuh"
 
 namespace tpla::cuda {
@@ -34,12 +35,14 @@ __global__ void __launch_bounds__(PrefillShape::kThreads, 1)
     prefill.init();
     decode.init();
   }
-  const bool decode_first = plan_pod(prefill_args, decode_args, costs, counters + 1, first, items);  // its barriers also publish the mbarriers
+  __shared__ int scratch[PrefillShape::kThreads / 32];
+  const int decode_tiles = cut_decode(decode_args, counters + 1, first, scratch, items);  // its barriers also publish the mbarriers
+  const bool decode_first = begins_with_decode(prefill_args, decode_tiles * decode_args.row_tiles, costs, scratch);
 
   // The two kinds use the same shared memory one after the other.
   constexpr int kSwitchBarrier = 7, kSwitching = 256 + 64;
   if (threadIdx.x < 128) {
-    registers_shrink<40>();
+    registers_shrink<56>();
     if (threadIdx.x < 64) {
       const bool loader = threadIdx.x < 32;
       for (int phase = 0; phase < 2; ++phase) {
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(PrefillShape::kThreads, 1)
       if (threadIdx.x == 0 && atomicAdd(&counters[2], 1) == gridDim.x - 1) counters[0] = counters[1] = counters[2] = 0;
     }
   } else {
-    registers_grow<232>();
+    registers_grow<224>();
     for (int phase = 0; phase < 2; ++phase) {
       if (decode_first == (phase == 0)) decode.compute();
       else compute_prefill_tiles(prefill_args, prefill);

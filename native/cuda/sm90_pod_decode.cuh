@@ -77,19 +77,17 @@ class PodDecode {
     const int lane = threadIdx.x % 32;
     for (int drawn = 0;; ++drawn) {
       mbarrier_wait(item_empty_, (drawn & 1) ^ 1);
-      int ticket = 0;
-      if (lane == 0) ticket = atomicAdd(items_.counter, 1);
-      PodPiece piece;
-      const bool found = items_.find(args_, warp_uniform(ticket), kRows, piece);
-      if (found) {
-        pages_[lane] = page_of(piece, lane);
-        const int rows = min(piece.rows - piece.row0, kRows);
+      bool found = false;
+      if (lane == 0) {  // straight into shared memory: the warp has few registers
+        found = items_.find(args_, atomicAdd(items_.counter, 1), kRows, *piece_);
+        const int rows = min(piece_->rows - piece_->row0, kRows);
         constexpr int kRowBytes = (kLatent + 64) * 2;
-        if (lane == 0 && rows > 0) l2_prefetch(static_cast<const uint8_t*>(args_.q) + (static_cast<int64_t>(piece.q_begin) * args_.heads + piece.row0) * kRowBytes, rows * kRowBytes);
-      } else {
-        piece.sequence = -1;
+        if (!found) piece_->sequence = -1;
+        else if (rows > 0) l2_prefetch(static_cast<const uint8_t*>(args_.q) + (static_cast<int64_t>(piece_->q_begin) * args_.heads + piece_->row0) * kRowBytes, rows * kRowBytes);
       }
-      if (lane == 0) *piece_ = piece;
+      found = __shfl_sync(~0u, found, 0);
+      __syncwarp();
+      if (found) pages_[lane] = page_of(*piece_, lane);
       mbarrier_arrive(item_full_);
       if (!found) break;
     }

@@ -1,27 +1,18 @@
-// How fused prefill+decode cuts decode into items, and how many multiprocessors begin with it. Items follow from the lengths alone, so the same
-// lengths give the same bits, whichever block draws an item.
+// How fused prefill+decode cuts decode into items. They follow from the lengths alone, so the same lengths give the same bits, whichever block draws
+// an item.
 #pragma once
 
 #include "mla_decode_combine.cuh"
-#include "mla_prefill_schedule.cuh"
 
 namespace tpla::cuda {
 
 constexpr int kMostSequences = 1024;  // of decode
 constexpr int kMostParts = 32;        // of one sequence
 constexpr int kItems = 512;           // at most, more by at most one a sequence
-constexpr int kShrink = 96;           // a part is this fraction of all tiles that are left, so that items shrink towards the end
-constexpr int kLeastPartTiles = 8;
+constexpr int kShrink = 64;           // a part is this fraction of all tiles that are left, so that items shrink towards the end
+constexpr int kLeastPartTiles = 16;
 constexpr int kPodDecodeControlBytes = 2048;
 constexpr int kPodControlBytes = kPodDecodeControlBytes + 256 /* prefill */ + (kMostSequences + 2) * 2 /* PodItems */;
-
-struct PodCosts {
-  float decode_tile;        // nanoseconds a multiprocessor takes for a tile of 64 tokens
-  float prefill_block;      // for 128 query rows × 128 keys
-  float prefill_tile;       // and for 128 query rows, however many keys
-  int most_decode;          // multiprocessors that saturate memory with decode
-  int decode_first;         // 0: from the costs
-};
 
 struct PodPiece : DecodePiece {
   int first_item;  // of the sequence, times row tiles, plus this row tile
@@ -94,9 +85,9 @@ __device__ inline int block_sum(int value, int* scratch, int* before = nullptr) 
   return total;
 }
 
-// All threads of the block call this. `first` (shared memory, sequences + 1 numbers) is filled; true where this multiprocessor begins with decode.
-__device__ inline bool plan_pod(const PrefillArgs& prefill, const MlaDecodeArgs& decode, const PodCosts& costs, int* counter, uint16_t* first, PodItems& items) {
-  __shared__ int scratch[16];
+// All threads of the block call this; `scratch`: an int a warp. Fills `first` (shared memory, sequences + 1 numbers) and returns the tiles of all
+// sequences. Ends with a barrier.
+__device__ inline int cut_decode(const MlaDecodeArgs& decode, int* counter, uint16_t* first, int* scratch, PodItems& items) {
   const int threads = blockDim.x, thread = threadIdx.x;
   const int per_thread = (decode.batch + threads - 1) / threads;
   const int begin = min(thread * per_thread, decode.batch), end = min(begin + per_thread, decode.batch);
@@ -121,23 +112,7 @@ __device__ inline bool plan_pod(const PrefillArgs& prefill, const MlaDecodeArgs&
   count_parts([&](int i, int before) { first[i] = static_cast<uint16_t>(items_before + before); });
   if (thread == threads - 1) first[decode.batch] = static_cast<uint16_t>(all_items);
   __syncthreads();
-
-  // Multiprocessors in proportion to the work, but no more for decode than memory can serve.
-  int blocks = 0, tiles = 0;
-  for (int i = thread; i < prefill.batch; i += threads) {
-    const int q_len = prefill.q_indptr[i + 1] - prefill.q_indptr[i], kv_len = prefill.kv_indptr[i + 1] - prefill.kv_indptr[i];
-    const int mean_keys = prefill.causal ? max(kv_len - q_len / 2, kv_len / 2) : kv_len;
-    tiles += (q_len + kPrefillRows - 1) / kPrefillRows;
-    blocks += (q_len + kPrefillRows - 1) / kPrefillRows * (mean_keys / 128);
-  }
-  const float prefill_ns = (costs.prefill_block * block_sum(blocks, scratch) + costs.prefill_tile * block_sum(tiles, scratch)) * prefill.heads;
-  const float decode_ns = costs.decode_tile * decode_tiles * decode.row_tiles;
-  const int all = gridDim.x;
-  int decoding = costs.decode_first;
-  if (decoding == 0) decoding = min(max(__float2int_rn(all * decode_ns / (decode_ns + prefill_ns)), 1), costs.most_decode);
-  uint32_t multiprocessor;
-  asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
-  return (multiprocessor + 1) * decoding / all > multiprocessor * decoding / all;  // evenly over the chip
+  return decode_tiles;
 }
 
 }  // namespace tpla::cuda

@@ -84,16 +84,13 @@ __device__ __forceinline__ void load_prefill_tiles(const PrefillArgs& args, cons
     do {
       index = atomicAdd(&args.counter[0], 1);
     } while (index < tiles && !find_tile(args, index, tile));
+    if (index < tiles) tma_prefetch_4d(maps.q, 0, tile.q_begin + tile.row0, 0, tile.head);
     mbarrier_wait(s.tile_empty, (drawn & 1) ^ 1);
     store_shared(s.next_tile, index);
     mbarrier_arrive(s.tile_full);
     if (index >= tiles) break;
 
     const int blocks = key_blocks(tile);
-    mbarrier_wait(s.query_empty, (drawn & 1) ^ 1);
-    ++drawn;
-    mbarrier_arrive_expect_bytes(s.query_full, Shape::kQueryBytes);
-    tma_load_4d(s.query, maps.q, s.query_full, 0, tile.q_begin + tile.row0, 0, tile.head);
     const auto load_keys = [&](int block) {
       const int stage = keys_loaded % Shape::kStages, use = keys_loaded / Shape::kStages;
       ++keys_loaded;
@@ -110,12 +107,35 @@ __device__ __forceinline__ void load_prefill_tiles(const PrefillArgs& args, cons
       mbarrier_arrive_expect_bytes(s.values_full + stage * 8, Shape::kValueBytes);
       tma_load_4d(s.values + stage * Shape::kValueBytes, maps.v, s.values_full + stage * 8, 0, tile.kv_begin + block * Shape::kBlockKeys, 0, tile.head);
     };
-    for (int block = blocks - 1; block >= 0; --block) {
+    // A buffer of keys is free before that of the queries.
+    if (blocks > 0) load_keys(blocks - 1);
+    mbarrier_wait(s.query_empty, (drawn & 1) ^ 1);
+    ++drawn;
+    mbarrier_arrive_expect_bytes(s.query_full, Shape::kQueryBytes);
+    tma_load_4d(s.query, maps.q, s.query_full, 0, tile.q_begin + tile.row0, 0, tile.head);
+    for (int block = blocks - 2; block >= 0; --block) {
       load_keys(block);
-      if (block < blocks - 1) load_values(block + 1);
+      load_values(block + 1);
     }
     if (blocks > 0) load_values(0);
   }
+}
+
+// Lane q of each four holds word q of four runs; it gets all four words of run q.
+__device__ __forceinline__ uint4 transpose_in_quad(const uint32_t (&words)[4], int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  uint32_t pairs[2][2];  // of runs 0 and 2 in even lanes, 1 and 3 in odd ones
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t kept = odd ? words[2 * i + 1] : words[2 * i];
+    const uint32_t got = __shfl_xor_sync(~0u, odd ? words[2 * i] : words[2 * i + 1], 1);
+    pairs[i][0] = odd ? got : kept;
+    pairs[i][1] = odd ? kept : got;
+  }
+  uint32_t got[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) got[i] = __shfl_xor_sync(~0u, high ? pairs[0][i] : pairs[1][i], 2);
+  return high ? make_uint4(got[0], got[1], pairs[1][0], pairs[1][1]) : make_uint4(pairs[0][0], pairs[0][1], got[0], got[1]);
 }
 
 // By the 256 threads of the computing warpgroups.
@@ -203,6 +223,7 @@ __device__ __forceinline__ void compute_prefill_tiles(const PrefillArgs& args, c
     };
 
     mbarrier_wait(s.query_full, drawn & 1);
+    if (blocks == 0) release(s.query_empty);
     if (blocks > 0) {
       int block = blocks - 1;
       int stage = warp_uniform(keys_used % Shape::kStages);
@@ -211,6 +232,7 @@ __device__ __forceinline__ void compute_prefill_tiles(const PrefillArgs& args, c
       wgmma_wait<0>();
       wgmma_pin(logits);
       release(s.keys_empty + stage * 8);
+      if (block == 0) release(s.query_empty);
       ++keys_used;
       mask(block);
       softmax.update(logits, args.scale_log2, factor);
@@ -230,6 +252,7 @@ __device__ __forceinline__ void compute_prefill_tiles(const PrefillArgs& args, c
         wgmma_wait<1>();
         wgmma_pin(logits);
         release(s.keys_empty + key_stage * 8);
+        if (block == 1) release(s.query_empty);  // so that the next tile's queries come while this one's last values are multiplied
         ++keys_used;
         mask(block - 1);
         const bool moved = softmax.update(logits, args.scale_log2, factor);
@@ -253,7 +276,6 @@ __device__ __forceinline__ void compute_prefill_tiles(const PrefillArgs& args, c
       ++values_used;
     }
 
-    // Through this warpgroup's rows of the query buffer (2 of its 3 column blocks), so that rows leave in 16-byte pieces.
     const int rows = tile.rows();
     float inverse[2];
 #pragma unroll
@@ -267,29 +289,18 @@ __device__ __forceinline__ void compute_prefill_tiles(const PrefillArgs& args, c
       }
     }
     scale_rows(out, inverse);
-    named_barrier_sync(group_barrier, 128);
+    uint4* target = reinterpret_cast<uint4*>(args.out) + (static_cast<int64_t>(tile.q_begin + tile.row0 + thread_row) * args.heads + tile.head) * (kPrefillValueDim / 8) + lane % 4;
 #pragma unroll
-    for (int k = 0; k < kPrefillValueDim / 16; ++k) {
-      const int row = warp * 16 + lane % 16, unit = (2 * k + lane / 16) % 8;
-      const uint32_t address = query_rows + (k / 4) * Shape::kBlockBytes + row * 128 + ((unit ^ (row & 7)) << 4);
-      stmatrix_x4(address, pack_bf16(out[8 * k], out[8 * k + 1]), pack_bf16(out[8 * k + 2], out[8 * k + 3]), pack_bf16(out[8 * k + 4], out[8 * k + 5]),
-                  pack_bf16(out[8 * k + 6], out[8 * k + 7]));
-    }
-    named_barrier_sync(group_barrier, 128);
-    uint4* target = reinterpret_cast<uint4*>(args.out) + (static_cast<int64_t>(tile.q_begin + tile.row0 + group * 64) * args.heads + tile.head) * (kPrefillValueDim / 8);
+    for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int i = in_group; i < 64 * 16; i += 128) {
-      const int row = i / 16, unit = i % 16;
-      uint4 value;
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                   : "r"(query_rows + (unit / 8) * Shape::kBlockBytes + row * 128 + (((unit % 8) ^ (row & 7)) << 4))
-                   : "memory");
-      if (group * 64 + row < rows) target[static_cast<int64_t>(row) * args.heads * (kPrefillValueDim / 8) + unit] = value;
+      for (int n = 0; n < kPrefillValueDim / 8; n += 4) {  // runs of 8 columns
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = pack_bf16(out[(n + i) * 4 + h * 2], out[(n + i) * 4 + h * 2 + 1]);
+        const uint4 run = transpose_in_quad(words, lane);
+        if (thread_row + h * 8 < rows) target[static_cast<int64_t>(h) * 8 * args.heads * (kPrefillValueDim / 8) + n] = run;
+      }
     }
-    fence_async_proxy();
-    __syncwarp();
-    release(s.query_empty);
   }
   if (group == 0) named_barrier_sync(kTurn, 256);  // the arrival that is still pending: leaves the barrier as it was found
   else named_barrier_sync(group_barrier, 128);     // as many barriers as the other: racecheck orders what two warps did by how many each had met

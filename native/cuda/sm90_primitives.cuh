@@ -182,7 +182,7 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool valu
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A block of 384 threads is launched with 168 registers a thread (64,512 in all); after the exchange the sum must not exceed
-// that, or the growing warpgroups wait forever: 24 for the loading one and 240 for each of two computing ones, or 40 and 232.
+// that, or the growing warpgroups wait forever: 24 for the loading one and 240 for each of two computing ones, 40 and 232, or 56 and 224.
 template <int kRegisters>
 __device__ __forceinline__ void registers_shrink() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
