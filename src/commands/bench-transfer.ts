@@ -6,13 +6,19 @@ import { collationCases, collationTable } from '../bench/transfer/collation.js';
 import { benchTransfer, benchTransferBesidePrefill, serveBench, type BenchOptions } from '../bench/transfer/command.js';
 import { overlapTable, type OverlapRow } from '../bench/transfer/overlap.js';
 import { availablePaths, BENCH_PATHS, isHandoff, wholeInGroups } from '../bench/transfer/paths.js';
-import { plotOf, tableOf, toCsv, type BenchRow } from '../bench/transfer/rows.js';
+import { COLUMNS, plotOf, tableOf, toCsv, type BenchRow } from '../bench/transfer/rows.js';
 import { timelineTable } from '../bench/transfer/timeline.js';
 import { BaseCommand } from '../cli/base_command.js';
 import { TplaError } from '../errors.js';
 import { createLogger } from '../log.js';
 import { STORAGE_ENGINES } from '../native/types.js';
 import { DIRECTIONS, PATHS, type TransferPath } from '../transfer/types.js';
+
+/** What the end that connects decides. */
+const MEASURED = [
+  'model', 'layers', 'latent', 'rope', 'tokens', 'path', 'direction', 'view', 'page-tokens', 'target-page-tokens', 'dtype', 'target-dtype', 'layers-per-push', 'tokens-per-push', 'in-flight',
+  'preset', 'iterations', 'warmup', 'require-path', 'timeline', 'csv', 'plot',
+];
 
 export default class BenchTransfer extends BaseCommand {
   static override summary = 'Measure KV hand-offs between two processes, verified';
@@ -71,7 +77,7 @@ without a hand-off decode has the prompt.`;
     warmup: Flags.integer({ min: 0, default: 3, description: 'hand-offs before them' }),
     verify: Flags.boolean({ default: true, allowNo: true, description: "compare decode's pages byte for byte at the end of a row" }),
     'require-path': Flags.string({ options: [...PATHS], description: 'fail where the hand-off takes a slower path than this' }),
-    listen: Flags.string({ description: 'serve the other end at unix:PATH or tcp://HOST:PORT until interrupted', exclusive: ['connect'] }),
+    listen: Flags.string({ description: 'serve the other end at unix:PATH or tcp://HOST:PORT until interrupted; the other end says what is measured', exclusive: ['connect', ...MEASURED] }),
     connect: Flags.string({ description: 'use the other end that listens there' }),
     timeline: Flags.boolean({ description: 'also print when each step happened in both processes of a host, in µs after the first push' }),
     csv: Flags.string({ description: 'write the rows to this file' }),
@@ -107,7 +113,7 @@ without a hand-off decode has the prompt.`;
     const rows = await benchTransfer(cases, flags.connect, options);
     this.log(flags.preset === 'collation' ? collationTable(rows) : tableOf(rows));
     for (const note of notes) process.stderr.write(`${note}\n`);
-    if (flags.csv !== undefined) writeFileSync(flags.csv, toCsv(rows));
+    if (flags.csv !== undefined) writeFileSync(flags.csv, toCsv(rows, COLUMNS));
     if (flags.plot !== undefined) writeFileSync(flags.plot, plotOf(rows));
     return { rows };
   }
@@ -150,6 +156,7 @@ function casesOf(flags: CaseFlags): BenchCase[] {
   if (flags.preset !== undefined && flags['in-flight'] !== undefined) throw new TplaError('USAGE', `--preset ${flags.preset} has one request under way; leave --in-flight out`);
   checkStorageFlags(flags, handoffs.length > 0, hasStorage);
   if (flags.preset === 'collation') {
+    checkCollationFlags(flags);
     const [count] = layersPerPush;
     return collationCases(paths, shape, tokens[0]!, (path, target) => (count === undefined ? wholeInGroups(path, target, tokens[0]!) : inGroupsOf(count, shape.layers)));
   }
@@ -167,6 +174,14 @@ function casesOf(flags: CaseFlags): BenchCase[] {
     dtypes, targetDTypes: words(flags['target-dtype']),
     layersPerPush, tokensPerPush: numbers('tokens-per-push', flags['tokens-per-push']), inFlight: numbersOr(1, 'in-flight', flags['in-flight']), wholeInGroups,
   }), ...storage];
+}
+
+/** Refuses what the experiment itself decides: pieces of 16 and 128 tokens, canonical and in bf16, of one prompt. */
+function checkCollationFlags(flags: CaseFlags): void {
+  const own = { view: 'mla', dtype: 'bf16', direction: undefined, 'page-tokens': '64', 'target-page-tokens': undefined, 'target-dtype': undefined, 'tokens-per-push': undefined } as const;
+  const stray = (Object.keys(own) as (keyof typeof own)[]).find((flag) => flags[flag] !== own[flag]);
+  if (stray !== undefined) throw new TplaError('USAGE', `--preset collation has its own pieces and takes no --${stray}`);
+  if (words(flags.tokens).length !== 1) throw new TplaError('USAGE', `--preset collation takes one number of --tokens, not ${flags.tokens}`);
 }
 
 const STORAGE_FLAGS = ['directory', 'memory', 'mechanism', 'pages-per-block', 'queue-depth', 'threads'] as const;

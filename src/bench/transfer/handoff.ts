@@ -92,6 +92,9 @@ export class Ends {
 
   static async open(control: Control, what: BenchCase, { log, requirePath }: HandoffOptions): Promise<Ends> {
     const path = handoffPath(what.path);
+    if (path.channel === 'unix' && !control.isSameHost) {
+      throw new TplaError('USAGE', `path ${what.path} is between two processes of one host: have the other end --listen at a unix: address and --connect there, or take a path between hosts (tcp, ucx, nixl)`);
+    }
     const { answer, fds } = await control.ask({ op: 'setup', path: what.path, direction: what.direction, target: what.target, pages: targetPages(what) });
     const source = await patternArena(path.source, what.source, what.tokens, SEED);
     const link = await openLink(path);

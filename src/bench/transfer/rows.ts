@@ -185,12 +185,18 @@ function directionOf(row: BenchRow): string {
   return isPlain(row) ? '' : row.direction;
 }
 
+/** The same order for files; what is not named here follows. */
+export const COLUMNS = [
+  'piece_bytes', 'pieces', 'gb_per_s', 'latency_us_avg', 'prepare_us_avg', 'prepare_us_p99', 'post_us_avg', 'post_us_p99', 'put_us_avg', 'put_us_p99',
+  'latency_us_p50', 'latency_us_p99', 'latency_us_p999', 'wire_bytes', 'path', 'fraction_of_single_copy',
+];
+
 type Cell = string | number | boolean | null | undefined;
 
-/** Columns that only some rows have are empty in the others. */
-export function toCsv(rows: object[]): string {
+/** The columns of `first`, then the others; those that only some rows have are empty in the rest. */
+export function toCsv(rows: object[], first: string[] = []): string {
   const records = rows.map(flatten);
-  const head = [...new Set(records.flatMap((record) => Object.keys(record)))];
+  const head = [...new Set([...first, ...records.flatMap((record) => Object.keys(record))])];
   return `${[head, ...records.map((record) => head.map((name) => csvCell(record[name])))].map((cells) => cells.join(',')).join('\n')}\n`;
 }
 

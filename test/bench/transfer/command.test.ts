@@ -46,6 +46,7 @@ test('a sweep over paths, views and precisions lands whole, each beside its plai
   assert.is(row('mla', 'bf16').piece_bytes, 16 * 160);
   const lines = readFileSync(csv, 'utf8').trim().split('\n').map((line) => line.split(','));
   assert.is(lines.length, rows.length + 1);
+  assert.equal(lines[0]!.slice(0, 10), ['piece_bytes', 'pieces', 'gb_per_s', 'latency_us_avg', 'prepare_us_avg', 'prepare_us_p99', 'post_us_avg', 'post_us_p99', 'put_us_avg', 'put_us_p99']);
   assert.is(lines[1]![lines[0]!.indexOf('latency_us_p999')], String(rows[0]!.latency_us.p999));
   assert.match(readFileSync(plot, 'utf8'), /GB\/s/);
 });
@@ -84,12 +85,12 @@ test('the table has the columns of nixlbench first', async () => {
 });
 
 test('the collation preset sets calls a piece beside one pass, for every path', async () => {
-  const { status, stdout, stderr } = await bench('--preset', 'collation', '--path', 'shm,tcp', '--json');
+  const { status, stdout, stderr } = await tpla(['bench-transfer', ...SHAPE, '--iterations', '3', '--preset', 'collation', '--path', 'shm,tcp', '--json']);
   assert.is(status, 0, stderr);
   const rows = handoffs(rowsOf(stdout));
   assert.equal(rows.map(({ setup, source_page_tokens, target_page_tokens, tokens_per_push, pieces }) => [setup, source_page_tokens, target_page_tokens, tokens_per_push, pieces]),
     ['shm', 'tcp'].flatMap((path) => [[path, 16, 16, 16, 57], [path, 128, 128, 128, 9], [path, 16, 16, 300, 57], [path, 16, 128, 300, 57]]));
-  const text = await bench('--preset', 'collation', '--path', 'shm');
+  const text = await tpla(['bench-transfer', ...SHAPE, '--iterations', '3', '--preset', 'collation', '--path', 'shm']);
   assert.match(text.stdout, /^shm( +[\d.]+ ms \([\d.]+\)){4} +[\d.]+$/m);
 });
 
@@ -118,6 +119,12 @@ test('another end over TCP serves TCP, and names what it cannot lend', async () 
   const over = new Promise<number | null>((resolve) => end.once('close', resolve));
   await until(async () => (await bench('--connect', address, '--path', 'tcp')).status === 0, 'a run over TCP');
   assert.is(await over, 0, 'with --once it ends with its driver');
+  const again = spawn(process.execPath, [TPLA, 'bench-transfer', '--listen', address, '--once'], { stdio: ['ignore', 'ignore', 'inherit'] });
+  const ended = new Promise((resolve) => again.once('close', resolve));
+  let refused = { status: null as number | null, stderr: '' };
+  await until(async () => (refused = await bench('--connect', address, '--path', 'shm')).stderr.includes('USAGE'), 'shared memory to be refused');
+  assert.match(refused.stderr, /path shm is between two processes of one host: have the other end --listen at a unix: address/);
+  await ended;
 });
 
 test('a faster path can be required', async () => {
@@ -133,6 +140,8 @@ test('what cannot run is refused before anything starts, saying what is missing'
     [['--page-tokens', '16,x'], /USAGE: --page-tokens: "x" is not a whole number from 1 on/],
     [['--in-flight', '0'], /USAGE: --in-flight: "0" is not a whole number from 1 on/],
     [['--preset', 'collation', '--in-flight', '2'], /USAGE: --preset collation has one request under way/],
+    [['--preset', 'collation', '--view', 'tpla2'], /USAGE: --preset collation has its own pieces and takes no --view/],
+    [['--listen', 'unix:/nowhere'], /USAGE: .*cannot also be provided when using --listen/],
     [['--dtype', 'int4'], /USAGE: dtype "int4" is none of f32, bf16, fp8/],
   ];
   if (native().probe().cuda.devices.length === 0) cases.push([['--path', 'cuda-ipc'], /GPU_UNAVAILABLE: path cuda-ipc cannot run here: it needs an NVIDIA GPU/]);
