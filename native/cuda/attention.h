@@ -227,7 +227,7 @@ size_t pod_workspace_bytes(const PodBatch& batch);
 
 void pod(const PodBatch& batch, Stream stream);
 
-// New tokens into the cache: RMSNorm over the whole latent, weight, slice; rope rotation of the key; fp8 conversion where asked.
+// New tokens into the cache: RMSNorm over the whole latent, weight, this rank's columns of it; rope rotation of the key; fp8 conversion where asked.
 struct KvAppend {
   const void* latent = nullptr;          // bf16 [tokens, latent_stride], before the norm
   const void* rope = nullptr;            // bf16 [tokens, rope_stride], before the rotation
@@ -243,7 +243,8 @@ struct KvAppend {
   int latent_width = 512;
   int64_t latent_stride = 512;
   int64_t rope_stride = 64;
-  int slice_begin = 0;                   // columns of the latent that this rank keeps
+  int shared_width = 0;                  // columns [0, shared_width) of the latent, which every rank keeps; a row begins with them
+  int slice_begin = 0;                   // the rank's own columns, behind those
   int slice_width = 512;
   int page_size = 64;
   int64_t page_stride = 0;               // bytes; 0: dense

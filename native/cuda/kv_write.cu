@@ -1,19 +1,18 @@
 // Writes into paged KV: RMSNorm, rope and (optionally) fp8 conversion fused into the append; gather of tokens between pools.
 #include <cuda_bf16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include "attention.h"
 #include "device.h"
+#include "e4m3.cuh"
 
 namespace tpla::cuda {
 namespace {
 
 constexpr int kRope = 64;
 constexpr int kMaxLatent = 512;
-constexpr int kScaleBlock = 128;  // values that share one fp32 scale in the fp8 layout
+constexpr int kOctet = 8;  // values a lane takes at a time
 constexpr int kWarpsPerBlock = 4;
-constexpr float kE4m3Max = 448.0f;
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
@@ -21,72 +20,63 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// One warp a token. Lane l holds latent values 8l..8l+7 of every 256.
+__device__ __forceinline__ void load_octet(const __nv_bfloat16* source, float (&values)[kOctet]) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(source);
+  const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&raw);
+#pragma unroll
+  for (int i = 0; i < kOctet / 2; ++i) {
+    const float2 both = __bfloat1622float2(pairs[i]);
+    values[2 * i] = both.x;
+    values[2 * i + 1] = both.y;
+  }
+}
+
+// One warp a token. The norm is that of the whole latent; the row holds the rank's own columns: the shared ones, then its slice. A lane takes
+// eight of every 256 of either, so that 16 lanes have the columns of one fp8 scale.
 __global__ void __launch_bounds__(kWarpsPerBlock * 32) append_kernel(const __grid_constant__ KvAppend call) {
   const int token = blockIdx.x * kWarpsPerBlock + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (token >= call.tokens) return;
   const int64_t slot = call.slots[token];
   if (slot < 0) return;
-  uint8_t* row = static_cast<uint8_t*>(call.kv) + slot / call.page_size * call.page_stride + slot % call.page_size * kv_token_bytes(call.format, call.slice_width);
+  const int width = call.shared_width + call.slice_width;
+  uint8_t* row = static_cast<uint8_t*>(call.kv) + slot / call.page_size * call.page_stride + slot % call.page_size * kv_token_bytes(call.format, width);
 
   const __nv_bfloat16* latent = static_cast<const __nv_bfloat16*>(call.latent) + token * call.latent_stride;
-  float values[2][8];
-  float squares = 0.0f;
+  float values[kOctet];
+  float inverse_rms = 1.0f;
+  if (call.norm) {
+    float squares = 0.0f;
+    for (int column = lane * kOctet; column < call.latent_width; column += 32 * kOctet) {
+      load_octet(latent + column, values);
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    const int column = part * 256 + lane * 8;
-    if (column >= call.latent_width) continue;
-    const uint4 raw = *reinterpret_cast<const uint4*>(latent + column);
-    const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&raw);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 both = __bfloat1622float2(pairs[i]);
-      values[part][2 * i] = both.x;
-      values[part][2 * i + 1] = both.y;
-      squares += both.x * both.x + both.y * both.y;
+      for (int i = 0; i < kOctet; ++i) squares += values[i] * values[i];
     }
+    inverse_rms = rsqrtf(warp_sum(squares) / call.latent_width + call.eps);
   }
-  const float inverse_rms = call.norm ? rsqrtf(warp_sum(squares) / call.latent_width + call.eps) : 1.0f;
 
+  for (int first = 0; first < width; first += 32 * kOctet) {
+    const int own = first + lane * kOctet;  // column of the row
+    const bool kept = own < width;
+    if (kept) {
+      const int column = own < call.shared_width ? own : own - call.shared_width + call.slice_begin;
+      load_octet(latent + column, values);
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    const int column = part * 256 + lane * 8;
-    const bool in_latent = column < call.latent_width;
-    if (in_latent) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[part][i] *= inverse_rms * (call.norm_weight ? call.norm_weight[column + i] : 1.0f);
+      for (int i = 0; i < kOctet; ++i) values[i] *= inverse_rms * (call.norm_weight ? call.norm_weight[column + i] : 1.0f);
     }
-    const int in_slice = column - call.slice_begin;
-    const bool kept = in_latent && in_slice >= 0 && in_slice < call.slice_width;
-    if (call.format == KvFormat::bf16) {
+    if (call.format == KvFormat::fp8) {
+      const float scale = e4m3_scale_of(scale_group_amax(values, kept));
       if (!kept) continue;
+      const uint2 codes = encode_e4m3(values, scale);
+      reinterpret_cast<uint32_t*>(row + own)[0] = codes.x;  // rows of some widths are aligned to 4 bytes only
+      reinterpret_cast<uint32_t*>(row + own)[1] = codes.y;
+      if (lane % kScaleGroupLanes == 0) reinterpret_cast<float*>(row + width)[own / (kScaleGroupLanes * kOctet)] = scale;
+    } else if (kept) {
       uint4 packed;
       __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&packed);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(values[part][2 * i], values[part][2 * i + 1]);
-      *reinterpret_cast<uint4*>(row + in_slice * 2) = packed;
-    } else {
-      // 16 lanes share a scale: the least power of two that brings their largest value into the range of e4m3.
-      float largest = 0.0f;
-      if (in_latent) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(values[part][i]));
-      }
-#pragma unroll
-      for (int d = 8; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
-      if (!kept) continue;
-      const float scale = exp2f(ceilf(log2f(fmaxf(largest, 1e-20f) / kE4m3Max)));
-      const float inverse = 1.0f / scale;
-      uint2 packed;
-      __nv_fp8x2_storage_t* pairs = reinterpret_cast<__nv_fp8x2_storage_t*>(&packed);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        pairs[i] = __nv_cvt_float2_to_fp8x2(make_float2(values[part][2 * i] * inverse, values[part][2 * i + 1] * inverse), __NV_SATFINITE, __NV_E4M3);
-      }
-      reinterpret_cast<uint32_t*>(row + in_slice)[0] = packed.x;  // rows of some widths are aligned to 4 bytes only
-      reinterpret_cast<uint32_t*>(row + in_slice)[1] = packed.y;
-      if (in_slice % kScaleBlock == 0) *reinterpret_cast<float*>(row + call.slice_width + in_slice / kScaleBlock * 4) = scale;
+      for (int i = 0; i < kOctet / 2; ++i) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+      *reinterpret_cast<uint4*>(row + own * 2) = packed;
     }
   }
 
@@ -96,7 +86,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32) append_kernel(const __gri
   const float a = __bfloat162float(rope[first]), b = __bfloat162float(rope[second]);
   const float* angle = call.cos_sin + static_cast<int64_t>(call.positions[token]) * kRope;
   const float cosine = angle[lane], sine = angle[32 + lane];
-  __nv_bfloat16* target = reinterpret_cast<__nv_bfloat16*>(row + kv_token_bytes(call.format, call.slice_width) - kRope * 2);
+  __nv_bfloat16* target = reinterpret_cast<__nv_bfloat16*>(row + kv_token_bytes(call.format, width) - kRope * 2);
   target[first] = __float2bfloat16(a * cosine - b * sine);
   target[second] = __float2bfloat16(b * cosine + a * sine);
 }
@@ -123,13 +113,15 @@ void kv_append(const KvAppend& call, Stream stream) {
   };
   expect(call.latent_width > 0 && call.latent_width <= kMaxLatent && call.latent_width % 128 == 0,
          "latent width must be a multiple of 128 up to 512; got " + std::to_string(call.latent_width));
-  expect(call.slice_begin >= 0 && call.slice_begin % 64 == 0 && call.slice_width > 0 && call.slice_width % 64 == 0 && call.slice_begin + call.slice_width <= call.latent_width,
-         "slice must lie in the latent and begin and end at multiples of 64; got " + std::to_string(call.slice_begin) + " + " + std::to_string(call.slice_width));
-  expect(call.format == KvFormat::bf16 || (call.slice_begin % kScaleBlock == 0 && call.slice_width % kScaleBlock == 0),
-         "an fp8 slice must begin and end at multiples of 128, the columns of one scale");
+  expect(call.shared_width >= 0 && call.shared_width % 32 == 0 && call.slice_begin >= 0 && call.slice_begin % 32 == 0 && call.slice_width > 0 && call.slice_width % 32 == 0,
+         "shared columns and the slice must begin and end at multiples of 32; got " + std::to_string(call.shared_width) + ", " + std::to_string(call.slice_begin) + " + " +
+             std::to_string(call.slice_width));
+  expect(call.slice_begin >= call.shared_width && call.slice_begin + call.slice_width <= call.latent_width,
+         "the slice must lie in the latent, behind the " + std::to_string(call.shared_width) + " shared columns; got " + std::to_string(call.slice_begin) + " + " +
+             std::to_string(call.slice_width) + " of " + std::to_string(call.latent_width));
   if (call.tokens == 0) return;
   KvAppend filled = call;
-  if (filled.page_stride == 0) filled.page_stride = static_cast<int64_t>(call.page_size) * kv_token_bytes(call.format, call.slice_width);
+  if (filled.page_stride == 0) filled.page_stride = static_cast<int64_t>(call.page_size) * kv_token_bytes(call.format, call.shared_width + call.slice_width);
   void* parameters[] = {&filled};
   check(cudaLaunchKernel(reinterpret_cast<const void*>(&append_kernel), dim3((call.tokens + kWarpsPerBlock - 1) / kWarpsPerBlock), dim3(kWarpsPerBlock * 32), parameters, 0, stream),
         "cudaLaunchKernel");

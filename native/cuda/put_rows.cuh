@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "core/kv_layout.h"
+#include "e4m3.cuh"
 #include "kv_transfer.h"
 #include "transfer/kv_checksum.h"
 #include "transfer/reshard.h"
@@ -490,45 +491,18 @@ __device__ inline uint32_t bf16_pair(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Largest magnitude of the scale group that 16 lanes hold together; NaN counts for nothing.
-__device__ inline float group_amax(const float (&values)[kOctet], bool counts) {
-  float amax = 0;
-  if (counts) {
-#pragma unroll
-    for (int i = 0; i < kOctet; i++) amax = fmaxf(amax, fabsf(values[i]));
-  }
-#pragma unroll
-  for (int step = kGroupLanes / 2; step > 0; step /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, step));
-  return amax;
-}
-
-// core/numeric.h: smallest power of two s with amax / s <= 448.
-__device__ inline float e4m3_scale_of(float amax) {
-  if (!(amax > 0)) return 1.0f;
-  const uint32_t bits = __float_as_uint(amax);
-  const int exponent = int(bits >> 23) - 8 + ((bits & 0x7fffffu) > 0x600000u ? 1 : 0);
-  return __uint_as_float(uint32_t(min(max(exponent, 1), 254)) << 23);
-}
-
 // Eight values into the row that is being built, where they stand in the destination's dtype.
 template <KvDType kTo>
 __device__ void encode_octet(const RowShape& shape, std::byte* row, uint32_t octet, bool is_live, const float (&values)[kOctet]) {
   constexpr int kValueBytes = kTo == KvDType::f32 ? 4 : 2;
   const bool is_rope = octet >= shape.latent_octets;
   if constexpr (kTo == KvDType::fp8) {
-    const float scale = e4m3_scale_of(group_amax(values, is_live && !is_rope));
+    const float scale = e4m3_scale_of(scale_group_amax(values, is_live && !is_rope));
     if (is_live && !is_rope) {
-      // Of a power of two between 2^-126 and 2^120.
-      const float inverse = __uint_as_float((254u << 23) - __float_as_uint(scale));
-      uint32_t codes[2] = {};
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float2 pair = make_float2(values[2 * i] * inverse, values[2 * i + 1] * inverse);
-        codes[i / 2] |= uint32_t(__nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3)) << (i % 2 * 16);
-      }
+      const uint2 codes = encode_e4m3(values, scale);
       auto* at = reinterpret_cast<uint32_t*>(row + octet * kOctet);
-      at[0] = codes[0];
-      at[1] = codes[1];
+      at[0] = codes.x;
+      at[1] = codes.y;
       if (octet % kGroupLanes == 0) *reinterpret_cast<float*>(row + shape.scales_offset + octet / kGroupLanes * 4) = scale;
       return;
     }
