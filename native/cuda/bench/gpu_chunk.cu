@@ -136,8 +136,7 @@ class GpuChunk : public GpuChunkProblem {
         q_offsets_(prefix_sums(shape.q_lens)),
         kv_offsets_(prefix_sums(shape.kv_lens)),
         rows_(static_cast<size_t>(q_offsets_.back()) * shape.heads),
-        tables_(draw_page_tables(shape.kv_lens, shape.page_tokens, timed ? sets_that_outgrow_l2(pages_needed(shape.kv_lens, shape.page_tokens) * page_bytes_, rows_ * (kQuery + kChunkHead) * 2) : 1,
-                                 stream_seed(seed, 0))),
+        tables_(draw_page_tables(shape.kv_lens, shape.page_tokens, timed ? input_sets() : 1, stream_seed(seed, 0))),
         pages_(static_cast<size_t>(tables_.pages * page_bytes_)),
         q_(rows_ * kQuery),
         kv_b_(static_cast<size_t>(shape.heads) * kUp * kChunkLatent),
@@ -227,6 +226,13 @@ class GpuChunk : public GpuChunkProblem {
   }
 
  private:
+  // What a call keeps in between goes through L2 as well: absorbed queries and outputs, or keys and values.
+  int input_sets() const {
+    const size_t tokens = static_cast<size_t>(kv_offsets_.back());
+    const size_t between = std::min(rows_ * (2 * kChunkLatent + kChunkRope), tokens * (kChunkLatent + kChunkRope + static_cast<size_t>(shape_.heads) * kUp)) * 2;
+    return sets_that_outgrow_l2(static_cast<size_t>(pages_needed(shape_.kv_lens, shape_.page_tokens) * page_bytes_) + between, rows_ * (kQuery + kChunkHead) * 2);
+  }
+
   LatentPages pages() const { return {pages_.data(), table_.data(), tables_.stride, shape_.page_tokens, page_bytes_, token_bytes_}; }
 
   const ChunkShape shape_;
