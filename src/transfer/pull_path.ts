@@ -55,7 +55,10 @@ export class PullLanding implements Landing {
     }
   }
 
-  admit(): Admission { return { slot: this.#slots++, epoch: 0 }; }
+  admit(): Admission {
+    if (this.#lent) native().expectKvPuts(this.#lent, this.#arena);
+    return { slot: this.#slots++, epoch: 0 };
+  }
 
   revoke(slot: number): boolean {
     this.#revoked.add(slot);
