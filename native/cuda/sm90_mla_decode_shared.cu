@@ -142,15 +142,16 @@ __global__ void __launch_bounds__(384, 1)
     const bool whole = args.box_tokens == kTokenTile;
     int use = 0;
     while (schedule.next(share, piece)) {
-      // Long streams are a little faster where L2 treats them like anything else, short ones where it keeps code and partial results.
-      PageWalk<Logits> walk(args, piece, args.row_tiles * args.stacked == 1 && share.units <= 32);
+      // Long streams are a little faster where L2 treats them like anything else, short ones where it keeps code and partial results. Of many row
+      // tiles some always ask at the same time, and one read of L2 serves them.
+      PageWalk<Logits> walk(args, piece, args.row_tiles > 2 || (args.row_tiles * args.stacked == 1 && share.units <= 32));
       for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
         const TileBoxes boxes = walk.boxes(tile);
         if (((tile - piece.tile_begin) & 1) != buffer) continue;
         if (threadIdx.x % 32 == 0) {
           if (brings_rope) ring.fill(kv_map, run_map, walk, boxes, whole, buffer, 0, use);
-          // While the buffer is still in use, L2 can fetch what goes there; the row tiles share that work.
-          if (args.row_tiles > 1 && tile % args.row_tiles == schedule.row_tile) {
+          // While the buffer is still in use, L2 can fetch what goes there; two row tiles share that work, with more it does not pay.
+          if (args.row_tiles == 2 && tile % 2 == schedule.row_tile) {
 #pragma unroll 1
             for (int part = 1 + half * kHalfParts; part < 1 + (half + 1) * kHalfParts; ++part) {
               if (whole) {
