@@ -70,6 +70,10 @@ export class LinkReach implements Reach {
     });
   }
 
+  abandon(): void {
+    this.#sender.close();
+  }
+
   close(): void {
     this.#sender.close();
   }

@@ -70,6 +70,8 @@ export interface Reach {
    * `channel` carries to decode by then is the path's: `pushed` with checksums, unless decode took the bytes itself and knows them.
    */
   put(source: KvArena, srcPages: Int32Array, credit: Credit, rectangle: Rectangle, channel: Channel): Promise<Placed>;
+  /** Where a put writes into no memory of decode's itself: ends those that are under way, since decode is gone and the path may never hear of it. */
+  abandon?(): void;
   close(): void;
 }
 

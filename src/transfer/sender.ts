@@ -289,6 +289,7 @@ class Connection {
 
   #onClose(reason: string): void {
     this.#fail(new TplaError('HANDOFF_FAILED', `decode at ${this.#address} is gone: ${reason}`));
+    this.#reach?.abandon?.();
     void this.#putsEnded().then(() => this.#reach?.close());
     this.#closed.resolve();
   }
