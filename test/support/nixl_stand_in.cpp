@@ -162,7 +162,19 @@ struct nixl_capi_agent_s {
 #endif
 API bool nixl_capi_is_stub() { return NIXL_STAND_IN_IS_STUB; }
 
-API nixl_capi_status_t nixl_capi_create_agent(const char* name, nixl_capi_agent_s** agent) {
+typedef struct {
+  bool enable_prog_thread;
+  bool enable_listen_thread;
+  int listen_port;
+  int thread_sync;
+  unsigned int num_workers;
+  uint64_t pthr_delay_us;
+  uint64_t lthr_delay_us;
+  bool capture_telemetry;
+} nixl_capi_agent_config_t;
+
+API nixl_capi_status_t nixl_capi_create_configured_agent(const char* name, const nixl_capi_agent_config_t* config, nixl_capi_agent_s** agent) {
+  if (config->enable_listen_thread || config->listen_port != 0 || config->thread_sync != 0) return NIXL_CAPI_ERROR_INVALID_PARAM;
   auto made = std::make_unique<nixl_capi_agent_s>();
   made->name = name;
   made->socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);

@@ -138,7 +138,7 @@ test('an absent library, one that is none, an old one, a stub, a missing plug-in
   assert.is(missing.code, 'CONFIG_INVALID');
   assert.match(missing.message, /\/nowhere\/libnixl_capi\.so, which does not exist/);
   const declared = 'extern "C" __attribute__((visibility("default")))';
-  assert.match(openInNewProcess(buildLibrary(directory, 'libnothing.so', `${declared} int nothing; int nothing;`)), /CONFIG_INVALID .*libnothing\.so has no nixl_capi_create_agent; tpla works with the libnixl_capi\.so of NIXL 0\.10\.1/);
+  assert.match(openInNewProcess(buildLibrary(directory, 'libnothing.so', `${declared} int nothing; int nothing;`)), /CONFIG_INVALID .*libnothing\.so has no nixl_capi_create_configured_agent; tpla works with the libnixl_capi\.so of NIXL 0\.10\.1/);
   // Before 0.5 there was no metadata of single memories.
   assert.match(openInNewProcess(buildNixlStandIn(directory, 'libold.so', ['-Dnixl_capi_get_local_partial_md=nixl_capi_get_no_partial_md'])), /libold\.so has no nixl_capi_get_local_partial_md/);
   assert.match(openInNewProcess(buildNixlStandIn(directory, 'libstub.so', ['-DNIXL_STAND_IN_IS_STUB=true'])), /libstub\.so is a stub that was built without NIXL/);
@@ -165,7 +165,7 @@ test('libraries beside it that the loader does not find by itself are found', ()
 test('where NIXL may be absent its reason is told; where it is found, what it is', async () => {
   let reason = '';
   assert.is(await openNixl({ use: 'auto', library: join(directory, 'libnothing.so'), backends: ['UCX'], options: {} }, (text) => { reason = text; }), null);
-  assert.match(reason, /has no nixl_capi_create_agent/);
+  assert.match(reason, /has no nixl_capi_create_configured_agent/);
   assert.is(findNixl([join(directory, 'absent.so'), LIBRARY]), LIBRARY);
   assert.is(findNixl([]), 'libnixl_capi.so');
   const nixl = await open();

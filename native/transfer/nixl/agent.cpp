@@ -149,7 +149,9 @@ Agent::Agent(const Library& library, std::vector<std::string> backends)
 Agent::~Agent() = default;
 
 void Agent::create() {
-  if (const Status status = nixl_.create_agent(random_name().c_str(), &agent_); status != kSuccess) {
+  // Our thread moves transfers on. Where NIXL's does, up to NIXL 1.4.0 it frees the connection to a peer that died while we send to it.
+  const AgentConfig config{};
+  if (const Status status = nixl_.create_configured_agent(random_name().c_str(), &config, &agent_); status != kSuccess) {
     throw Error("CONFIG_INVALID", "NIXL cannot be started: " + status_text(status));
   }
   try {

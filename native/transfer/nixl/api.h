@@ -3,7 +3,7 @@
 #include <cstdint>
 
 // What we use of NIXL's C API (libnixl_capi.so, since NIXL 0.10.1), written down by hand so that the addon builds and loads without NIXL. Every
-// object is behind a pointer and no structure of the library is ours to fill in, so that only these signatures bind us.
+// object is behind a pointer; the one structure that is ours to fill in is AgentConfig.
 namespace tpla::nixl {
 
 using Status = int;  // nixl_capi_status_t
@@ -24,12 +24,23 @@ struct RegistrationList;
 struct Transfer;
 struct Notifications;
 
+struct AgentConfig {  // nixl_capi_agent_config_t
+  // A thread of NIXL's own that moves transfers on.
+  bool has_progress_thread;
+  bool has_listen_thread;
+  int listen_port;
+  int thread_sync;  // 0: one thread, the agent's own
+  unsigned workers;
+  uint64_t progress_delay_us;
+  uint64_t listen_delay_us;
+  bool captures_telemetry;
+};
+
 // The functions, each as `nixl_capi_` and its name.
 struct Api {
   // Optional: whether the library is but a stand-in for one that was not there when it was built.
   bool (*is_stub)();
-  // With a thread of NIXL's own that moves transfers on.
-  Status (*create_agent)(const char* name, AgentObject** agent);
+  Status (*create_configured_agent)(const char* name, const AgentConfig* config, AgentObject** agent);
   Status (*destroy_agent)(AgentObject* agent);
   // `data` is from malloc and the caller's. An empty list gives what a peer needs to connect, and no memory; another only its memory.
   Status (*get_local_partial_md)(AgentObject* agent, RegistrationList* list, void** data, size_t* bytes, Options* options);

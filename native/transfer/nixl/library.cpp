@@ -60,7 +60,7 @@ const Library& Library::load(const std::string& file) {
 Library::Library(const std::string& file) : file_(file) {
   handle_ = open_with_siblings(file);
   file_ = loaded_from(handle_, file);
-  bind(api_.create_agent, "create_agent");
+  bind(api_.create_configured_agent, "create_configured_agent");
   bind(api_.destroy_agent, "destroy_agent");
   bind(api_.get_local_partial_md, "get_local_partial_md");
   bind(api_.load_remote_md, "load_remote_md");
