@@ -60,8 +60,10 @@ export class LinkReach implements Reach {
     this.#sender = sender;
   }
 
+  /** UCX keeps transports between GPUs ready, too; they take no part in what leaves from host memory. */
   transports(): string[] {
-    return this.#sender.transports?.() ?? [];
+    const found = this.#sender.transports?.() ?? [];
+    return this.memory === 'gpu' ? found : found.filter((transport) => !transport.startsWith('cuda_'));
   }
 
   put(source: KvArena, srcPages: Int32Array, credit: Credit, rectangle: Rectangle, channel: Channel): Promise<KvPutResult> {
