@@ -29,6 +29,7 @@ DecodeKernel sm90_mla_decode_narrow_kernel(int latent, int rows, LogitKind logit
 DecodeKernel sm90_mla_decode_tile_kernel(int latent, int rows, LogitKind logits);
 DecodeKernel sm90_mla_decode_shared_kernel(int latent, int rows, LogitKind logits);
 DecodeKernel sm90_mla_decode_fp8_kernel(int latent, int rows, LogitKind logits);
+DecodeKernel sm90_mla_decode_fp8_tile_kernel(int latent, int rows, LogitKind logits);
 DecodeKernel sm80_mla_decode_kernel(int latent, KvFormat format, LogitKind logits);
 
 }  // namespace tpla::cuda

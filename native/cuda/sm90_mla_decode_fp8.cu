@@ -1,5 +1,6 @@
-// MLA decode over fp8 KV, Hopper: tokens of latent e4m3 values, a power-of-two scale per 128 of them, and 64 rope values of bf16. The products
-// are those of the bf16 kernels; what is new is that every value is widened to bf16 on its way, once.
+// MLA decode over fp8 KV for up to 32 query rows per block, with a latent of 512 up to 64, Hopper: tokens of latent e4m3 values, a power-of-two
+// scale per 128 of them, and 64 rope values of bf16. The products are those of the bf16 kernels; what is new is that every value is widened to
+// bf16 on its way, once.
 //
 //   logits^T [64 tokens × rows] = K [64 × width] · Q^T,      out^T [latent × rows] += V^T [latent × 64 tokens] · P^T
 //
@@ -16,13 +17,12 @@
 
 #include "mla_decode_combine.cuh"
 #include "mla_decode_kernel.h"
-#include "sm90_mla_decode.cuh"
+#include "sm90_fp8_widen.cuh"
 
 namespace tpla::cuda {
 
 constexpr float kNoMaximum = -1e30f;  // below every logit, and finite: what it is subtracted from stays a number, or -inf
 constexpr int kSharedMemoryPerMultiprocessor = 228 * 1024, kSharedMemoryReserved = 1024;  // the latter of each block
-constexpr int kRunTokens = 16;  // tokens one bulk copy brings: pages hold a multiple of them, and their bytes are a multiple of 16 in every layout
 
 template <int kLatentColumns, int kBlockRows>
 struct Fp8Shape {
@@ -54,22 +54,6 @@ struct Fp8Shape {
   static constexpr int kFeedRegisters = kBlocks == 2 ? 32 : kCrowded ? 24 : 40, kComputeRegisters = kBlocks == 2 ? 104 : kCrowded ? 240 : 232;
   static_assert(kRuns > 4, "the ring must hold more than one tile");
 };
-
-// Four e4m3 values -> bytes 0 and 2, bytes 1 and 3 as bf16 pairs. Exponent and mantissa keep their bits, so that values come out 2^-120 of
-// what they are, subnormal ones included; the scale makes up for it.
-constexpr float kWidenFactor = 0x1p120f;
-constexpr float kLargestScale = 128.0f;  // whose product with kWidenFactor is a bf16; larger ones are applied in two steps
-
-__device__ __forceinline__ void widen_e4m3(uint32_t word, uint32_t& even, uint32_t& odd) {
-  odd = (word & 0x80008000u) | (word >> 4 & 0x07F007F0u);
-  even = (word << 8 & 0x80008000u) | (word << 4 & 0x07F007F0u);
-}
-
-__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
-  uint32_t product;
-  asm("mul.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
 
 __device__ __forceinline__ uint32_t load_word(const uint8_t* shared) { return *reinterpret_cast<const uint32_t*>(shared); }
 
@@ -319,10 +303,9 @@ __device__ __forceinline__ void compute(const MlaDecodeArgs& args, const DecodeS
             const uint32_t factors = pack_bf16(factor, factor);
 #pragma unroll
             for (int n = 0; n < kSteps; ++n) {
-              uint32_t even, odd;
-              widen_e4m3(words[kCrowded ? 0 : i % 2][h][n], even, odd);
-              fragment[n][h] = multiply_bf16x2(even, factors);
-              fragment[n][2 + h] = multiply_bf16x2(odd, factors);
+              const uint32_t word = words[kCrowded ? 0 : i % 2][h][n];
+              fragment[n][h] = multiply_bf16x2(widen_e4m3<kEvenPair>(word), factors);
+              fragment[n][2 + h] = multiply_bf16x2(widen_e4m3<kOddPair>(word), factors);
             }
           }
           const float top_scale = fmaxf(scales[i * kSteps / 8][0], scales[i * kSteps / 8][1]);
@@ -615,13 +598,16 @@ DecodeKernel describe(LogitKind logits) {
 template <int kLatent>
 DecodeKernel choose_rows(int rows, LogitKind logits) {
   if (rows <= 16) return describe<kLatent, 16>(logits);
-  if (rows <= 32) return describe<kLatent, 32>(logits);
-  return describe<kLatent, 64>(logits);
+  if constexpr (kLatent == 512) {
+    if (rows > 32) return describe<kLatent, 64>(logits);
+  }
+  return describe<kLatent, 32>(logits);
 }
 
 }  // namespace
 
 DecodeKernel sm90_mla_decode_fp8_kernel(int latent, int rows, LogitKind logits) {
+  if (rows > 32 && latent < 512) return sm90_mla_decode_fp8_tile_kernel(latent, rows, logits);
   switch (latent) {
     case 128: return choose_rows<128>(rows, logits);
     case 256: return choose_rows<256>(rows, logits);
