@@ -559,7 +559,7 @@ bool Agent::has_rdma() const { return capabilities_.ucx ? capabilities_.ucx->fou
 
 bool Agent::may_carry_gpu() const { return takes_gpu() && has_rdma(); }
 
-// Within a host its UCX would have the GPUs read each other, which has not been seen to end.
+// Within a host its UCX would have the GPUs read each other: right between two of them, but two processes on one GPU waited for ever.
 bool Agent::carries_gpu(Messenger::Endpoint* endpoint) {
   return may_carry_gpu() && !(reads_gpus() && static_cast<Link*>(endpoint)->remote->is_same_host);
 }
