@@ -69,7 +69,7 @@ __device__ void combine_parts(const Args& args, const DecodeSchedule<kBlockRows,
                               void* scratch, int thread, Barrier barrier) {
   using Vector = PartVector<PartValue>;
   constexpr int kVectorsPerRow = kLatent / Vector::kValues;
-  constexpr int kAtOnce = 16;  // loads a thread has in flight
+  constexpr int kAtOnce = 16;
   const int parts = piece.participants;
   const int rows = max(0, min(piece.rows - piece.row0, kBlockRows));
   const unsigned vectors = rows * kVectorsPerRow;
@@ -85,8 +85,8 @@ __device__ void combine_parts(const Args& args, const DecodeSchedule<kBlockRows,
   }
   barrier();
 
-  // Several threads to a vector where there are few, each over every teams-th part; their sums are joined in order. The first loads of a
-  // thread are under way while the weights are computed.
+  // A thread has kAtOnce loads in flight. Several threads take a vector where there are few, each every teams-th part; their sums are joined in
+  // order. The first loads are under way while the weights are computed.
   const int team_threads = min(max(end - begin, 1), kThreads);
   const int teams = min(kThreads / team_threads, 16);
   const int team = thread / team_threads;
@@ -106,7 +106,21 @@ __device__ void combine_parts(const Args& args, const DecodeSchedule<kBlockRows,
       from += step;
     }
   };
-  if (takes_part) load(team, source);
+  // Where there are few parts, of kAtOnce / kFewParts vectors.
+  constexpr int kFewParts = 4;
+  const bool few_parts = parts <= kFewParts && teams == 1;
+  const auto load_few = [&](const uint4* from, int vector) {
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int part = u % kFewParts, ahead = u / kFewParts * team_threads;
+      if (part < parts && vector + ahead < end) values[u] = load_l2(from + ahead + part * step + (part == 0 ? kPartVectors : 0));
+    }
+  };
+  const int first_vector = begin + thread % team_threads;
+  if (takes_part) {
+    if (few_parts) load_few(source, first_vector);
+    else load(team, source);
+  }
 
   // Maximum and sum of every part in every row of the share, [row][part]; the maximum is then replaced by the part's weight.
   float2* weights = static_cast<float2*>(scratch);
@@ -145,9 +159,30 @@ __device__ void combine_parts(const Args& args, const DecodeSchedule<kBlockRows,
   }
   barrier();
 
+  const auto store = [&](int vector, const Vector& total) {
+    const int64_t row = args.out_row(piece.sequence, piece.q_begin, piece.row0, vector / kVectorsPerRow);
+    total.store(args.out, row * kVectorsPerRow + vector % kVectorsPerRow);
+  };
+#pragma unroll 1
+  for (int base = begin; base < end && few_parts && takes_part; base += kAtOnce / kFewParts * team_threads) {
+    const int vector = first_vector + base - begin;
+    if (base != begin) load_few(source + (base - begin), vector);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; u += kFewParts) {
+      const int one = vector + u / kFewParts * team_threads;
+      if (one >= end) break;
+      const float2* of_row = weights + (one / kVectorsPerRow - first_row) * parts;
+      Vector total;
+#pragma unroll
+      for (int part = 0; part < kFewParts; ++part) {
+        if (part < parts) total.add(of_row[part].x, values[u + part]);
+      }
+      store(one, total);
+    }
+  }
   Vector* joined = reinterpret_cast<Vector*>(weights + ((share_rows * parts + 1) & ~1));
 #pragma unroll 1
-  for (int base = begin; base < end; base += team_threads) {
+  for (int base = begin; base < end && !few_parts; base += team_threads) {
     const int vector = base + thread % team_threads;
     const float2* of_row = weights + (vector / kVectorsPerRow - first_row) * parts;
     Vector total;
@@ -174,10 +209,7 @@ __device__ void combine_parts(const Args& args, const DecodeSchedule<kBlockRows,
 #pragma unroll 1
       for (int t = 1; t < teams && team == 0; ++t) total.add(joined[t * team_threads + thread]);
     }
-    if (team == 0 && vector < end) {
-      const int64_t row = args.out_row(piece.sequence, piece.q_begin, piece.row0, vector / kVectorsPerRow);
-      total.store(args.out, row * kVectorsPerRow + vector % kVectorsPerRow);
-    }
+    if (team == 0 && vector < end) store(vector, total);
   }
 
   // The last block to leave makes the counter ready for the next launch.

@@ -21,6 +21,9 @@ struct NarrowShape {
   static constexpr int kScratchBytes = 2048 + 2 * 4 * kRows * 4 + 4 * kRows * 4;
   static constexpr int kSlots = (kSharedMemoryPerBlock - kSharedAlignment - kQueryBytes - kProbBytes - kScratchBytes) / kChunkBytes;
   static constexpr int kSharedBytes = kSharedAlignment + kQueryBytes + kProbBytes + kScratchBytes + kSlots * kChunkBytes;
+  static constexpr int kExchanged = kQueryBytes + kProbBytes >= 4 * kRows * 256 ? 4 : 2;  // chunks the warpgroups exchange at a time, of kRows · 256 bytes
+  static constexpr int kStagedRowBytes = kLatent * 2 + 16;                                // rows lie in different banks
+  static_assert(kQueryBytes + kProbBytes >= kExchanged * kRows * 256 && kQueryBytes >= kRows * kStagedRowBytes);
   static constexpr int kOverhead = kLatent >= 512 ? 1 : 2;
   static constexpr int kThreads = 384;
 };
@@ -213,52 +216,99 @@ __global__ void __launch_bounds__(384, 1)
         softmax.sum[i] = total[0] * exp2_approx(row_values[row] - reference) + total[1] * exp2_approx(row_values[kRows + row] - reference);
       }
 
-      // Chunk by chunk one warpgroup hands its part to the other, which writes the result. Straight-line code that runs once a piece:
-      // kept short, because every block fetches it cold.
-      float* exchange = reinterpret_cast<float*>(probs);
       const bool is_split = piece.participants > 1;
       if (!is_split) {
 #pragma unroll
         for (int i = 0; i < kColumnBlocks * 2; ++i) factor[i] *= softmax.sum[i] > 0.0f ? __fdividef(1.0f, softmax.sum[i]) : 0.0f;
       }
-      const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + row0;
-      const int part = schedule.partial_index(piece, piece.participant);
-      const int thread_offset = (lane % 4) * 2 * kLatent + warp * 16 + lane / 4;
-      float* partial = args.partial_out + static_cast<int64_t>(part) * kRows * kLatent + thread_offset;
-      __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
-      const int rows = min(piece.rows - row0, kRows);
-      int thread_rows = rows - (lane % 4) * 2;  // rows from this thread's first on
+
+      // Each warpgroup hands the other every second chunk, through shared memory where nobody reads this query any more.
+      const auto keeps = [&](int chunk) { return group != (chunk & 1); };
+      float* exchange = reinterpret_cast<float*>(query) + in_group;
 #pragma unroll
-      for (int c = 0; c < kLatentChunks; ++c) {
-        if (kLatent % 64 != 0 && c * 64 + warp * 16 >= kLatent) thread_rows = 0;  // rope columns
-        // Value i of the fragment: row (i / 4) * 8 + i % 2 relative to the thread's first, column + i % 4 / 2 * 8.
-        const auto offset_of = [](int c, int i) { return ((i / 4) * 8 + i % 2) * kLatent + c * 64 + (i % 4 / 2) * 8; };
-        if (group == (c & 1)) {
+      for (int first = 0; first < kLatentChunks; first += Shape::kExchanged) {
 #pragma unroll
-          for (int i = 0; i < kRows / 2; ++i) exchange[i * 128 + in_group] = out[c][i] * factor[(i / 4) * 2 + i % 2];
+        for (int c = first; c < first + Shape::kExchanged && c < kLatentChunks; ++c) {
+          if (keeps(c)) continue;
+#pragma unroll
+          for (int i = 0; i < kRows / 2; ++i) exchange[((c - first) * (kRows / 2) + i) * 128] = out[c][i] * factor[(i / 4) * 2 + i % 2];
         }
         named_barrier_sync(kConsumerBarrier, kConsumers);
-        if (group != (c & 1)) {
 #pragma unroll
-          for (int i = 0; i < kRows / 2; ++i) out[c][i] = fmaf(out[c][i], factor[(i / 4) * 2 + i % 2], exchange[i * 128 + in_group]);
-          if (is_split) {
+        for (int c = first; c < first + Shape::kExchanged && c < kLatentChunks; ++c) {
+          if (!keeps(c)) continue;
 #pragma unroll
-            for (int i = 0; i < kRows / 2; ++i) {
-              if ((i / 4) * 8 + i % 2 < thread_rows) partial[offset_of(c, i)] = out[c][i];
-            }
-          } else {
-#pragma unroll
-            for (int i = 0; i < kRows / 2; ++i) {
-              if ((i / 4) * 8 + i % 2 < thread_rows) final_out[offset_of(c, i)] = __float2bfloat16(out[c][i]);
-            }
-          }
+          for (int i = 0; i < kRows / 2; ++i) out[c][i] = fmaf(out[c][i], factor[(i / 4) * 2 + i % 2], exchange[((c - first) * (kRows / 2) + i) * 128]);
         }
         named_barrier_sync(kConsumerBarrier, kConsumers);
       }
+
+      const auto is_latent = [&](int chunk) { return kLatent % 64 == 0 || chunk * 64 + warp * 16 < kLatent; };
+      if (is_split) {
+        float scale[kColumnBlocks * 2];
+#pragma unroll
+        for (int i = 0; i < kColumnBlocks * 2; ++i) {
+          float top = 0.0f;
+#pragma unroll
+          for (int c = 0; c < kLatentChunks; ++c) {
+            const int value = i / 2 * 4 + i % 2;
+            if (keeps(c) && is_latent(c)) top = fmaxf(top, fmaxf(fabsf(out[c][value]), fabsf(out[c][value + 2])));
+          }
+#pragma unroll
+          for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+          if (lane < 4) group_warp_values[warp * kRows + softmax.row_of(i, lane)] = top;
+        }
+        named_barrier_sync(kConsumerBarrier, kConsumers);
+#pragma unroll
+        for (int i = 0; i < kColumnBlocks * 2; ++i) {
+          float top = 0.0f;
+#pragma unroll
+          for (int w = 0; w < 8; ++w) top = fmaxf(top, warp_values[w * kRows + softmax.row_of(i, lane)]);
+          const int exponent = part_exponent(top);
+          scale[i] = power_of_two(-exponent);
+          softmax.maximum[i] += exponent;
+          softmax.sum[i] *= scale[i];
+        }
+#pragma unroll
+        for (int c = 0; c < kLatentChunks; ++c) {
+          if (keeps(c)) scale_columns<kRows>(out[c], scale);
+        }
+      }
+
+      // Rows of the result, from there in whole lines.
+      const int matrix = lane / 8;  // of an stmatrix: half of the 16 columns, then 8 rows
+      const uint32_t staged = smem_address(query);
+      const uint32_t lane_address = staged + (matrix / 2 * 8 + lane % 8) * Shape::kStagedRowBytes + warp * 32 + matrix % 2 * 16;
+      const auto stage = [&](auto pack) {
+#pragma unroll
+        for (int c = 0; c < kLatentChunks; ++c) {
+          if (!keeps(c) || !is_latent(c)) continue;
+          const float(&v)[kRows / 2] = out[c];
+          if constexpr (kRows == 8) {
+            stmatrix_x2_trans(lane_address + c * 128, pack(v[0], v[1]), pack(v[2], v[3]));
+          } else {
+#pragma unroll
+            for (int n = 0; n < kRows / 8; n += 2) {
+              stmatrix_x4_trans(lane_address + c * 128 + n * 8 * Shape::kStagedRowBytes, pack(v[n * 4], v[n * 4 + 1]), pack(v[n * 4 + 2], v[n * 4 + 3]),
+                                pack(v[n * 4 + 4], v[n * 4 + 5]), pack(v[n * 4 + 6], v[n * 4 + 7]));
+            }
+          }
+        }
+      };
+      if (is_split) stage([](float lo, float hi) { return pack_f16(lo, hi); });
+      else stage([](float lo, float hi) { return pack_bf16(lo, hi); });
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+      constexpr int kRowUnits = kLatent / 8;
+      const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + row0;
+      const int part = schedule.partial_index(piece, piece.participant);
+      const int rows = min(piece.rows - row0, kRows);
+      uint4* to = static_cast<uint4*>(is_split ? static_cast<void*>(args.partial_out) : args.out) + (is_split ? static_cast<int64_t>(part) * kRows : out_row0) * kRowUnits;
+#pragma unroll 2
+      for (int i = thread; i < rows * kRowUnits; i += kConsumers) to[i] = load_shared_16(staged + i / kRowUnits * Shape::kStagedRowBytes + i % kRowUnits * 16);
       if (group == 0 && warp == 0 && lane < 4) {
 #pragma unroll
         for (int i = 0; i < kColumnBlocks * 2; ++i) {
-          const int row = (i / 2) * 8 + lane * 2 + i % 2;
+          const int row = softmax.row_of(i, lane);
           if (row >= rows) continue;
           if (is_split) {
             args.partial_sum[part * kRows + row] = make_float2(softmax.maximum[i], softmax.sum[i]);
@@ -270,15 +320,14 @@ __global__ void __launch_bounds__(384, 1)
       if (is_split) {
         if (thread == 0) split[splits] = piece;
         ++splits;
-        __threadfence();
-        named_barrier_sync(kConsumerBarrier, kConsumers);
-        if (thread == 0) publish_part(args.arrivals + schedule.arrival_index(piece));
       }
+      named_barrier_sync(kConsumerBarrier, kConsumers);
+      if (is_split && thread == 0) publish_part(args.arrivals + schedule.arrival_index(piece));
     }
 
     const auto barrier = [] { named_barrier_sync(kConsumerBarrier, kConsumers); };
     for (int i = 0; i < splits; ++i) {
-      combine_parts<kLatent, kConsumers>(args, schedule, split[i], ring_data, thread, barrier);
+      combine_parts<kLatent, kConsumers, __half>(args, schedule, split[i], ring_data, thread, barrier);
     }
   }
 }
