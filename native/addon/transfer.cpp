@@ -51,37 +51,64 @@ void start_put(const std::shared_ptr<const KvRegion>& src, const std::shared_ptr
   puts(is_announced).post([src, dst, gate, work = std::move(work), done = std::move(done)] { finish_with<PutDone, KvPutResult>(done, [&] { return kv_put(work); }); });
 }
 
-// What the puts of one hand-off have in common, and one of them.
-struct PutOptions {
+// What a put reads, writes and passes: kept while it is under way.
+struct PutEnds {
   std::shared_ptr<const KvRegion> src;
   std::shared_ptr<const KvRegion> dst;
+  std::shared_ptr<const WriteGate> gate;  // null where nothing is shut out
+};
+
+// The same for puts that may follow. A peer's memory is unmapped when its region is closed, not when the garbage collector finds the function that
+// could have put into it.
+class ExpectedPutEnds {
+ public:
+  explicit ExpectedPutEnds(const PutEnds& ends) : src_(ends.src), dst_(ends.dst), gate_(ends.gate), is_gated_(ends.gate != nullptr) {}
+
+  // Throws REQUEST_INVALID where one of them is closed.
+  PutEnds open() const {
+    PutEnds ends{src_.lock(), dst_.lock(), gate_.lock()};
+    if (!ends.src || !ends.dst || (is_gated_ && !ends.gate)) throw Error("REQUEST_INVALID", "the KV arena, region or gate is closed");
+    return ends;
+  }
+
+ private:
+  std::weak_ptr<const KvRegion> src_;
+  std::weak_ptr<const KvRegion> dst_;
+  std::weak_ptr<const WriteGate> gate_;
+  bool is_gated_;
+};
+
+PutEnds parse_put_ends(const Napi::Object& options) {
+  PutEnds ends{kv_region_of(options.Get("src")), kv_region_of(options.Get("dst")), nullptr};
+  if (options.Get("pass").IsObject()) ends.gate = write_gate_of(options.Get("pass").As<Napi::Object>().Get("gate"));
+  return ends;
+}
+
+// What else the puts of one hand-off have in common, and one of them.
+struct PutOptions {
   int src_rank = 0;
   PageTables dst_pages;
-  std::shared_ptr<const WriteGate> gate;
-  WritePass pass;
+  WritePass pass;  // of the ends' gate
   std::shared_ptr<const Announcement> announcement;
 };
 
-PutOptions parse_put_options(const Napi::Object& options) {
+PutOptions parse_put_options(const Napi::Object& options, const PutEnds& ends) {
   PutOptions put;
-  put.src = kv_region_of(options.Get("src"));
-  put.dst = kv_region_of(options.Get("dst"));
   put.src_rank = parse_rank(options.Get("srcRank"));
   put.dst_pages = parse_tables(options.Get("dstPages"), options.Get("dstRank"), "dstPages");
-  if (options.Get("pass").IsObject()) {
+  if (ends.gate) {
     const Napi::Object pass = options.Get("pass").As<Napi::Object>();
-    put.gate = write_gate_of(pass.Get("gate"));
-    put.pass = {put.gate.get(), int(to_integer(pass.Get("slot"), "slot", 0, put.gate->slots() - 1)), uint32_t(to_integer(pass.Get("epoch"), "epoch", 0, UINT32_MAX))};
+    put.pass = {ends.gate.get(), int(to_integer(pass.Get("slot"), "slot", 0, ends.gate->slots() - 1)), uint32_t(to_integer(pass.Get("epoch"), "epoch", 0, UINT32_MAX))};
   }
-  put.announcement = parse_announcement(options.Get("announce"), put.src->device < 0 && put.dst->device < 0);
+  put.announcement = parse_announcement(options.Get("announce"), ends.src->device < 0 && ends.dst->device < 0);
   return put;
 }
 
-Napi::Value run_put(Napi::Env env, const PutOptions& options, std::vector<std::vector<int32_t>> src_tables, Range layers, Range tokens) {
-  KvPut work{options.src.get(), options.dst.get(), layers, tokens, {std::move(src_tables), options.src_rank}, options.dst_pages, options.pass};
+Napi::Value run_put(Napi::Env env, const PutEnds& ends, const PutOptions& options, std::vector<std::vector<int32_t>> src_tables, Range layers, Range tokens) {
+  KvPut work{ends.src.get(), ends.dst.get(), layers, tokens, {std::move(src_tables), options.src_rank}, options.dst_pages, options.pass};
   const auto promise = ThreadPromise::create(env);
   const Napi::Value settled = promise->promise();
-  start_put(options.src, options.dst, options.gate, std::move(work), options.announcement != nullptr, settle_put(promise, options.announcement, layers, tokens));
+  start_put(ends.src, ends.dst, ends.gate, std::move(work), options.announcement != nullptr, settle_put(promise, options.announcement, layers, tokens));
   mark_step("put under way");
   return settled;
 }
@@ -90,7 +117,8 @@ Napi::Value put(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     mark_step("put asked for");
     const Napi::Object options = to_object(info[0], "put");
-    return run_put(info.Env(), parse_put_options(options), parse_tables(options.Get("srcPages"), info.Env().Undefined(), "srcPages").tables,
+    const PutEnds ends = parse_put_ends(options);
+    return run_put(info.Env(), ends, parse_put_options(options, ends), parse_tables(options.Get("srcPages"), info.Env().Undefined(), "srcPages").tables,
                    parse_range(options.Get("layers"), "layers"), parse_range(options.Get("tokens"), "tokens"));
   });
 }
@@ -108,12 +136,14 @@ void expect_puts(const Napi::CallbackInfo& info) {
 // prepareKvPut(options) → put(srcPages, firstLayer, endLayer, firstToken, endToken)
 Napi::Value prepare_put(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    const auto options = std::make_shared<const PutOptions>(parse_put_options(to_object(info[0], "put")));
-    return Napi::Function::New(info.Env(), [options](const Napi::CallbackInfo& call) {
+    const Napi::Object common = to_object(info[0], "put");
+    const PutEnds ends = parse_put_ends(common);
+    const auto options = std::make_shared<const PutOptions>(parse_put_options(common, ends));
+    return Napi::Function::New(info.Env(), [expected = ExpectedPutEnds(ends), options](const Napi::CallbackInfo& call) {
       return guarded(call.Env(), [&]() -> Napi::Value {
         mark_step("put asked for");
         const auto number = [&call](size_t at, const char* field) { return int(to_integer(call[at], field, 0)); };
-        return run_put(call.Env(), *options, {to_int32s(call[0], "srcPages")}, {number(1, "layers"), number(2, "layers")}, {number(3, "tokens"), number(4, "tokens")});
+        return run_put(call.Env(), expected.open(), *options, {to_int32s(call[0], "srcPages")}, {number(1, "layers"), number(2, "layers")}, {number(3, "tokens"), number(4, "tokens")});
       });
     }, "put");
   });

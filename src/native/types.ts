@@ -547,7 +547,7 @@ export interface NativeModule extends ReparamModule, AttentionModule {
   kvPut(put: KvPut): Promise<KvPutResult>;
   /** Puts between these will follow soon: where a GPU makes them, what they need is made, and the thread that launches them woken. */
   expectKvPuts(src: KvRegion | KvArena, dst: KvRegion | KvArena): void;
-  /** What the puts of one hand-off have in common, taken over once: each then costs its caller a few microseconds. */
+  /** What the puts of one hand-off have in common, taken over once: each then costs its caller a few microseconds. Keeps neither memory open. */
   prepareKvPut(common: Omit<KvPut, 'layers' | 'tokens' | 'srcPages'>): PreparedKvPut;
   /** The same checksums computed over what `region` holds. */
   kvChecksum(region: KvRegion | KvArena, layers: [number, number], tokens: [number, number], pages: Int32Array[], rank?: number): Promise<BigUint64Array>;

@@ -5,7 +5,7 @@ import { native } from '../../src/native/loader.js';
 import type { KvArena, KvDType, KvForm, KvLayout } from '../../src/native/types.js';
 import { checksumKey, columns, copies, decodeRow, encodeRow, rowAt, rowValue, scatter, sum64, width, xorshift, type Sequence } from './kv_reference.js';
 
-const { KvArena, kvPut, kvChecksum, kvCopyPage, kvKernels, mapKvRegion, SharedMemory } = native();
+const { KvArena, kvPut, kvChecksum, kvCopyPage, kvKernels, mapKvRegion, prepareKvPut, SharedMemory } = native();
 const LAYERS = 2;
 
 function layout(form: KvForm, ranks: number, options: Partial<KvLayout> = {}): KvLayout {
@@ -494,6 +494,21 @@ test('copying a page copies all layers on the ranks that hold it', () => {
   assert.is(width(tpla.arena.layout), 128);
   tpla.arena.close();
   dcp.arena.close();
+});
+
+test('a prepared put moves what a put of its own would, and keeps no memory open', async () => {
+  const src = filledStore(layout('mla', 1), 40, 3);
+  const dst = emptyStore(layout('mla', 1, { pageTokens: 32 }), 40, 4);
+  const prepared = prepareKvPut({ src: src.arena, dst: dst.arena, dstPages: dst.sequence.pages });
+  await prepared(src.sequence.pages[0]!, 0, LAYERS, 0, 40);
+  for (let layer = 0; layer < LAYERS; layer++) {
+    for (let token = 0; token < 40; token++) assert.equal(rowAt(dst.arena, dst.sequence, layer, token, 0), expectedRow(src, dst, layer, token, 0));
+  }
+
+  const region = mapKvRegion(dst.arena.layout, dst.arena.pages, dst.arena.fds());
+  const late = prepareKvPut({ src: src.arena, dst: region, dstPages: dst.sequence.pages });
+  region.close();
+  assert.throws(() => late(src.sequence.pages[0]!, 0, LAYERS, 0, 40), (error: { code: string; message: string }) => error.code === 'REQUEST_INVALID' && /closed/.test(error.message));
 });
 
 test.run();
