@@ -7,6 +7,7 @@
 #include "mla_decode_kernel.h"
 #include "sm90_mla_decode.cuh"
 #include "row_softmax.cuh"
+#include "sm90_tile_result.cuh"
 #include "sm90_fp8_feed.cuh"
 
 namespace tpla::cuda {
@@ -198,88 +199,8 @@ __global__ void __launch_bounds__(384, 1)
       }
       stage_count += tiles;
 
-      float sums[2] = {softmax.row_sum(0), softmax.row_sum(1)};
       const bool is_split = piece.participants > 1;
-      const int part = schedule.partial_index(piece, piece.participant);
-      const int64_t out_row0 = static_cast<int64_t>(piece.q_begin) * args.heads + group_row0;
-      const int rows = min(piece.rows - group_row0, 64);
-      const int part_row0 = kSplitRows ? group * 64 : 0;
-      const int thread_offset = thread_row * kLatent + (lane % 4) * 2;
-      float* partial = args.partial_out + (static_cast<int64_t>(part) * kRows + part_row0) * kLatent + thread_offset;
-      __nv_bfloat16* final_out = static_cast<__nv_bfloat16*>(args.out) + out_row0 * kLatent + thread_offset;
-
-      // Values begin, begin + 1, … of the fragment; i, i + 1 are neighbours in a row. Final rows are scaled by `inverse`.
-      float inverse[2];
-      const auto write = [&](const float* values, int begin, int count) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (thread_row + h * 8 >= rows) continue;
-          const int offset = h * 8 * kLatent + begin / 4 * 8;
-          if (is_split) {
-#pragma unroll
-            for (int n = 0; n < count / 4; ++n) *reinterpret_cast<float2*>(partial + offset + n * 8) = make_float2(values[n * 4 + h * 2], values[n * 4 + h * 2 + 1]);
-          } else {
-#pragma unroll
-            for (int n = 0; n < count / 4; ++n) {
-              *reinterpret_cast<uint32_t*>(final_out + offset + n * 8) = pack_bf16(values[n * 4 + h * 2] * inverse[h], values[n * 4 + h * 2 + 1] * inverse[h]);
-            }
-          }
-        }
-      };
-      const auto invert = [&] {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) inverse[h] = sums[h] > 0.0f ? __fdividef(1.0f, sums[h]) : 0.0f;
-      };
-
-      if constexpr (kSplitRows) {
-        invert();
-        write(out, 0, kLatent / 2);
-      } else {
-        if (lane % 4 == 0) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) row_values[group * 64 + thread_row + h * 8] = make_float2(softmax.maximum[h], sums[h]);
-        }
-        named_barrier_sync(kConsumerBarrier, kConsumers);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 other = row_values[(group ^ 1) * 64 + thread_row + h * 8];
-          const float top = fmaxf(softmax.maximum[h], other.x);
-          const float reference = top == -INFINITY ? 0.0f : top;
-          factor[h] = exp2_approx(softmax.maximum[h] - reference);
-          // In this order in both warpgroups, for equal bits.
-          const float own = sums[h] * factor[h], others = other.y * exp2_approx(other.x - reference);
-          sums[h] = group == 0 ? own + others : others + own;
-          softmax.maximum[h] = top;
-        }
-        invert();
-        constexpr int kRound = kLatent % 64 == 0 ? 32 : 16;
-#pragma unroll
-        for (int round = 0; round < kLatent / 2 / kRound; ++round) {
-          if (group == (round & 1)) {
-#pragma unroll
-            for (int i = 0; i < kRound; ++i) exchange[i * 128 + in_group] = out[round * kRound + i] * factor[i % 4 / 2];
-          }
-          named_barrier_sync(kConsumerBarrier, kConsumers);
-          if (group != (round & 1)) {
-#pragma unroll
-            for (int i = 0; i < kRound; ++i) out[round * kRound + i] = fmaf(out[round * kRound + i], factor[i % 4 / 2], exchange[i * 128 + in_group]);
-            write(out + round * kRound, round * kRound, kRound);
-          }
-          named_barrier_sync(kConsumerBarrier, kConsumers);
-        }
-      }
-      if ((kSplitRows || group == 0) && lane % 4 == 0) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = thread_row + h * 8;
-          if (row >= rows) continue;
-          if (is_split) {
-            args.partial_sum[part * kRows + part_row0 + row] = make_float2(softmax.maximum[h], sums[h]);
-          } else if (args.lse) {
-            args.lse[out_row0 + row] = sums[h] > 0.0f ? (softmax.maximum[h] + log2f(sums[h])) * 0.6931471805599453f : -INFINITY;
-          }
-        }
-      }
+      write_tile_result<kLatent, kRows, kConsumerBarrier, kConsumers>(args, schedule, piece, group_row0, softmax, out, exchange, row_values, group, in_group);
       if (is_split) {
         if (thread == 0) split[splits] = piece;
         ++splits;
