@@ -15,7 +15,7 @@ export const DIRECTIONS = ['push', 'pull'] as const;
 export type HandoffDirection = (typeof DIRECTIONS)[number];
 
 /** Of the messages on the hand-off channel; both sides speak the same. */
-export const PROTOCOL = 2;
+export const PROTOCOL = 3;
 
 /** Both sides must agree on every field but `layout`, which may differ in form, ranks, page size and dtype. */
 export interface Handshake {

@@ -78,7 +78,7 @@ test('each field is checked, and the refusal names it', () => {
     [encodeMessage(pushed).subarray(0, 20), /20 bytes are no push/],
     [encodeMessage(pushed).subarray(0, 28), /name of 3 bytes in a push of 28/],
     [encodeMessage(pushed).subarray(0, 35), /bytes follow/],
-    [forged(MESSAGES[0]!, (head) => ({ ...head, handshake: { ...who, protocol: 1 } })), /protocol 1, this side speaks 2/],
+    [forged(MESSAGES[0]!, (head) => ({ ...head, handshake: { ...who, protocol: 1 } })), /protocol 1, this side speaks 3/],
     [forged(MESSAGES[0]!, (head) => ({ ...head, handshake: { ...who, layout: { ...who.layout, form: 'gqa' } } })), /handshake\.layout\.form is "gqa", expected one of mla/],
     [forged(MESSAGES[0]!, (head) => ({ ...head, handshake: { ...who, identity: { name: 'a' } } })), /handshake\.identity\.fingerprint is nothing/],
     [forged(MESSAGES[1]!, (head) => ({ ...head, offers: [{ path: 'pigeon' }] })), /offers\[0\]\.path/],
